@@ -1,0 +1,377 @@
+//! The wire between the daemon and the guest agent, over vsock.
+//!
+//! ```text
+//!  agent ──connect host port CONTROL_PORT──▶ daemon      one control connection at a time
+//!        frames: agent sends Hello, then Answers and Events; daemon sends Calls
+//!  daemon ─connect guest port STREAM_PORT──▶ agent       one connection for each stdio stream
+//!        one frame StreamOpen →, one frame StreamReady ←, then raw bytes
+//! ```
+//!
+//! A frame is a little-endian `u32` length and that many bytes of JSON ([`frame`]). JSON describes
+//! itself: an agent that was started by an older daemon goes on working after an upgrade, and unknown
+//! fields are ignored by both.
+//!
+//! **Nothing is lost when the daemon dies.** The agent keeps every process's exit and its unacknowledged
+//! output until the daemon, the same or a restarted one, has taken them:
+//! * Output: the daemon opens the stream with [`StreamOpen::from`], the number of bytes it has safely;
+//!   the agent sends from there, then shuts its side down when the process's output has ended. The daemon
+//!   writes acknowledgements on the same connection: each a little-endian `u64`, the number of bytes that
+//!   are safe now. The agent holds at most [`OUTPUT_WINDOW`] unacknowledged bytes and stops reading the
+//!   workload's pipe beyond, which is the back-pressure.
+//! * Exits: [`Event::Exited`] is sent when it happens; [`Call::State`] tells it again.
+//! * Input: the end of a stdin *connection* does not end the workload's input, since the daemon may have
+//!   died; [`Call::CloseStdin`] does.
+
+use oci_spec::runtime;
+use serde::{Deserialize, Serialize};
+
+pub mod frame;
+
+/// Version of this wire, in [`Hello`].
+pub const VERSION: u32 = 1;
+
+/// The host port that the agent connects to for control.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// The guest port on which the agent takes stdio streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// How many unacknowledged bytes of one output stream the agent holds.
+pub const OUTPUT_WINDOW: usize = 1 << 20;
+
+/// The longest frame, in bytes after the length.
+pub const MAX_FRAME: usize = 4 << 20;
+
+/// The first frame that the agent sends on a control connection: it is ready for calls.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`VERSION`].
+    pub version: u32,
+    /// `uname -r` of the guest kernel.
+    pub kernel: String,
+    /// Microseconds of guest uptime when the agent's `main` began.
+    pub started_us: u64,
+}
+
+/// What the agent sends after [`Hello`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromAgent {
+    /// The answer to the call of that number.
+    Answer {
+        /// [`ToAgent::id`].
+        id: u64,
+        /// What came of it.
+        result: Result<Answer, AgentError>,
+    },
+    /// Something happened.
+    Event(Event),
+}
+
+/// What the daemon sends. Calls may overlap; each is answered once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ToAgent {
+    /// Chosen by the daemon, unique on this connection.
+    pub id: u64,
+    /// The call.
+    pub call: Call,
+}
+
+/// Names a process: a container's first process (`exec` is None), or one of its execs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The container's id.
+    pub container: String,
+    /// The exec's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<String>,
+}
+
+/// The calls.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "call")]
+pub enum Call {
+    /// Mounts the root filesystem and writes [`Create::files`] into it. The first process is not started,
+    /// so files can be read and written in a container that does not run. Answer: [`Answer::Done`].
+    Create(Box<Create>),
+    /// Starts the first process of a created container, as the spec given to `Create` says. Answered when
+    /// `execve` has succeeded ([`Answer::Started`]) or failed (an error of kind
+    /// [`ErrorKind::NotFound`], [`ErrorKind::NotExecutable`] or another).
+    Start {
+        /// The container's id.
+        container: String,
+        /// How its stdio is made.
+        stdio: Stdio,
+    },
+    /// Starts an additional process in a running container. Answered as `Start` is.
+    Exec {
+        /// Both parts set.
+        process: ProcessId,
+        /// What to run: args, env, cwd, user, capabilities, rlimits.
+        spec: Box<runtime::Process>,
+        /// How its stdio is made.
+        stdio: Stdio,
+    },
+    /// Sends a signal. A process that has ended already is an error of kind [`ErrorKind::NotFound`].
+    Signal {
+        /// To whom.
+        process: ProcessId,
+        /// The number.
+        signal: i32,
+    },
+    /// Sets a terminal's size.
+    Resize {
+        /// Whose.
+        process: ProcessId,
+        /// Rows.
+        rows: u16,
+        /// Columns.
+        columns: u16,
+    },
+    /// Ends a process's standard input once all bytes of its stdin connection have been delivered.
+    CloseStdin {
+        /// Whose.
+        process: ProcessId,
+    },
+    /// Everything that the agent knows. Answer: [`Answer::State`].
+    State,
+    /// The processes in a container. Answer: [`Answer::Processes`].
+    Processes {
+        /// The container's id.
+        container: String,
+    },
+    /// Forgets an ended exec, or with `exec: None` a whole container whose first process has ended: kills
+    /// what is left of it, unmounts its root and flushes its disk.
+    Delete {
+        /// What to forget.
+        process: ProcessId,
+    },
+    /// Sets the wall clock: nanoseconds since the Unix epoch.
+    SetClock {
+        /// The time.
+        unix_ns: u64,
+    },
+    /// Kills everything, unmounts, flushes and powers the machine off. There is no answer but the
+    /// connection's end.
+    Shutdown,
+}
+
+/// A container as the agent is to build it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Create {
+    /// The container's id.
+    pub container: String,
+    /// Where its root comes from.
+    pub rootfs: Rootfs,
+    /// What to apply: process, mounts, hostname, namespaces, masked paths, cgroup limits. `root.path` is
+    /// ignored; `root.readonly` is honoured.
+    pub spec: Box<runtime::Spec>,
+    /// Files that Docker puts into every container (`/etc/hosts`, `/etc/resolv.conf`, `/etc/hostname`):
+    /// bind-mounted over the root, writable, not part of the container's own layer.
+    #[serde(default)]
+    pub files: Vec<InjectedFile>,
+}
+
+/// An overlay: read-only layers over virtio-fs below, a block device above.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rootfs {
+    /// The virtio-fs tag under which the layers are shared.
+    pub tag: String,
+    /// Names of the layers' shares, the topmost first. May be empty (an image of no layers).
+    pub layers: Vec<String>,
+    /// The writable layer's disk.
+    pub disk: Disk,
+}
+
+/// A block device by the serial of its virtio-blk slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The slot's id in the VMM's configuration, which is the device's serial.
+    pub id: String,
+    /// How many bytes the medium has: the agent waits until the device shows this.
+    pub size: u64,
+}
+
+/// A small file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InjectedFile {
+    /// Absolute, in the container.
+    pub path: String,
+    /// Its text.
+    pub content: String,
+    /// Its mode, 0o644 for instance.
+    pub mode: u32,
+}
+
+/// How a process's stdio is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stdio {
+    /// A pseudo-terminal for all three, its output on the stdout stream.
+    pub terminal: bool,
+    /// The terminal's first size, rows and columns.
+    #[serde(default)]
+    pub size: Option<(u16, u16)>,
+    /// Whether stdin is a stream; else it is `/dev/null`. (With a terminal the input stays silent.)
+    pub stdin: bool,
+    /// Whether stdout is kept for the daemon; else it is thrown away.
+    pub stdout: bool,
+    /// Whether stderr is kept for the daemon; else it is thrown away.
+    pub stderr: bool,
+}
+
+/// Successful answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "answer")]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// The process runs.
+    Started {
+        /// Its pid in the guest's root pid namespace.
+        pid: i32,
+    },
+    /// To [`Call::State`].
+    State {
+        /// All containers.
+        containers: Vec<ContainerState>,
+    },
+    /// To [`Call::Processes`].
+    Processes {
+        /// One each.
+        processes: Vec<ProcessInfo>,
+    },
+}
+
+/// A container as the agent knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerState {
+    /// Its id.
+    pub container: String,
+    /// Its first process, None before `Start`.
+    pub init: Option<ProcessState>,
+    /// Its execs by id.
+    pub execs: Vec<(String, ProcessState)>,
+}
+
+/// A process's state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum ProcessState {
+    /// It runs.
+    Running {
+        /// Its pid in the guest's root pid namespace.
+        pid: i32,
+    },
+    /// It has ended.
+    Exited(Exit),
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// 0 to 255; 128 + the signal's number when a signal ended it.
+    pub code: i32,
+    /// Whether the kernel's OOM killer struck in the container's cgroup.
+    #[serde(default)]
+    pub oom_killed: bool,
+    /// When: nanoseconds since the Unix epoch by the guest's clock.
+    pub unix_ns: u64,
+}
+
+/// A process in a container, as `ps` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessInfo {
+    /// In the guest's root pid namespace.
+    pub pid: i32,
+    /// Parent, likewise.
+    pub ppid: i32,
+    /// Numeric user.
+    pub uid: u32,
+    /// Controlling terminal as `ps` prints it, `?` for none.
+    pub tty: String,
+    /// When it started: seconds since the Unix epoch.
+    pub start_unix: u64,
+    /// Processor time used, in milliseconds.
+    pub cpu_ms: u64,
+    /// The command line, or `[name]` when there is none.
+    pub command: String,
+}
+
+/// What happens without being asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum Event {
+    /// A process ended. When it is a container's first process, everything else in the container is dead
+    /// too.
+    Exited {
+        /// Which.
+        process: ProcessId,
+        /// How.
+        exit: Exit,
+    },
+    /// The OOM killer struck in a container.
+    Oom {
+        /// The container's id.
+        container: String,
+    },
+}
+
+/// Why a call failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct AgentError {
+    /// Where callers branch.
+    pub kind: ErrorKind,
+    /// For people. For a failed `execve` in runc's words, since the docker CLI reads them:
+    /// `exec: "nosuch": executable file not found in $PATH`,
+    /// `exec: "/etc/passwd": permission denied`, `exec: "/nosuch": stat /nosuch: no such file or directory`.
+    pub message: String,
+}
+
+/// Where callers branch on an [`AgentError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// No such container, process or executable.
+    NotFound,
+    /// The file is there and cannot be executed: permission denied, a directory, a wrong format.
+    NotExecutable,
+    /// The call does not fit the state (a start of a running container).
+    Conflict,
+    /// The spec asks for something that is not valid or cannot be had.
+    Invalid,
+    /// Anything else.
+    Internal,
+}
+
+/// The daemon's first and only frame on a stream connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamOpen {
+    /// Whose.
+    pub process: ProcessId,
+    /// Which.
+    pub stream: StreamKind,
+    /// For output: how many bytes of it the daemon has safely; 0 for input.
+    #[serde(default)]
+    pub from: u64,
+}
+
+/// The agent's answer to [`StreamOpen`]; after an error it closes the connection. A second connection to
+/// the same stream replaces the first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamReady {
+    /// None: raw bytes follow.
+    pub error: Option<AgentError>,
+}
+
+/// A stdio stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamKind {
+    /// To the process.
+    Stdin,
+    /// From the process; with a terminal, all of its output.
+    Stdout,
+    /// From the process.
+    Stderr,
+}

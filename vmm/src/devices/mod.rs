@@ -1,0 +1,3 @@
+//! What the guest sees on its bus.
+
+pub mod virtio;

@@ -1,0 +1,4 @@
+//! The virtual machine monitor: one process a sandbox. `main.rs` is the process; this library is what it
+//! is made of, so that tests, benches and fuzz targets can reach the parts.
+
+pub mod devices;

@@ -1,0 +1,3 @@
+//! `bulkhead-vmm`: one microVM.
+
+fn main() {}
