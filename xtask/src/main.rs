@@ -1,6 +1,8 @@
 //! `cargo xtask`: every chore of the project, typed. `cargo xtask help` lists them.
 
 mod host;
+mod kernel;
+mod sh;
 mod tree;
 
 use std::path::PathBuf;
@@ -26,6 +28,8 @@ struct Cli {
 enum Command {
     /// The test host: a Linux with a working /dev/kvm, for machines that have none.
     Host(host::HostArgs),
+    /// Build the kernels that kernel-config/ describes; cached outside the tree.
+    Kernel(kernel::KernelArgs),
     /// What the test host runs as PID 1.
     #[command(hide = true)]
     HostInit(host::init::InitArgs),
@@ -48,6 +52,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let tree = || Tree::find(cli.tree.as_deref());
     match cli.command {
         Command::Host(args) => host::run(&tree()?, args),
+        Command::Kernel(args) => kernel::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
         Command::HostInit(args) => host::init::run(&args),
         Command::HostServe(args) => host::serve::run(&args).map(|()| ExitCode::SUCCESS),
     }

@@ -77,10 +77,13 @@ impl Client {
 /// The size of the terminal that stdout is, for a program that is to have one of its own.
 pub(crate) fn terminal_size() -> WindowSize {
     let size = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin()));
-    size.map_or(WindowSize { rows: 24, columns: 80 }, |size| WindowSize {
-        rows: size.ws_row,
-        columns: size.ws_col,
-    })
+    match size {
+        Ok(size) if size.ws_row > 0 && size.ws_col > 0 => {
+            WindowSize { rows: size.ws_row, columns: size.ws_col }
+        }
+        // No terminal, or one that does not know: what terminals have had since there were any.
+        _ => WindowSize { rows: 24, columns: 80 },
+    }
 }
 
 fn send(connection: &Mutex<TcpStream>, tag: Tag, payload: &[u8]) -> io::Result<()> {

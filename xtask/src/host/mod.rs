@@ -33,7 +33,8 @@ use self::forward::Forward;
 use self::qemu::Machine;
 use self::state::{Process, Started, StateDir};
 use self::wire::{Address, Exec};
-use crate::tree::{self, Tree};
+use crate::kernel;
+use crate::tree::Tree;
 
 /// Names the test host's kernel where `--kernel` does not.
 const KERNEL_VARIABLE: &str = "BULKHEAD_TESTHOST_KERNEL";
@@ -146,10 +147,10 @@ impl Default for MachineArgs {
 }
 
 impl MachineArgs {
-    fn resolve(&self) -> Result<Machine> {
+    fn resolve(&self, tree: &Tree) -> Result<Machine> {
         let kernel = match self.kernel.clone().or_else(|| env::var_os(KERNEL_VARIABLE).map(PathBuf::from)) {
             Some(kernel) => kernel,
-            None => tree::cache_dir()?.join("testhost/vmlinux"),
+            None => kernel::cached(tree, kernel::Set::Testhost)?,
         };
         let kernel = kernel.canonicalize().with_context(|| {
             format!("test host kernel {} (`cargo xtask kernel testhost` builds it)", kernel.display())
@@ -195,7 +196,7 @@ fn up(tree: &Tree, dir: &StateDir, machine: &MachineArgs) -> Result<Client> {
         }
         end(dir, &started);
     }
-    let machine = machine.resolve()?;
+    let machine = machine.resolve(tree)?;
     dir.create_token()?;
     let (mut qemu, port) = qemu::boot(&machine, &tree.target(), dir)?;
     let started = Process::of(i32::try_from(qemu.id())?)

@@ -61,7 +61,7 @@ fn serve(mut connection: TcpStream, token: &str) -> Result<Next> {
     }
     match hello.request {
         Request::Ping => wire::write_frame(&mut connection, Tag::Accepted, &[])?,
-        Request::Exec(request) => exec::serve(connection, request)?,
+        Request::Exec(request) => exec::serve(connection, &request)?,
         Request::Connect(to) => connect(connection, &to)?,
         Request::PowerOff => {
             wire::write_frame(&mut connection, Tag::Accepted, &[])?;

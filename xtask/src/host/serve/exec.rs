@@ -22,8 +22,8 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, wa
 
 use crate::host::wire::{self, Ending, Exec, Tag, WindowSize};
 
-pub(crate) fn serve(mut connection: TcpStream, request: Exec) -> Result<()> {
-    let program = match Program::start(&request) {
+pub(crate) fn serve(mut connection: TcpStream, request: &Exec) -> Result<()> {
+    let program = match Program::start(request) {
         Ok(program) => program,
         Err(error) => {
             // As a shell does: the reason on stderr, the kind in the code.

@@ -1,0 +1,37 @@
+//! Running other programs, with errors that say which one failed and how.
+
+use std::ffi::OsStr;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+/// Runs it with this process's stdin, stdout and stderr; an error unless it succeeds.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let name = show(command);
+    let status = command.status().with_context(|| format!("start {name}"))?;
+    if !status.success() {
+        bail!("{name}: {status}");
+    }
+    Ok(())
+}
+
+/// What it prints, without the last newline; an error, with what it complained, unless it succeeds.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let name = show(command);
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {name}"))?;
+    if !output.status.success() {
+        bail!("{name}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr).trim_end());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// Is there a program of this name in $PATH?
+pub(crate) fn has_program(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
+fn show(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
+}
