@@ -1,8 +1,12 @@
 //! `cargo xtask`: every chore of the project, typed. `cargo xtask help` lists them.
 
+mod bundle;
+mod deps;
 mod host;
+mod install;
 mod kernel;
 mod sh;
+mod tidy;
 mod tree;
 
 use std::path::PathBuf;
@@ -26,6 +30,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Install what the project needs of Debian.
+    Deps(deps::DepsArgs),
+    /// Build everything a host runs into target/bulkhead/.
+    Build(bundle::BuildArgs),
+    /// Build for production, and install with a systemd unit.
+    Install(install::InstallArgs),
+    /// Check boundaries and habits that no compiler checks.
+    Tidy,
     /// The test host: a Linux with a working /dev/kvm, for machines that have none.
     Host(host::HostArgs),
     /// Build the kernels that kernel-config/ describes; cached outside the tree.
@@ -51,6 +63,10 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     let tree = || Tree::find(cli.tree.as_deref());
     match cli.command {
+        Command::Deps(args) => deps::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Build(args) => bundle::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
+        Command::Install(args) => install::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
+        Command::Tidy => tidy::run(&tree()?).map(|()| ExitCode::SUCCESS),
         Command::Host(args) => host::run(&tree()?, args),
         Command::Kernel(args) => kernel::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
         Command::HostInit(args) => host::init::run(&args),
