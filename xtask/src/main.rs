@@ -1,13 +1,16 @@
 //! `cargo xtask`: every chore of the project, typed. `cargo xtask help` lists them.
 
 mod bundle;
+mod demo;
 mod deps;
 mod host;
 mod install;
 mod kernel;
 mod sh;
+mod test;
 mod tidy;
 mod tree;
+mod venue;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,6 +33,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// See docker run a container in a microVM, from a fresh clone.
+    Demo(demo::DemoArgs),
+    /// Every check and test: lints, unit tests, end-to-end tests.
+    Test(test::TestArgs),
+    /// What CI runs: packages, then every check and test.
+    Ci,
     /// Install what the project needs of Debian.
     Deps(deps::DepsArgs),
     /// Build everything a host runs into target/bulkhead/.
@@ -61,8 +70,16 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
+    if !matches!(cli.command, Command::HostInit(_) | Command::HostServe(_)) {
+        let path = deps::path_with_tools()?;
+        // SAFETY: nothing has started a thread yet, so nobody reads the environment meanwhile.
+        unsafe { std::env::set_var("PATH", path) };
+    }
     let tree = || Tree::find(cli.tree.as_deref());
     match cli.command {
+        Command::Demo(args) => demo::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
+        Command::Test(args) => test::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
+        Command::Ci => test::run(&tree()?, &test::TestArgs::default()).map(|()| ExitCode::SUCCESS),
         Command::Deps(args) => deps::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Build(args) => bundle::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
         Command::Install(args) => install::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),

@@ -183,6 +183,35 @@ impl ExecArgs {
     }
 }
 
+/// A test host that another chore started for itself; stopped when dropped.
+pub(crate) struct Running {
+    dir: StateDir,
+}
+
+/// Starts a test host, in place of one of this name that an earlier, broken off chore may have left.
+pub(crate) fn start(tree: &Tree, name: &str, memory_mib: u32) -> Result<Running> {
+    let dir = StateDir::new(&tree.target(), name)?;
+    down(&dir)?;
+    up(tree, &dir, &MachineArgs { memory: memory_mib, ..MachineArgs::default() })?;
+    Ok(Running { dir })
+}
+
+impl Running {
+    /// What its console has shown.
+    pub(crate) fn console(&self) -> String {
+        let text = std::fs::read(self.dir.console()).unwrap_or_default();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Err(error) = down(&self.dir) {
+            eprintln!("xtask: stop the test host: {error:#}");
+        }
+    }
+}
+
 /// The test host of `dir`, started if it is not up. One that is up stays as it is.
 fn up(tree: &Tree, dir: &StateDir, machine: &MachineArgs) -> Result<Client> {
     let _lock = dir.lock()?;
