@@ -142,6 +142,13 @@ impl Daemon {
         self.host.sh("cat \"$1\"", &[&self.log_path()])
     }
 
+    fn log_tail(&self) -> String {
+        let log = self.log().unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = lines.get(lines.len().saturating_sub(60)..).unwrap_or_default();
+        format!("--- end of the daemon's log\n{}", tail.join("\n"))
+    }
+
     /// SIGKILL: what runs in microVMs goes on.
     ///
     /// # Errors
@@ -209,15 +216,27 @@ impl Daemon {
     }
 }
 
+/// Runs a test with a daemon of its own; an error comes with the end of the daemon's log, and a success must leave
+/// nothing behind.
+///
+/// # Errors
+/// The test's, or what is left.
+pub fn with_daemon(options: DaemonOptions, test: impl FnOnce(&mut Daemon) -> Result<()>) -> Result<()> {
+    let mut daemon = Daemon::start(&Host::from_env()?, options)?;
+    if let Err(error) = test(&mut daemon) {
+        return Err(error.context(daemon.log_tail()));
+    }
+    let left = daemon.leftovers()?;
+    if !left.is_empty() {
+        bail!("left behind:\n{left}\n{}", daemon.log_tail());
+    }
+    Ok(())
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if thread::panicking() {
-            let log = self.log().unwrap_or_default();
-            let lines: Vec<&str> = log.lines().collect();
-            eprintln!("--- end of the daemon's log");
-            for line in lines.get(lines.len().saturating_sub(60)..).unwrap_or_default() {
-                eprintln!("{line}");
-            }
+            eprintln!("{}", self.log_tail());
         }
         if let Some(mut process) = self.process.take() {
             let _ = self.signal("KILL");
