@@ -174,10 +174,8 @@ impl Daemon {
     /// When the host is gone.
     pub fn leftovers(&self) -> Result<String> {
         let script = r#"
-            for p in /proc/[0-9]*; do
-              read -r comm 2>/dev/null <"$p/comm" || continue
-              [ "$comm" = bulkhead-vmm ] || continue
-              if ls -l "$p/fd" 2>/dev/null | grep -qF "$1/"; then echo "process ${p#/proc/}"; fi
+            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/bulkhead-vmm.*|\1|p'); do
+              if ls -l "/proc/$p/fd" 2>/dev/null | grep -qF "$1/"; then echo "process $p"; fi
             done
             for d in "$1"/s "$2"/containers "$2"/tmp; do
               [ -d "$d" ] || continue
@@ -244,10 +242,8 @@ impl Drop for Daemon {
             let _ = process.wait();
         }
         let kill_all = r#"
-            for p in /proc/[0-9]*; do
-              read -r comm 2>/dev/null <"$p/comm" || continue
-              [ "$comm" = bulkhead-vmm ] || continue
-              if ls -l "$p/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "${p#/proc/}"; fi
+            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/bulkhead-vmm.*|\1|p'); do
+              if ls -l "/proc/$p/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "$p"; fi
             done
             rm -rf "$1""#;
         let _ = self.host.sh(kill_all, &[&self.exec_root]);
