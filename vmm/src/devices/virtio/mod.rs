@@ -9,6 +9,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
