@@ -196,3 +196,49 @@ pub fn restore<T: DeserializeOwned>(
     };
     Ok((activation, saved.state))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{
+        super::testing::{Desc, Driver, memory},
+        *,
+    };
+
+    #[test]
+    fn a_queue_that_never_empties_ends_a_turn() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0x1000, 16);
+        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let resources = Resources { memory, interrupt };
+        let mut activation = Activation { features: 0, queues: vec![driver.queue()], resources };
+        driver.table(0, &[Desc::writable(0x8000, 1)]);
+        let wake = Wake::new().unwrap();
+        driver.offer(0);
+        let mut served = 0;
+        // The driver offers the next buffer while the device works on one.
+        let mut endless = |_: Chain<'_>, _: &GuestMemory| {
+            driver.offer(0);
+            served += 1;
+            1
+        };
+        take_turn(&mut activation, 0, &wake, &mut endless).unwrap();
+        take_turn(&mut activation, 0, &wake, &mut endless).unwrap();
+        assert_eq!(served, 2 * TURN);
+        assert_eq!(wake.0.read().unwrap(), 2, "each turn asked for another");
+
+        take_turn(&mut activation, 0, &wake, |_, _| 1).unwrap();
+        assert!(wake.0.read().is_err(), "nothing is left to do");
+    }
+
+    #[test]
+    fn no_read_leaves_configuration_space() {
+        let mut data = [9; 4];
+        read_config(&[1, 2, 3], 1, &mut data);
+        assert_eq!(data, [2, 3, 9, 9]);
+        read_config(&[1, 2, 3], 3, &mut data);
+        read_config(&[1, 2, 3], u64::MAX, &mut data);
+        assert_eq!(data, [2, 3, 9, 9]);
+    }
+}

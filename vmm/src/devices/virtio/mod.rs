@@ -13,5 +13,7 @@ pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 #[allow(dead_code)]
 pub(crate) mod testing;

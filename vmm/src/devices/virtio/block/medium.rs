@@ -10,7 +10,7 @@ use crate::devices::virtio::iovec::IoVec;
 pub(super) const SECTOR: u64 = 512;
 
 /// Zeroes for files whose file system cannot make them.
-const ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Why a file cannot be a medium. The slot is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +66,11 @@ impl Medium {
         self.file
     }
 
+    #[cfg(test)]
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Its size in sectors; what is left of a last, partial one cannot be reached.
     pub(super) fn sectors(&self) -> u64 {
         self.sectors
@@ -78,7 +83,7 @@ impl Medium {
     /// The range of `length` bytes from `sector` on. None where it is not whole sectors, or leaves the medium.
     pub(super) fn range(&self, sector: u64, length: u64) -> Option<Range> {
         let end = sector.checked_add(length / SECTOR)?;
-        if length % SECTOR != 0 || end > self.sectors {
+        if !length.is_multiple_of(SECTOR) || end > self.sectors {
             return None;
         }
         // `end` sectors lie in a file, whose size in bytes fits.

@@ -184,7 +184,7 @@ fn segments(
     (max_segments, max_sectors): (u32, u32),
 ) -> Result<Vec<Segment>, Refusal> {
     let count = data / SEGMENT as u64;
-    if data % SEGMENT as u64 != 0 || count == 0 || count > u64::from(max_segments) {
+    if !data.is_multiple_of(SEGMENT as u64) || count == 0 || count > u64::from(max_segments) {
         return Err(Refusal::Io);
     }
     (0..count)

@@ -105,7 +105,7 @@ impl Vsock {
     }
 
     /// Takes packets from the guest.
-    fn from_guest(&mut self) -> Result<(), DeviceError> {
+    fn drain_tx(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
         let Resources { memory, interrupt } = &active.resources;
         let Some(queue) = active.queues.get_mut(TX) else { return Ok(()) };
@@ -145,7 +145,7 @@ impl Vsock {
     }
 
     /// Gives the guest its packets, as far as it has buffers for them.
-    fn to_guest(&mut self) -> Result<(), DeviceError> {
+    fn fill_rx(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
         let Resources { memory, interrupt } = &active.resources;
         let Some(queue) = active.queues.get_mut(RX) else { return Ok(()) };
@@ -194,7 +194,12 @@ impl Vsock {
             if !self.reset_due {
                 break;
             }
-            let Some(chain) = pop(queue, EVENTS, memory)? else { break };
+            let Some(chain) = pop(queue, EVENTS, memory)? else {
+                if queue.enable_notification(memory).map_err(|error| queue_error(EVENTS, &error))? {
+                    continue;
+                }
+                break;
+            };
             let head = chain.head_index();
             let told = Buffers::of(chain)
                 .is_ok_and(|buffers| copy_in(memory, &buffers.writable, 0, &TRANSPORT_RESET));
@@ -207,11 +212,11 @@ impl Vsock {
 
     /// Moves packets both ways. What the guest sends may be answered at once, and fetching the answers may
     /// let it send more.
-    fn exchange(&mut self, from_guest: bool) -> Result<(), DeviceError> {
-        if from_guest {
-            self.from_guest()?;
+    fn exchange(&mut self, tx_too: bool) -> Result<(), DeviceError> {
+        if tx_too {
+            self.drain_tx()?;
         }
-        self.to_guest()?;
+        self.fill_rx()?;
         if self.stalled && !self.muxer.congested() {
             self.wake.request();
         }

@@ -32,7 +32,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
     command::{self, Command, Line},
-    connection::{Connection, Key, Outcome, Produced, greet},
+    connection::{Connection, Key, Outcome, Phase, Produced, greet},
     outbox::Outbox,
     packet::{HEADER, HOST_CID, Header, Op, STREAM},
 };
@@ -382,7 +382,9 @@ impl Muxer {
         self.waiting.clear();
         self.turns.clear();
         for token in self.by_key.values().copied().collect::<Vec<_>>() {
-            self.settle(token, Outcome::Gone);
+            // A client that has not heard of its connection listens still.
+            let offered = self.connection(token).is_some_and(|connection| connection.phase == Phase::Offered);
+            self.settle(token, if offered { Outcome::Stale } else { Outcome::Gone });
         }
         self.resets.clear();
     }
