@@ -1,0 +1,2 @@
+//! Unpacking.
+pub(super) fn unpack() {}
