@@ -2,6 +2,7 @@
 //! transport, its worker thread and the tests drive it through that trait alone.
 
 pub mod device;
+pub mod fs;
 pub mod mmio;
 pub mod queue;
 pub mod worker;
