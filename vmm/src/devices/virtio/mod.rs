@@ -4,6 +4,7 @@
 pub mod block;
 pub mod common;
 pub mod device;
+pub mod fs;
 pub mod iovec;
 pub mod mmio;
 pub mod net;
