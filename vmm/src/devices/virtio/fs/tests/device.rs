@@ -5,7 +5,10 @@ use virtio_queue::QueueT;
 
 use super::{
     super::{
-        super::testing::{Bench, Desc},
+        super::{
+            hostile as chains,
+            testing::{Bench, Desc},
+        },
         Fs,
     },
     *,
@@ -166,6 +169,22 @@ fn lengths_that_lie_are_refused() {
         let header: wire::OutHeader = decode(&bench.read(OUT, 16));
         assert_eq!(header.error, -Errno::INVAL.raw_os_error());
     }
+}
+
+#[test]
+fn what_breaks_any_queue_is_survived() {
+    for queue in [0, REQUESTS] {
+        let (mut bench, _layers) = bench();
+        chains::survives_malformed(&mut bench, queue, |bench| {
+            look_up(bench, "layer/dir/file");
+        });
+    }
+    let layers = std::cell::RefCell::new(Vec::new());
+    chains::notices_corrupt_rings(0, || {
+        let (bench, layer) = self::bench();
+        layers.borrow_mut().push(layer);
+        bench
+    });
 }
 
 #[test]

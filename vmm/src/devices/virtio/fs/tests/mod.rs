@@ -542,13 +542,13 @@ fn a_saved_server_knows_its_nodes_again() {
     let mut guest = Guest::new();
     let (file, many) = (guest.walk("layer/dir/file").nodeid, guest.walk("layer/many").nodeid);
     let absent = guest.walk("layer/link").nodeid;
-    let bytes = state::save(&guest.server, None).unwrap();
+    let bytes = postcard::to_stdvec(&state::save(&guest.server)).unwrap();
 
     // A host where the same layer was unpacked anew: other inode numbers, one file lost.
     let layers = Layers::new();
     std::fs::remove_file(layers.store.path(&layers.id).join("link")).unwrap();
     let mut server = Server::new();
-    assert!(state::restore(&mut server, &bytes).unwrap().is_none());
+    state::restore(&mut server, postcard::from_bytes(&bytes).unwrap()).unwrap();
     guest.server = server;
     assert_eq!(guest.read(file, 0, 4), Err(Errno::STALE));
     guest.server.attach("layer", layers.root(), ShareKind::Layer).unwrap();
@@ -557,8 +557,4 @@ fn a_saved_server_knows_its_nodes_again() {
     assert_eq!(guest.call(opcode::READLINK, absent, &[]), Err(Errno::STALE));
     assert_eq!(guest.walk("layer/dir/file").nodeid, file);
     assert!(guest.walk("layer/opaque").nodeid > absent, "a node id came back");
-
-    for cut in 0..bytes.len() {
-        assert!(state::restore(&mut Server::new(), &bytes[..cut]).is_err());
-    }
 }
