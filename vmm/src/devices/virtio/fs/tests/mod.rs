@@ -3,7 +3,7 @@
 mod device;
 mod hostile;
 
-use std::{collections::BTreeMap, os::fd::OwnedFd};
+use std::{collections::BTreeMap, os::fd::OwnedFd, rc::Rc};
 
 use bulkhead_rootfs::layers::{DiffId, LayerStore, Limits};
 use bulkhead_vmm_api::ShareKind;
@@ -120,13 +120,16 @@ impl Sink for Room {
 /// A guest: node ids in, bytes out.
 struct Guest {
     server: Server,
-    layers: Layers,
+    layers: Rc<Layers>,
 }
 
 impl Guest {
     /// With one share, `layer`, and the connection made.
     fn new() -> Self {
-        let layers = Layers::new();
+        Self::over(Rc::new(Layers::new()))
+    }
+
+    fn over(layers: Rc<Layers>) -> Self {
         let mut server = Server::new();
         server.attach("layer", layers.root(), ShareKind::Layer).unwrap();
         let mut guest = Self { server, layers };
