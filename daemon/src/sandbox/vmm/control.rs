@@ -11,8 +11,12 @@ use bulkhead_vmm_api::{MAX_MESSAGE, Request, Response};
 use rustix::net::{
     RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketType,
 };
-use tokio::{io::unix::AsyncFd, sync::Mutex};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::Mutex,
+};
 
+use super::watch;
 use crate::sandbox::dir::{CONTROL, SandboxDir};
 
 /// How long a VMM may take for one answer. All of its answers are quick; one that does not come is a VMM
@@ -53,7 +57,7 @@ impl Control {
         let mut slot = self.connection.lock().await;
         let connection = match slot.take() {
             Some(connection) => connection,
-            None => AsyncFd::new(dir.connect(CONTROL, SocketType::SEQPACKET)?)?,
+            None => watch(dir.connect(CONTROL, SocketType::SEQPACKET)?, Interest::READABLE | Interest::WRITABLE)?,
         };
         let exchange = async {
             send(&connection, &message, fd).await?;

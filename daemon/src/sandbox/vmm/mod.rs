@@ -4,9 +4,14 @@ pub(super) mod control;
 pub(super) mod process;
 pub(super) mod spawn;
 
-use std::{fs::File, io::Read};
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::OwnedFd,
+};
 
 use bulkhead_vmm_api::{CONSOLE_TAIL, ExitReason, Report};
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::dir::{LOG, REPORT, SandboxDir};
 
@@ -60,4 +65,11 @@ fn read_capped(dir: &SandboxDir, name: &str) -> Option<String> {
     let mut bytes = Vec::new();
     File::open(dir.path().join(name)).ok()?.take(MAX_REPORT).read_to_end(&mut bytes).ok()?;
     Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Registers a descriptor with the runtime.
+fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` always gives the same descriptor, and it is open until it is dropped, which the
+    // `AsyncFd` does after it has deregistered it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }

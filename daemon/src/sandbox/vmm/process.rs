@@ -11,6 +11,8 @@ use std::{
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use tokio::io::{Interest, unix::AsyncFd};
 
+use super::watch;
+
 /// Names a process for ever: a pid is used again, a pid and its start time within one boot are not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Identity {
@@ -83,7 +85,7 @@ impl Process {
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?;
         Ok(Self {
             pid: pid.as_raw_nonzero().get(),
-            pidfd: AsyncFd::with_interest(pidfd, Interest::READABLE)?,
+            pidfd: watch(pidfd, Interest::READABLE)?,
             status: OnceLock::new(),
         })
     }
