@@ -22,7 +22,8 @@ use crate::engine::{AttachOptions, Attachment, Output, logs::Stream};
 /// How many chunks may wait for a client.
 const WAITING: usize = 16;
 
-/// How long a client may take no chunk once the process has ended, before it is let go.
+/// Once the process has ended: how long a client may take no chunk before it is let go, and how long the
+/// guest may send none before its output counts as ended.
 const LINGER: Duration = Duration::from_secs(30);
 
 /// What clients send to a process.
@@ -136,7 +137,8 @@ impl Hub {
         }
     }
 
-    async fn lingered(&self) {
+    /// Resolves when the process has ended and [`LINGER`] has passed since this was called.
+    pub(crate) async fn lingered(&self) {
         let mut ended = self.ended.subscribe();
         if ended.wait_for(|ended| *ended).await.is_err() {
             std::future::pending::<()>().await;

@@ -7,6 +7,7 @@ use std::{
     path::Path,
 };
 
+use bulkhead_rootfs::layers::DiffId;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -30,9 +31,8 @@ pub struct Record {
     pub created: Timestamp,
     /// The image's id.
     pub image: String,
-    /// The image's layers as the layer store names them, the topmost first: a container outlives its image's
-    /// name.
-    pub layers: Vec<String>,
+    /// The image's layers, bottom first; they stay while the container does, whatever becomes of the image.
+    pub layers: Vec<DiffId>,
     /// The config, merged with the image's.
     pub config: Config,
     /// The host config.

@@ -90,6 +90,8 @@ pub struct Running {
     pub sandbox: String,
     /// The VMM's pid on the host.
     pub pid: i32,
+    /// Where the run begins in the log.
+    pub log_start: u64,
     /// Since when.
     pub started_at: Timestamp,
     /// What the user wants after its end; None: what the restart policy says.
@@ -170,6 +172,8 @@ pub enum Event {
         sandbox: String,
         /// The VMM's pid.
         pid: i32,
+        /// Where the run begins in the log.
+        log_start: u64,
         /// When.
         at: Timestamp,
     },
@@ -252,9 +256,9 @@ impl Lifecycle {
         let mut next = self.clone();
         let effects = match event {
             Event::Start => next.start()?,
-            Event::Started { sandbox, pid, at } => {
+            Event::Started { sandbox, pid, log_start, at } => {
                 let State::Starting(_) = self.state else { return Err(Refusal::Stale) };
-                next.state = State::Running(Running { sandbox, pid, started_at: at, then: None });
+                next.state = State::Running(Running { sandbox, pid, log_start, started_at: at, then: None });
                 vec![]
             }
             Event::StartFailed(failure) => next.start_failed(rules, failure)?,
