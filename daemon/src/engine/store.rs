@@ -83,9 +83,8 @@ fn set_aside(parent: &Path, id: &str, reason: &str) {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
-
     use super::*;
+    use crate::engine::container::record::sample;
 
     #[test]
     fn good_records_are_loaded_damaged_ones_set_aside_and_halves_removed() {
@@ -97,7 +96,7 @@ mod tests {
         for id in &ids {
             create(&layout, id).unwrap();
         }
-        let good = Record::new(ids[0].clone(), "good".into(), Timestamp::UNIX_EPOCH);
+        let good = sample("a1");
         good.write(&layout.container_record(&ids[0])).unwrap();
         fs::write(layout.container_record(&ids[1]), "{").unwrap();
         // The third has no record; the fourth has another's.

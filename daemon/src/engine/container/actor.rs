@@ -228,8 +228,7 @@ impl Actor {
     }
 
     async fn kill(&mut self, signal: i32, reply: Reply<()>) {
-        let not_running =
-            Error::conflict(format!("cannot kill container: {0}: container {0} is not running", self.record.id));
+        let not_running = Error::conflict(format!("container {} is not running", self.record.id));
         let Some(workload) = self.workload.clone() else {
             // A container that waits for its restart is told not to.
             let waiting = matches!(self.record.life.state, State::Restarting(_));

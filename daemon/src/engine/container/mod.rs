@@ -9,11 +9,9 @@
 
 mod actor;
 mod create;
-mod filter;
 pub(crate) mod hub;
 mod inspect;
 mod list;
-mod merge;
 pub(crate) mod names;
 mod ops;
 mod prune;
@@ -24,7 +22,6 @@ pub(crate) mod signal;
 pub(crate) mod start;
 pub mod state;
 mod top;
-mod validate;
 pub(crate) mod workload;
 
 use std::{sync::Arc, time::Duration};
@@ -32,7 +29,8 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use actor::Actor;
-pub use list::ListOptions;
+pub use list::{LIST_FILTERS, ListOptions};
+pub use prune::PRUNE_FILTERS;
 
 use crate::{
     api::types::container::WaitResponse,
@@ -155,7 +153,7 @@ impl Container {
     /// A container without an actor.
     #[cfg(test)]
     pub(crate) fn detached(id: &str) -> Self {
-        let record = Arc::new(Record::new(id.into(), "quiet_otter".into(), jiff::Timestamp::UNIX_EPOCH));
+        let record = Arc::new(Record { id: id.into(), ..record::sample("ab") });
         let (_, view) = watch::channel(View { record, workload: None });
         let kind = hub::Kind { terminal: false, stdin: false, stdin_once: false };
         Self { id: id.into(), commands: mpsc::channel(1).0, view, hub: Arc::new(Hub::new(kind)) }

@@ -12,7 +12,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::state::{Lifecycle, Policy, Rules};
-use crate::api::types::container::{Config, HostConfig, RestartPolicy};
+use crate::{
+    api::types::container::{Config, HostConfig, RestartPolicy},
+    engine::image::Digest,
+};
 
 /// Version of the document. A later version's is not read.
 const VERSION: u32 = 1;
@@ -30,7 +33,7 @@ pub struct Record {
     /// When it was created.
     pub created: Timestamp,
     /// The image's id.
-    pub image: String,
+    pub image: Digest,
     /// The image's layers, bottom first; they stay while the container does, whatever becomes of the image.
     pub layers: Vec<DiffId>,
     /// The config, merged with the image's.
@@ -54,13 +57,13 @@ pub enum RecordError {
 
 impl Record {
     /// A new container.
-    pub fn new(id: String, name: String, created: Timestamp) -> Self {
+    pub fn new(id: String, name: String, image: Digest, created: Timestamp) -> Self {
         Self {
             version: VERSION,
             id,
             name,
             created,
-            image: String::new(),
+            image,
             layers: Vec::new(),
             config: Config::default(),
             host_config: HostConfig::default(),
@@ -119,6 +122,13 @@ fn policy(policy: &RestartPolicy) -> Policy {
     }
 }
 
+/// A record for tests, its id a pair of digits repeated.
+#[cfg(test)]
+pub(crate) fn sample(digits: &str) -> Record {
+    let id = digits.repeat(64 / digits.len());
+    Record::new(id, "quiet_otter".into(), Digest::of(b""), Timestamp::UNIX_EPOCH)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,7 +137,7 @@ mod tests {
     fn a_record_is_read_as_it_was_written_and_damage_is_told() {
         let base = tempfile::tempdir().unwrap();
         let path = base.path().join("container.json");
-        let mut record = Record::new("ab".repeat(32), "quiet_otter".into(), Timestamp::UNIX_EPOCH);
+        let mut record = sample("ab");
         record.config.cmd = Some(vec!["true".into()]);
         record.write(&path).unwrap();
         record.name = "loud_otter".into();

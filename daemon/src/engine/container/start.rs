@@ -21,7 +21,6 @@ use crate::{
     engine::{
         Error, Shared,
         logs::{Durable, Log, Stream},
-        spec,
     },
     sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
 };
@@ -116,7 +115,7 @@ async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, 
 }
 
 fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
-    let (runtime, files) = spec::build(&shared.config, record)?;
+    let built = shared.spec(record)?;
     let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
     Ok(Create {
         container: record.id.clone(),
@@ -125,8 +124,8 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
             layers: record.layers.iter().rev().map(bulkhead_rootfs::layers::DiffId::hex).collect(),
             disk: Disk { id: DISK.into(), size },
         },
-        spec: Box::new(runtime),
-        files,
+        spec: Box::new(built.spec),
+        files: built.files,
     })
 }
 
@@ -291,7 +290,7 @@ mod tests {
     use super::*;
 
     fn record() -> Record {
-        Record::new("ab".repeat(32), "quiet_otter".into(), Timestamp::UNIX_EPOCH)
+        super::super::record::sample("ab")
     }
 
     #[test]
