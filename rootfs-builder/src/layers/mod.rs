@@ -24,7 +24,11 @@
 mod compress;
 mod error;
 mod id;
+mod path;
 mod store;
+mod stream;
+mod tar;
+mod tree;
 mod unpack;
 
 pub use compress::decompress;
@@ -47,3 +51,6 @@ impl Default for Limits {
         Self { stream_bytes: 64 << 30, entries: 4_000_000 }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! The store's directory: what is in it, and how layers come and go.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     io::{self, Read},
     os::{fd::OwnedFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
@@ -11,7 +11,10 @@ use std::{
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-use super::{DiffId, LayerError, Limits, unpack};
+use super::{
+    DiffId, LayerError, Limits,
+    unpack::{self, UnpackError, Unpacked},
+};
 
 /// What is known of an unpacked layer; stored beside its tree.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,7 @@ pub struct LayerStore {
 
 const TMP: &str = "tmp";
 const ROOT: &str = "root";
+const TRASH: &str = "trash";
 const INFO: &str = "info.json";
 
 impl LayerStore {
@@ -177,8 +181,34 @@ impl LayerStore {
         limits: &Limits,
     ) -> Result<LayerInfo, LayerError> {
         let temporary = Temporary(self.temporary());
-        let _ = (&temporary, expected, reader, limits, unpack::unpack);
-        Err(LayerError::Archive("not yet".into()))
+        let (root, trash) = (temporary.0.join(ROOT), temporary.0.join(TRASH));
+        for dir in [&temporary.0, &root, &trash] {
+            fs::create_dir(dir).map_err(|error| self.failed("making a directory", error))?;
+        }
+        let unpacked = unpack::unpack(reader, limits, &root, &trash).map_err(|error| match error {
+            UnpackError::Layer(error) => error,
+            UnpackError::Store(action, error) => self.failed(&action, error),
+        })?;
+        let Unpacked { diff_id, size, entries, stream_bytes } = unpacked;
+        if let Some(expected) = expected.filter(|expected| **expected != diff_id) {
+            return Err(LayerError::WrongDigest { expected: *expected, actual: diff_id });
+        }
+        let info = LayerInfo { diff_id, size, entries, stream_bytes };
+        self.publish(&temporary.0, &info)
+            .map_err(|error| self.failed(&format!("putting {diff_id} into place"), error))?;
+        Ok(info)
+    }
+
+    /// Makes an unpacked layer durable and visible, unless another unpack of it was faster.
+    fn publish(&self, temporary: &Path, info: &LayerInfo) -> io::Result<()> {
+        fs::write(temporary.join(INFO), serde_json::to_vec(info)?)?;
+        let layer = self.layer_dir(&info.diff_id);
+        rustix::fs::syncfs(File::open(temporary)?)?;
+        match fs::rename(temporary, &layer) {
+            Ok(()) => File::open(&self.dir)?.sync_all(),
+            Err(_) if self.contains(&info.diff_id) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     fn layer_dir(&self, diff_id: &DiffId) -> PathBuf {
@@ -214,5 +244,21 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::LayerErrorKind;
+
+    #[test]
+    fn a_full_filesystem_is_reported_as_such() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = LayerStore::open(dir.path()).unwrap();
+        for errno in [rustix::io::Errno::NOSPC, rustix::io::Errno::DQUOT] {
+            assert_eq!(store.failed("writing", errno.into()).kind(), LayerErrorKind::NoSpace);
+        }
+        assert_eq!(store.failed("writing", rustix::io::Errno::IO.into()).kind(), LayerErrorKind::Store);
     }
 }
