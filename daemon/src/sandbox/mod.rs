@@ -35,7 +35,7 @@ use bulkhead_vmm_api::Request;
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
-pub(crate) use stream::{CHUNK, InputStream, OutputStream};
+pub(crate) use stream::{InputStream, OutputStream};
 pub use vmm::{Death, control::ControlError};
 
 use agent::Agent;

@@ -3,7 +3,7 @@
 use std::io;
 
 use bulkhead_agent_api::{
-    MAX_FRAME, OUTPUT_WINDOW, STREAM_PORT, StreamKind, StreamOpen, StreamReady, frame,
+    MAX_FRAME, OUTPUT_WINDOW, STREAM_PORT, StreamOpen, StreamReady, frame,
 };
 use bytes::{Bytes, BytesMut};
 use tokio::{
@@ -17,7 +17,7 @@ use tokio::{
 use super::{dir::SandboxDir, vsock};
 
 /// The largest chunk of output that is handed on.
-pub(crate) const CHUNK: usize = 32 * 1024;
+const CHUNK: usize = 32 * 1024;
 
 /// So many bytes may be safe before the agent is told. Less often than each chunk, since every
 /// acknowledgement costs the guest an interrupt; well below the window, so that it never stops for it.
@@ -58,7 +58,7 @@ pub(crate) struct OutputStream {
 
 impl OutputStream {
     /// Takes an opened stream that begins at byte `from` of the process's output.
-    pub(super) fn new(stream: UnixStream, from: u64) -> Self {
+    pub(crate) fn new(stream: UnixStream, from: u64) -> Self {
         let (reader, writer) = stream.into_split();
         Self { reader, writer, buffer: BytesMut::new(), acknowledged: from }
     }
@@ -90,7 +90,7 @@ pub(crate) struct InputStream {
 
 impl InputStream {
     /// Takes an opened stream.
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream) -> Self {
         let (reader, writer) = stream.into_split();
         Self { _reader: reader, writer }
     }
@@ -108,7 +108,7 @@ impl InputStream {
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_agent_api::{AgentError, ErrorKind, ProcessId};
+    use bulkhead_agent_api::{AgentError, ErrorKind, ProcessId, StreamKind};
 
     use super::*;
 

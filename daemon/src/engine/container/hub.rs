@@ -120,6 +120,7 @@ impl Hub {
         let wants = |client: &&Client| match stream {
             Stream::Stdout => client.stdout,
             Stream::Stderr => client.stderr,
+            Stream::Stdin => false,
         };
         let clients: Vec<_> = self.with(|inner| {
             inner.clients.iter().filter(wants).map(|c| (c.number, c.sender.clone())).collect()

@@ -150,6 +150,11 @@ impl Container {
         answer.await.map_err(|_| ()).map_err(gone)
     }
 
+    /// Tells the actor; whether there still is one.
+    pub(crate) async fn tell(&self, command: Command) -> bool {
+        self.commands.send(command).await.is_ok()
+    }
+
     /// A container without an actor.
     #[cfg(test)]
     pub(crate) fn detached(id: &str) -> Self {

@@ -21,7 +21,7 @@ const NOUNS: [&str; 48] = [
 ///
 /// # Errors
 /// 400 in Docker's words.
-pub fn check(name: &str) -> Result<&str> {
+pub(crate) fn check(name: &str) -> Result<&str> {
     let bare = name.strip_prefix('/').unwrap_or(name);
     let valid = bare.len() >= 2
         && bare.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -36,7 +36,7 @@ pub fn check(name: &str) -> Result<&str> {
 }
 
 /// A name made of an adjective and a noun; after some attempts that were taken, with a digit.
-pub fn random(attempt: u32) -> String {
+pub(crate) fn random(attempt: u32) -> String {
     let [a, b, c] = random_bytes();
     let pick = |words: &'static [&'static str; 48], byte: u8| words[usize::from(byte) % words.len()];
     let (adjective, noun) = (pick(&ADJECTIVES, a), pick(&NOUNS, b));
@@ -45,7 +45,7 @@ pub fn random(attempt: u32) -> String {
 
 /// A new container's or exec's id: 64 hexadecimal digits. One whose first 12 digits are a number is not taken,
 /// since it would be a bad host name.
-pub fn new_id() -> String {
+pub(crate) fn new_id() -> String {
     loop {
         let bytes: [u8; 32] = random_bytes();
         let id = hex::encode(bytes);

@@ -75,11 +75,6 @@ impl Registry {
         self.read(|inner| inner.by_id.values().cloned().collect())
     }
 
-    /// The one of this full id.
-    pub(crate) fn by_id(&self, id: &str) -> Option<Arc<Container>> {
-        self.read(|inner| inner.by_id.get(id).cloned())
-    }
-
     /// The container that a user means: a full id, a name with or without `/`, or the beginning of one id.
     pub(crate) fn find(&self, name: &str) -> Result<Arc<Container>> {
         self.read(|inner| {
