@@ -1,5 +1,5 @@
 //! `/images`.
 
-use crate::api::router::{Route, routes};
+use crate::api::router::{Route, table};
 
-pub(super) const ROUTES: &[Route] = routes! {};
+pub(super) const ROUTES: &[Route] = table! {};
