@@ -21,7 +21,7 @@ mod error;
 pub mod manifest;
 mod session;
 #[cfg(test)]
-pub mod testing;
+pub(crate) mod testing;
 mod tls;
 
 use std::path::PathBuf;
