@@ -57,6 +57,7 @@ pub use reference::Reference;
 pub use registry::{Credentials, RegistrySettings};
 pub use remove::RemoveOptions;
 pub use store::{ContainerUse, Containers, Pin};
+pub(crate) use view::until;
 pub use view::{LIST_FILTERS, ListOptions, PRUNE_FILTERS, STORAGE_DRIVER};
 
 use crate::{

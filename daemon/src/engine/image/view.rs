@@ -200,7 +200,7 @@ pub(super) fn for_platform<'a>(
 ///
 /// # Errors
 /// It is neither, or there are several.
-pub(super) fn until(filters: &Filters) -> Result<Option<Timestamp>> {
+pub(crate) fn until(filters: &Filters) -> Result<Option<Timestamp>> {
     let mut values = filters.get("until");
     let Some(text) = values.next() else { return Ok(None) };
     if values.next().is_some() {
