@@ -1,0 +1,5 @@
+//! `/images`.
+
+use crate::api::router::{Route, routes};
+
+pub(super) const ROUTES: &[Route] = routes! {};
