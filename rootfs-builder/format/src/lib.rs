@@ -24,7 +24,19 @@ pub const XATTR: &str = "user.bulkhead.meta";
 /// The longest encoded [`Meta`]: what fits, with ext4's own overhead, into one 4 KiB attribute block.
 pub const MAX_ENCODED: usize = 3840;
 
+/// Overlayfs's own extended attributes.
+pub const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
+
+/// The attribute that makes a directory opaque when its value is `y`.
+pub const OPAQUE: &[u8] = b"trusted.overlay.opaque";
+
 const VERSION: u8 = 1;
+
+const S_IFMT: u32 = 0o170_000;
+const S_IFCHR: u32 = 0o020_000;
+
+/// An extended attribute: its name, namespace included, and its value.
+pub type Xattr = (Vec<u8>, Vec<u8>);
 
 /// A file as the guest sees it; size and modification time are the backing file's own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +51,7 @@ pub struct Meta {
     /// Linux's "new" 32-bit encoding; else 0.
     pub rdev: u32,
     /// Extended attributes, names with their namespace (`security.capability`), in the layer's order.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub xattrs: Vec<Xattr>,
 }
 
 /// Why a [`Meta`] could not be encoded or decoded.
@@ -54,6 +66,24 @@ pub enum FormatError {
 }
 
 impl Meta {
+    /// The metadata of an overlay whiteout: a character device 0:0.
+    #[must_use]
+    pub const fn whiteout() -> Self {
+        Self { mode: S_IFCHR, uid: 0, gid: 0, rdev: 0, xattrs: Vec::new() }
+    }
+
+    /// Whether this is an overlay whiteout.
+    #[must_use]
+    pub const fn is_whiteout(&self) -> bool {
+        self.mode & S_IFMT == S_IFCHR && self.rdev == 0
+    }
+
+    /// Whether this is an opaque directory.
+    #[must_use]
+    pub fn is_opaque(&self) -> bool {
+        self.xattrs.iter().any(|(name, value)| name == OPAQUE && value == b"y")
+    }
+
     /// As bytes: version, mode, uid, gid, rdev, then each attribute's name and value with their lengths, all
     /// numbers little-endian.
     ///
