@@ -288,8 +288,7 @@ async fn start(
 type Begun = (oneshot::Receiver<Exit>, JoinSet<()>, JoinSet<()>);
 
 async fn begin(exec: &Arc<Exec>, workload: &Arc<Workload>, stdio: Stdio) -> Result<Begun, (i32, Error)> {
-    let not_running =
-        || (137, Error::conflict(format!("container {} is not running", exec.container)));
+    let not_running = || (137, Error::conflict(format!("container {} is not running", exec.container)));
     let exit = workload.expect_exec(&exec.id).ok_or_else(not_running)?;
     let process = exec.process_id();
     let call = Call::Exec { process: process.clone(), spec: Box::new(exec.process.clone()), stdio };
@@ -379,7 +378,9 @@ pub(crate) fn take_over(workload: &Arc<Workload>, container: &str, execs: Vec<(S
             if let Some(exit) = exit {
                 let hub = Arc::new(Hub::new(Kind { terminal: false, stdin: false, stdin_once: false }));
                 let mut outputs = JoinSet::new();
-                for (kind, stream) in [(StreamKind::Stdout, Stream::Stdout), (StreamKind::Stderr, Stream::Stderr)] {
+                for (kind, stream) in
+                    [(StreamKind::Stdout, Stream::Stdout), (StreamKind::Stderr, Stream::Stderr)]
+                {
                     // It may not have this stream.
                     if let Ok(output) = workload.sandbox.output(process.clone(), kind, 0).await {
                         outputs.spawn(pump::output(output, stream, 0, None, Arc::clone(&hub)));
@@ -428,7 +429,7 @@ mod tests {
         let (one_id, two_id) = (one.id.clone(), two.id.clone());
         execs.insert(one).unwrap();
         execs.insert(two).unwrap();
-        assert_eq!(execs.running_in("c1"), [one_id.clone()]);
+        assert_eq!(execs.running_in("c1"), std::slice::from_ref(&one_id));
         assert!(execs.running_in("c2").is_empty());
         execs.forget("c1");
         assert_eq!(execs.find(&one_id).err().unwrap().message, format!("No such exec instance: {one_id}"));
@@ -438,10 +439,18 @@ mod tests {
     #[test]
     fn a_detached_exec_has_no_streams_and_a_terminal_has_one_output() {
         let mut exec = exec("c", State::Created);
-        exec.request =
-            CreateRequest { tty: true, attach_stdin: true, attach_stdout: true, attach_stderr: true, ..exec.request };
+        exec.request = CreateRequest {
+            tty: true,
+            attach_stdin: true,
+            attach_stdout: true,
+            attach_stderr: true,
+            ..exec.request
+        };
         let attached = stdio(&exec, false, Some([24, 80]));
-        assert_eq!((attached.stdin, attached.stdout, attached.stderr, attached.size), (true, true, false, Some((24, 80))));
+        assert_eq!(
+            (attached.stdin, attached.stdout, attached.stderr, attached.size),
+            (true, true, false, Some((24, 80)))
+        );
         let detached = stdio(&exec, true, None);
         assert_eq!((detached.stdin, detached.stdout, detached.stderr), (false, false, false));
     }

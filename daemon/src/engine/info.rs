@@ -10,10 +10,8 @@ use super::{
     logs, spec,
 };
 use crate::{
-    api::types::{
-        system::{
-            Commit, DiskUsage, DiskUsageKinds, IndexInfo, Info, Plugins, RegistryConfig, Runtime, Swarm,
-        },
+    api::types::system::{
+        Commit, DiskUsage, DiskUsageKinds, IndexInfo, Info, Plugins, RegistryConfig, Runtime, Swarm,
     },
     engine::{Result, image::STORAGE_DRIVER},
 };
@@ -144,6 +142,6 @@ fn operating_system() -> String {
 
 fn memory_total() -> i64 {
     let info = rustix::system::sysinfo();
-    let bytes = u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit));
+    let bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }

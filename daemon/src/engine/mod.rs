@@ -171,7 +171,8 @@ impl Shared {
     /// Bytes that a container's disk takes on the host beyond the empty template's.
     pub(crate) async fn disk_usage(&self, id: &str) -> u64 {
         let (disk, template) = (self.layout().container_disk(id), self.layout().disk_template());
-        let allocated = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512);
+        let allocated =
+            |path: &std::path::Path| std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512);
         tokio::task::spawn_blocking(move || allocated(&disk).saturating_sub(allocated(&template)))
             .await
             .unwrap_or_default()

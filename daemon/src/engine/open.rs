@@ -134,7 +134,10 @@ fn containers_in_use(shared: &Weak<Shared>) -> Vec<ContainerUse> {
                 id: record.id.clone(),
                 image: record.image,
                 layers: record.layers.clone(),
-                running: matches!(record.life.state, State::Running(_) | State::Restarting(_) | State::Starting(_)),
+                running: matches!(
+                    record.life.state,
+                    State::Running(_) | State::Restarting(_) | State::Starting(_)
+                ),
             }
         })
         .collect()

@@ -57,7 +57,10 @@ pub(crate) fn load(layout: &Layout) -> io::Result<Vec<Record>> {
             Ok(record) if record.id == id => records.push(record),
             Ok(_) => set_aside(&parent, id, "the record is another container's"),
             Err(RecordError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
-                tracing::info!(container = id, "what is left of a half-made or half-removed container is removed");
+                tracing::info!(
+                    container = id,
+                    "what is left of a half-made or half-removed container is removed"
+                );
                 if let Err(error) = fs::remove_dir_all(entry.path()) {
                     tracing::error!(container = id, %error, "it could not be removed");
                 }
@@ -89,8 +92,7 @@ mod tests {
     #[test]
     fn good_records_are_loaded_damaged_ones_set_aside_and_halves_removed() {
         let base = tempfile::tempdir().unwrap();
-        let layout =
-            Layout { data_root: base.path().to_owned(), exec_root: base.path().join("exec") };
+        let layout = Layout { data_root: base.path().to_owned(), exec_root: base.path().join("exec") };
         assert_eq!(load(&layout).unwrap(), []);
         let ids: Vec<String> = ["a1", "b2", "c3", "d4"].iter().map(|part| part.repeat(32)).collect();
         for id in &ids {

@@ -98,9 +98,7 @@ pub(crate) struct Agent {
 
 impl Agent {
     /// Waits for the agent of this sandbox to connect and say Hello.
-    pub(super) async fn connect(
-        dir: &SandboxDir,
-    ) -> Result<(Self, mpsc::Receiver<Event>), ConnectError> {
+    pub(super) async fn connect(dir: &SandboxDir) -> Result<(Self, mpsc::Receiver<Event>), ConnectError> {
         Self::over(vsock::listen(dir, CONTROL_PORT).await?).await
     }
 

@@ -109,7 +109,7 @@ pub enum BootError {
     Call(#[from] CallError),
     /// The VMM ended.
     #[error("the microVM did not come up: {0}")]
-    Died(Death),
+    Died(Box<Death>),
     /// The agent was not heard of in time; the console's last line.
     #[error("the guest did not come up in time; its console's last line: {0:?}")]
     Silent(String),

@@ -86,12 +86,12 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
     };
     let (agent, events) = tokio::select! {
         biased;
-        status = process.ended() => return Err(BootError::Died(Death::read(&dir, status))),
+        status = process.ended() => return Err(BootError::Died(Box::new(Death::read(&dir, status)))),
         ready = tokio::time::timeout(HELLO_WITHIN, ready) => match ready {
             Ok(Ok(ready)) => ready,
             // A VMM that dies takes its sockets along: its own words tell more than theirs.
             Ok(Err(error)) => return Err(match settled(&process).await {
-                Some(status) => BootError::Died(Death::read(&dir, status)),
+                Some(status) => BootError::Died(Box::new(Death::read(&dir, status))),
                 None => error,
             }),
             Err(_) => return Err(BootError::Silent(console(&control, &dir).await)),
@@ -127,8 +127,7 @@ async fn attach(
     control.call(dir, &request, Some(disk.as_fd())).await?;
     for (name, path) in layers {
         let layer = open("the layer", path)?;
-        let request =
-            Request::AttachShare { tag: TAG.into(), name: name.clone(), kind: ShareKind::Layer };
+        let request = Request::AttachShare { tag: TAG.into(), name: name.clone(), kind: ShareKind::Layer };
         control.call(dir, &request, Some(layer.as_fd())).await?;
     }
     Ok(())

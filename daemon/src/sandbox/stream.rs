@@ -2,9 +2,7 @@
 
 use std::io;
 
-use bulkhead_agent_api::{
-    MAX_FRAME, OUTPUT_WINDOW, STREAM_PORT, StreamOpen, StreamReady, frame,
-};
+use bulkhead_agent_api::{MAX_FRAME, OUTPUT_WINDOW, STREAM_PORT, StreamOpen, StreamReady, frame};
 use bytes::{Bytes, BytesMut};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

@@ -104,7 +104,11 @@ impl Actor {
         let State::Running(running) = self.record.life.state.clone() else { return };
         match start::adopt(&self.shared, &self.record, &running, &self.hub).await {
             Found::Alive(workload, watch) => {
-                tracing::info!(container = self.record.id, pid = workload.sandbox.pid(), "a container is taken over");
+                tracing::info!(
+                    container = self.record.id,
+                    pid = workload.sandbox.pid(),
+                    "a container is taken over"
+                );
                 self.watch(workload, watch);
                 self.publish();
             }
@@ -252,7 +256,9 @@ impl Actor {
     async fn rename(&mut self, name: String) -> Result<()> {
         let mut next = self.record.clone();
         let old = std::mem::replace(&mut next.name, name);
-        self.save(&next).await.map_err(|error| Error::internal(format!("the new name was not saved: {error}")))?;
+        self.save(&next)
+            .await
+            .map_err(|error| Error::internal(format!("the new name was not saved: {error}")))?;
         self.record = next;
         self.publish();
         self.shared.registry.release(&old, &self.record.id);
@@ -278,10 +284,12 @@ impl Actor {
 
     fn outcome(&self) -> WaitResponse {
         let status_code = match &self.record.life.state {
-            State::Resting(rest) | State::Removing(rest) | State::Dead(rest) | State::Starting(rest) => match rest {
-                Rest::Created(failure) => failure.as_ref().map_or(0, |failure| failure.code),
-                Rest::Exited(ended) => ended.code,
-            },
+            State::Resting(rest) | State::Removing(rest) | State::Dead(rest) | State::Starting(rest) => {
+                match rest {
+                    Rest::Created(failure) => failure.as_ref().map_or(0, |failure| failure.code),
+                    Rest::Exited(ended) => ended.code,
+                }
+            }
             State::Restarting(ended) => ended.code,
             State::Running(_) => 0,
         };
@@ -312,7 +320,8 @@ impl Actor {
             // What is not on disk would be lost by a restart of the daemon: rather not begun.
             self.record = before;
             self.end(workload.sandbox.clone(), false);
-            let failure = Failure { code: 128, error: format!("the container's state was not saved: {error}") };
+            let failure =
+                Failure { code: 128, error: format!("the container's state was not saved: {error}") };
             return self.start_failed(failure).await;
         }
         self.watch(workload, watch);
@@ -363,7 +372,7 @@ impl Actor {
             tracing::error!(container = self.record.id, %error, "a container's state was not saved");
         }
         for effect in effects {
-            self.run_effect(effect);
+            self.run_effect(&effect);
         }
         self.publish();
         if was_under_way && matches!(self.record.life.state, State::Resting(_)) {
@@ -376,8 +385,8 @@ impl Actor {
         Ok(())
     }
 
-    fn run_effect(&mut self, effect: Effect) {
-        match effect {
+    fn run_effect(&mut self, effect: &Effect) {
+        match *effect {
             Effect::Boot => self.boot(),
             Effect::AbortBoot => {
                 if let Some(boot) = self.boot.take() {
@@ -385,7 +394,8 @@ impl Actor {
                 }
                 self.turn += 1;
                 self.hub.end_run();
-                let error = Error::conflict("the start was given up, since the container was stopped or removed");
+                let error =
+                    Error::conflict("the start was given up, since the container was stopped or removed");
                 for reply in self.starters.drain(..).chain(self.restarters.drain(..)) {
                     answer(reply, Err(error.clone()));
                 }
@@ -470,13 +480,17 @@ impl Actor {
 
     fn delete(&mut self) {
         let before = self.ending.take();
-        let (layout, id, reporter) = (self.shared.layout().clone(), self.record.id.clone(), self.reporter.clone());
+        let (layout, id, reporter) =
+            (self.shared.layout().clone(), self.record.id.clone(), self.reporter.clone());
         tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
             }
-            let deleted = tokio::task::spawn_blocking(move || crate::engine::store::delete(&layout, &id)).await;
-            let _ = reporter.send(Report::Deleted(deleted.unwrap_or_else(|e| Err(std::io::Error::other(e))))).await;
+            let deleted =
+                tokio::task::spawn_blocking(move || crate::engine::store::delete(&layout, &id)).await;
+            let _ = reporter
+                .send(Report::Deleted(deleted.unwrap_or_else(|e| Err(std::io::Error::other(e)))))
+                .await;
         });
     }
 
@@ -558,11 +572,14 @@ impl Actor {
 
     async fn save(&self, record: &Record) -> std::io::Result<()> {
         let (record, path) = (record.clone(), self.shared.layout().container_record(&record.id));
-        tokio::task::spawn_blocking(move || record.write(&path)).await.unwrap_or_else(|e| Err(std::io::Error::other(e)))
+        tokio::task::spawn_blocking(move || record.write(&path))
+            .await
+            .unwrap_or_else(|e| Err(std::io::Error::other(e)))
     }
 
     fn publish(&self) {
-        self.view.send_replace(View { record: Arc::new(self.record.clone()), workload: self.workload.clone() });
+        self.view
+            .send_replace(View { record: Arc::new(self.record.clone()), workload: self.workload.clone() });
     }
 
     fn tell<const N: usize>(&self, action: &str, attributes: [(String, String); N]) {

@@ -61,7 +61,9 @@ pub(super) async fn create(
 
 /// `--storage-opt size=`, in bytes rounded up to whole blocks.
 fn disk_size(host: &crate::api::types::container::HostConfig) -> Result<Option<u64>> {
-    let Some(text) = host.storage_opt.as_ref().and_then(|options| options.get("size")) else { return Ok(None) };
+    let Some(text) = host.storage_opt.as_ref().and_then(|options| options.get("size")) else {
+        return Ok(None);
+    };
     let size = parse_size(text)
         .and_then(|size| size.checked_next_multiple_of(disk::BLOCK))
         .filter(|size| (disk::MIN_SIZE..=disk::MAX_SIZE).contains(size));
@@ -99,7 +101,9 @@ async fn lay_down(shared: &Arc<Shared>, record: &Record, size: Option<u64>) -> R
         made
     });
     let made = made.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-    made.map_err(|error| Error::internal(format!("failed to create the container's layer: {}", host_words(&error))))
+    made.map_err(|error| {
+        Error::internal(format!("failed to create the container's layer: {}", host_words(&error)))
+    })
 }
 
 fn make_disk(template: &Path, disk_path: &Path, size: Option<u64>) -> io::Result<()> {

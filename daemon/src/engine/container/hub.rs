@@ -122,9 +122,8 @@ impl Hub {
             Stream::Stderr => client.stderr,
             Stream::Stdin => false,
         };
-        let clients: Vec<_> = self.with(|inner| {
-            inner.clients.iter().filter(wants).map(|c| (c.number, c.sender.clone())).collect()
-        });
+        let clients: Vec<_> = self
+            .with(|inner| inner.clients.iter().filter(wants).map(|c| (c.number, c.sender.clone())).collect());
         for (number, sender) in clients {
             let output = Output { stream, bytes: bytes.clone() };
             let sent = tokio::select! {

@@ -202,8 +202,13 @@ mod tests {
 
     #[test]
     fn booleans_follow_from_the_state() {
-        let running =
-            Running { sandbox: "s".into(), pid: 42, log_start: 0, started_at: Timestamp::UNIX_EPOCH, then: None };
+        let running = Running {
+            sandbox: "s".into(),
+            pid: 42,
+            log_start: 0,
+            started_at: Timestamp::UNIX_EPOCH,
+            then: None,
+        };
         let failure = Failure { code: 127, error: "no".into() };
         for (state, status, [running, restarting, dead], code, pid) in [
             (State::Resting(Rest::Created(None)), "created", [false; 3], 0, 0),
@@ -217,7 +222,11 @@ mod tests {
         ] {
             let inspect = inspect(&view(state), String::new(), vec![]).state;
             assert_eq!(inspect.status, status);
-            assert_eq!([inspect.running, inspect.restarting, inspect.dead], [running, restarting, dead], "{status}");
+            assert_eq!(
+                [inspect.running, inspect.restarting, inspect.dead],
+                [running, restarting, dead],
+                "{status}"
+            );
             assert_eq!((inspect.exit_code, inspect.pid), (code, pid), "{status}");
         }
     }

@@ -22,8 +22,21 @@ use crate::{
 
 /// The keys that a list can be filtered by.
 pub const LIST_FILTERS: [&str; 15] = [
-    "ancestor", "before", "exited", "expose", "health", "id", "isolation", "is-task", "label", "name", "network",
-    "publish", "since", "status", "volume",
+    "ancestor",
+    "before",
+    "exited",
+    "expose",
+    "health",
+    "id",
+    "isolation",
+    "is-task",
+    "label",
+    "name",
+    "network",
+    "publish",
+    "since",
+    "status",
+    "volume",
 ];
 
 /// What to list.
@@ -42,7 +55,8 @@ pub struct ListOptions {
 /// The views of the containers that `options` select, the latest first.
 pub(super) fn select(registry: &Registry, images: &ImageStore, options: &ListOptions) -> Result<Vec<View>> {
     let criteria = Criteria::new(registry, images, &options.filters)?;
-    let mut views: Vec<View> = registry.all().iter().map(|container: &Arc<Container>| container.view()).collect();
+    let mut views: Vec<View> =
+        registry.all().iter().map(|container: &Arc<Container>| container.view()).collect();
     views.sort_by(|a, b| key(&b.record).cmp(&key(&a.record)));
     let limit = options.limit.filter(|&limit| limit > 0);
     let all = options.all || limit.is_some() || options.filters.contains("status");
@@ -71,7 +85,8 @@ struct Criteria<'a> {
 
 impl<'a> Criteria<'a> {
     fn new(registry: &Registry, images: &ImageStore, filters: &'a Filters) -> Result<Self> {
-        let invalid = |key: &str, value: &str| FilterError::InvalidValue { key: key.into(), value: value.into() };
+        let invalid =
+            |key: &str, value: &str| FilterError::InvalidValue { key: key.into(), value: value.into() };
         const STATUSES: [&str; 7] =
             ["created", "restarting", "running", "removing", "paused", "exited", "dead"];
         if let Some(value) = filters.get("status").find(|value| !STATUSES.contains(value)) {
@@ -110,7 +125,8 @@ impl<'a> Criteria<'a> {
     fn includes(&self, record: &Record) -> bool {
         let (filters, life) = (self.filters, &record.life);
         let (created, id) = key(record);
-        let is_name = |regex: &Regex| regex.is_match(&record.name) || regex.is_match(&format!("/{}", record.name));
+        let is_name =
+            |regex: &Regex| regex.is_match(&record.name) || regex.is_match(&format!("/{}", record.name));
         let labels = record.config.labels.clone().unwrap_or_default();
         filters.prefix("id", &record.id)
             && (self.names.is_empty() || self.names.iter().any(is_name))
@@ -200,9 +216,14 @@ mod tests {
         let empty = crate::api::types::Empty {};
         record.config.exposed_ports =
             Some([("80/tcp".to_owned(), empty), ("53/udp".to_owned(), empty)].into());
-        for (wanted, found) in
-            [("80", true), ("80/tcp", true), ("80/udp", false), ("50-60/udp", true), ("81-90", false), ("x", false)]
-        {
+        for (wanted, found) in [
+            ("80", true),
+            ("80/tcp", true),
+            ("80/udp", false),
+            ("50-60/udp", true),
+            ("81-90", false),
+            ("x", false),
+        ] {
             assert_eq!(exposes(&record, wanted), found, "{wanted}");
         }
     }

@@ -112,9 +112,9 @@ impl View {
         let id = &self.record.id;
         match (&self.record.life.state, &self.workload) {
             (State::Running(_), Some(workload)) => Ok(workload),
-            (State::Restarting(_), _) => {
-                Err(Error::conflict(format!("Container {id} is restarting, wait until the container is running")))
-            }
+            (State::Restarting(_), _) => Err(Error::conflict(format!(
+                "Container {id} is restarting, wait until the container is running"
+            ))),
             _ => Err(Error::conflict(format!("container {id} is not running"))),
         }
     }

@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 
 use super::{
-    Command, Container, Grace, ListOptions, Stop, create, inspect, list, names, prune, signal, state::State, top,
+    Command, Container, Grace, ListOptions, Stop, create, inspect, list, names, prune, signal, state::State,
+    top,
 };
 use crate::{
     api::types::{self, Filters, container::WaitResponse},
@@ -46,7 +47,12 @@ impl Engine {
     ///
     /// # Errors
     /// `NotModified` if it does not run; an unknown signal.
-    pub async fn container_stop(&self, name: Name<'_>, signal: Option<&str>, timeout: Option<i64>) -> Result<()> {
+    pub async fn container_stop(
+        &self,
+        name: Name<'_>,
+        signal: Option<&str>,
+        timeout: Option<i64>,
+    ) -> Result<()> {
         let container = self.container(name)?;
         let stop = stop(signal, timeout)?;
         container.ask(|reply| Command::Stop(stop, reply)).await?
@@ -105,7 +111,8 @@ impl Engine {
             return Err(Error::invalid("Renaming a container with the same name as its current name"));
         }
         let reserved = self.shared.registry.reserve(new, container.id())?;
-        let renamed = container.ask(|reply| Command::Rename(reserved.clone(), reply)).await.and_then(|done| done);
+        let renamed =
+            container.ask(|reply| Command::Rename(reserved.clone(), reply)).await.and_then(|done| done);
         if renamed.is_err() {
             self.shared.registry.release(&reserved, container.id());
         }

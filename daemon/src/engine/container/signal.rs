@@ -58,8 +58,12 @@ pub(crate) fn parse(text: &str) -> Result<i32> {
     }
     let offset = |rest: &str| if rest.is_empty() { Some(0) } else { rest.get(1..)?.parse::<i32>().ok() };
     let number = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
-        (Some(rest), _) if rest.is_empty() || rest.starts_with('+') => offset(rest).map(|n| RTMIN.saturating_add(n)),
-        (_, Some(rest)) if rest.is_empty() || rest.starts_with('-') => offset(rest).map(|n| RTMAX.saturating_sub(n)),
+        (Some(rest), _) if rest.is_empty() || rest.starts_with('+') => {
+            offset(rest).map(|n| RTMIN.saturating_add(n))
+        }
+        (_, Some(rest)) if rest.is_empty() || rest.starts_with('-') => {
+            offset(rest).map(|n| RTMAX.saturating_sub(n))
+        }
         _ => None,
     };
     number.filter(|number| (RTMIN..=RTMAX).contains(number)).ok_or_else(unknown)

@@ -4,8 +4,8 @@
 use std::{fs::OpenOptions, sync::Arc, time::Duration};
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit, ProcessState,
-    Rootfs, Stdio, StreamKind,
+    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
+    ProcessState, Rootfs, Stdio, StreamKind,
 };
 use jiff::Timestamp;
 use tokio::{sync::mpsc, task::JoinSet};
@@ -48,8 +48,10 @@ pub(crate) async fn start(
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
     let internal = |error: Error| Failure { code: 128, error: error.message };
-    let (log, log_start) = Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id))
-        .map_err(|error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") })?;
+    let (log, log_start) =
+        Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
+            |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
+        )?;
     let create = create_call(shared, record).map_err(internal)?;
     let spec = sandbox_spec(shared, record).map_err(internal)?;
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;

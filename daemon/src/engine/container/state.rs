@@ -428,7 +428,9 @@ impl Lifecycle {
                 self.state = State::Removing(rest.clone());
                 vec![Effect::Delete]
             }
-            State::Resting(rest @ Rest::Exited(_)) if rules.policy.starts_with_daemon(self.manually_stopped) => {
+            State::Resting(rest @ Rest::Exited(_))
+                if rules.policy.starts_with_daemon(self.manually_stopped) =>
+            {
                 self.state = State::Starting(rest.clone());
                 vec![Effect::Boot]
             }

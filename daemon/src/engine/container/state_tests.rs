@@ -179,7 +179,7 @@ proptest! {
             let ends = effects.iter().filter(|effect| matches!(effect, Effect::Ended(_))).count();
             prop_assert_eq!(ends, usize::from(was_running && was_exit));
             // A sandbox that ran is ended exactly once, and one that never ran not at all.
-            prop_assert_eq!(has(&Effect::ShutDown) as usize + has(&Effect::Destroy) as usize, ends);
+            prop_assert_eq!(usize::from(has(&Effect::ShutDown)) + usize::from(has(&Effect::Destroy)), ends);
             let leaves_boot = was_starting && !is_starting && !matches!(next.state, State::Running(_));
             prop_assert!(!has(&Effect::AbortBoot) || leaves_boot);
             if let Some(Effect::BackOff(delay)) = effects.last() {

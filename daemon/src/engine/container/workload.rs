@@ -96,7 +96,9 @@ impl Workload {
         let call = self.sandbox.call(Call::Signal { process: self.init(), signal });
         match tokio::time::timeout(SIGNAL_WITHIN, call).await {
             Ok(Ok(_)) | Ok(Err(CallError::Gone)) => Ok(()),
-            Ok(Err(CallError::Agent(error))) if error.kind == bulkhead_agent_api::ErrorKind::NotFound => Ok(()),
+            Ok(Err(CallError::Agent(error))) if error.kind == bulkhead_agent_api::ErrorKind::NotFound => {
+                Ok(())
+            }
             Ok(Err(error)) => Err(Error::internal(format!("the signal was not delivered: {error}"))),
             Err(_) => Err(Error::internal("the guest does not answer")),
         }

@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn unusable_configurations_are_refused() {
         for (text, part) in [
-            ("[]", "invalid image configuration"),
+            ("3", "invalid image configuration"),
             ("{", "invalid image configuration"),
             ("{}", "invalid rootfs in image configuration"),
             (r#"{"rootfs":{"type":"layers","diff_ids":["../../etc"]}}"#, "not a diff id"),

@@ -53,7 +53,9 @@ impl std::fmt::Display for Death {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (&self.report, &self.status, &self.last_words) {
             (Some(report), ..) => write!(f, "{}", report.reason),
-            (None, Some(status), Some(words)) => write!(f, "the VMM ended without a report ({status}): {words}"),
+            (None, Some(status), Some(words)) => {
+                write!(f, "the VMM ended without a report ({status}): {words}")
+            }
             (None, Some(status), None) => write!(f, "the VMM ended without a report ({status})"),
             (None, None, Some(words)) => write!(f, "the VMM ended without a report: {words}"),
             (None, None, None) => f.write_str("the VMM ended without a report"),

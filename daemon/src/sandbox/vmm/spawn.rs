@@ -145,7 +145,7 @@ mod tests {
     const SCRIPT: &str = "#!/bin/sh
 exec 2>/dev/null
 dir=\"$(dirname \"$0\")\"
-cat <&$2 >\"$dir/config\"
+cat \"/proc/self/fd/$2\" >\"$dir/config\"
 ls /proc/$$/fd | tr '\\n' ' ' >\"$dir/fds\"
 cut -d' ' -f6 /proc/$$/stat >\"$dir/session\"; echo $$ >>\"$dir/session\"
 exit 3

@@ -67,6 +67,11 @@ impl Desc {
         Self { flags: self.flags | Self::NEXT, next, ..self }
     }
 
+    /// Whether the buffer has a byte in `range`.
+    pub(crate) fn covers(&self, range: std::ops::Range<u64>) -> bool {
+        self.address < range.end && self.address.saturating_add(u64::from(self.length)) > range.start
+    }
+
     fn raw(self) -> RawDescriptor {
         RawDescriptor::from(Descriptor::new(self.address, self.length, self.flags, self.next))
     }

@@ -21,7 +21,7 @@ mod error;
 pub mod manifest;
 mod session;
 #[cfg(test)]
-pub mod testing;
+pub(crate) mod testing;
 mod tls;
 
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ use client::Client;
 use endpoint::Insecure;
 
 /// The daemon's settings for registries.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct RegistrySettings {
     /// `registry-mirrors`: URLs, for Docker Hub.
     pub mirrors: Vec<String>,
@@ -47,6 +47,13 @@ pub struct RegistrySettings {
     pub certificates: Option<PathBuf>,
     /// How patient to be.
     pub patience: Patience,
+}
+
+impl Default for RegistrySettings {
+    fn default() -> Self {
+        let certificates = Some(PathBuf::from("/etc/docker/certs.d"));
+        Self { mirrors: Vec::new(), insecure: Vec::new(), certificates, patience: Patience::default() }
+    }
 }
 
 impl RegistrySettings {

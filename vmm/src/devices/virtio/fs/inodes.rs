@@ -231,7 +231,7 @@ mod tests {
         let a = table.found(1, root, b"a", 5, 0).unwrap();
         assert_eq!(table.found(1, root, b"b", 5, 0), Ok(a));
         assert_ne!(table.found(2, root, b"b", 5, 0), Ok(a));
-        assert_eq!(gone(&mut table, a, 1), []);
+        assert_eq!(gone(&mut table, a, 1), Vec::<u64>::new());
         assert_eq!(gone(&mut table, a, 1), [a]);
     }
 
@@ -241,8 +241,8 @@ mod tests {
         let root = table.found(1, ROOT_ID, b"", 1, DIR).unwrap();
         let a = table.found(1, root, b"a", 2, DIR).unwrap();
         let b = table.found(1, a, b"b", 3, 0).unwrap();
-        assert_eq!(gone(&mut table, root, u64::MAX), []);
-        assert_eq!(gone(&mut table, a, 9), []);
+        assert_eq!(gone(&mut table, root, u64::MAX), Vec::<u64>::new());
+        assert_eq!(gone(&mut table, a, 9), Vec::<u64>::new());
         assert_eq!(table.path(b).unwrap(), b"a/b");
         assert_eq!(gone(&mut table, b, 1), [b, a, root]);
         assert_eq!(table.len(), 0);

@@ -34,9 +34,12 @@ impl Backend for Layer {
     fn open(&self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
         open_beneath(dir, path, OFlags::RDONLY).map_err(|errno| match errno {
             // The guest's own name was wrong, or the VMM has come to a limit.
-            Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG | Errno::MFILE | Errno::NFILE | Errno::NOMEM => {
-                errno
-            }
+            Errno::NOENT
+            | Errno::NOTDIR
+            | Errno::NAMETOOLONG
+            | Errno::MFILE
+            | Errno::NFILE
+            | Errno::NOMEM => errno,
             _ => Errno::IO,
         })
     }

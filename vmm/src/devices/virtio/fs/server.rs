@@ -73,11 +73,17 @@ pub(super) struct Share {
 }
 
 impl Share {
-    pub(super) fn new(name: String, kind: ShareKind, root: Option<OwnedFd>) -> Self {
+    pub(super) fn new(name: String, kind: ShareKind, root: Option<OwnedFd>, attached: bool) -> Self {
         let backend: &'static dyn Backend = match kind {
             ShareKind::Layer => &Layer,
         };
-        Self { name, kind, root, attached: true, backend }
+        Self { name, kind, root, attached, backend }
+    }
+
+    /// What [`Server::attach`] would take to attach it again.
+    pub(super) fn into_parts(self) -> Option<(String, OwnedFd, ShareKind)> {
+        let Self { name, kind, root, attached, .. } = self;
+        root.filter(|_| attached).map(|root| (name, root, kind))
     }
 }
 
@@ -124,10 +130,10 @@ impl Server {
         if awaiting.is_none() && self.shares.len() >= MAX_SHARES {
             return Err(ShareError::TooMany);
         }
-        let share = Share::new(name.to_owned(), kind, Some(root));
-        open_in(&share, b".").and_then(|file| share.backend.stat(file.as_fd())).map_err(|errno| {
-            ShareError::Unusable { name: name.to_owned(), kind, source: errno.into() }
-        })?;
+        let share = Share::new(name.to_owned(), kind, Some(root), true);
+        open_in(&share, b".")
+            .and_then(|file| share.backend.stat(file.as_fd()))
+            .map_err(|errno| ShareError::Unusable { name: name.to_owned(), kind, source: errno.into() })?;
         self.changed = now();
         match awaiting {
             Some(id) => {
@@ -316,13 +322,7 @@ impl Server {
 
     /// For READDIRPLUS: looks up a name of an open directory. Not kept open: a listing would drive out
     /// everything else.
-    fn entry(
-        &mut self,
-        share: ShareId,
-        parent: u64,
-        dir: &OwnedFd,
-        name: &[u8],
-    ) -> Option<(EntryOut, u32)> {
+    fn entry(&mut self, share: ShareId, parent: u64, dir: &OwnedFd, name: &[u8]) -> Option<(EntryOut, u32)> {
         let attached = self.shares.get(&share).filter(|share| share.attached)?;
         let backend = attached.backend;
         let stat = backend.stat(backend.open(dir.as_fd(), name).ok()?.as_fd()).ok()?;
@@ -373,8 +373,7 @@ impl Server {
         valid: Duration,
     ) -> Result<EntryOut> {
         let kind = stat.attr.mode & S_IFMT;
-        let nodeid =
-            self.inodes.found(share, parent, name, stat.inode, kind).map_err(|_| Errno::NFILE)?;
+        let nodeid = self.inodes.found(share, parent, name, stat.inode, kind).map_err(|_| Errno::NFILE)?;
         let (seconds, nanos) = validity(valid);
         Ok(EntryOut {
             nodeid,

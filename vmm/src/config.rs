@@ -1,0 +1,290 @@
+//! The configuration: read from its file descriptor, checked whole, and every descriptor it names taken.
+//!
+//! After this nothing refers to a descriptor by its number. Each is what it has to be (a listening socket of
+//! the right kind, a writable empty file), is closed when another program is executed, and has one owner.
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io::{self, Read},
+    os::{
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::net::UnixListener,
+    },
+};
+
+use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FdNumber, FsConfig, NetConfig, VERSION, VmConfig};
+use rustix::{
+    fs::{FileType, OFlags, fcntl_getfl, fstat},
+    io::{FdFlags, fcntl_getfd, fcntl_setfd},
+    net::{AddressFamily, SocketType, sockopt},
+};
+
+/// The longest configuration in bytes.
+const MAX_SIZE: u64 = 64 * 1024;
+const MAX_NAME: usize = 64;
+const MAX_VCPUS: u8 = 64;
+const MIN_MEMORY_MIB: u32 = 32;
+/// A guest may have this much; more would reach into the addresses kept for shared windows on processors
+/// with 40 address bits.
+const MAX_MEMORY_MIB: u32 = 512 * 1024;
+const MAX_BLOCK_ID: usize = 20;
+const MAX_TAG: usize = 36;
+/// Context ids 0 to 2 have meanings of their own; all ones is "any" (virtio 1.3, 5.10.4).
+const CIDS: std::ops::Range<u64> = 3..0xffff_ffff;
+/// Below this IPv4 does not work (RFC 791).
+const MIN_MTU: u16 = 68;
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read the configuration: {0}")]
+    Read(#[source] io::Error),
+    /// It is no configuration.
+    #[error("the configuration is malformed: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// A value is outside what the contract allows.
+    #[error("{field}: {message}")]
+    Value {
+        /// The configuration's field.
+        field: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A file descriptor is not what it should be.
+    #[error("{field}: file descriptor {number} {message}")]
+    Descriptor {
+        /// The configuration's field.
+        field: &'static str,
+        /// Its number.
+        number: FdNumber,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+/// A machine's configuration, ready to build from.
+#[derive(Debug)]
+pub struct Config {
+    /// [`VmConfig::name`].
+    pub name: String,
+    /// [`VmConfig::vcpus`].
+    pub vcpus: u8,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// [`VmConfig::kernel`].
+    pub kernel: File,
+    /// [`VmConfig::initramfs`].
+    pub initramfs: Option<File>,
+    /// [`VmConfig::cmdline`].
+    pub cmdline: String,
+    /// [`VmConfig::control`].
+    pub control: OwnedFd,
+    /// [`VmConfig::console`].
+    pub console: Option<File>,
+    /// [`VmConfig::devices`].
+    pub devices: Devices,
+}
+
+/// The devices to build.
+#[derive(Debug, Default)]
+pub struct Devices {
+    /// [`DeviceConfig::block`].
+    pub block: Vec<BlockConfig>,
+    /// [`DeviceConfig::fs`].
+    pub fs: Vec<FsConfig>,
+    /// Context id and listening socket.
+    pub vsock: Option<(u64, UnixListener)>,
+    /// [`DeviceConfig::net`] with the taps that are there from the beginning.
+    pub net: Vec<(NetConfig, Option<OwnedFd>)>,
+    /// [`DeviceConfig::rng`].
+    pub rng: bool,
+}
+
+/// The file descriptors that the process was started with, each to be taken once.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    taken: BTreeSet<FdNumber>,
+}
+
+impl Inherited {
+    /// Takes a descriptor.
+    ///
+    /// # Errors
+    /// It is a standard stream, was taken before, or is not open.
+    fn take(&mut self, field: &'static str, number: FdNumber) -> Result<OwnedFd, ConfigError> {
+        let error = |message: &str| ConfigError::Descriptor { field, number, message: message.to_owned() };
+        if number <= 2 {
+            return Err(error("is a standard stream or negative"));
+        }
+        if !self.taken.insert(number) {
+            return Err(error("is named twice"));
+        }
+        // SAFETY: a number that is not open makes the call fail, and then it is not used any further.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+        let flags = fcntl_getfd(borrowed).map_err(|_| error("is not open"))?;
+        fcntl_setfd(borrowed, flags | FdFlags::CLOEXEC).map_err(|_| error("is not open"))?;
+        // SAFETY: the descriptor is open, was inherited for this use, and is taken only here and only once.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+
+    fn take_file(&mut self, field: &'static str, number: FdNumber) -> Result<File, ConfigError> {
+        let file = File::from(self.take(field, number)?);
+        match fstat(&file).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+            Ok(FileType::RegularFile) => Ok(file),
+            _ => Err(descriptor_error(field, number, "is not a regular file")),
+        }
+    }
+
+    fn take_listener(
+        &mut self,
+        field: &'static str,
+        number: FdNumber,
+        kind: SocketType,
+    ) -> Result<OwnedFd, ConfigError> {
+        let socket = self.take(field, number)?;
+        let fits = sockopt::socket_domain(&socket).is_ok_and(|domain| domain == AddressFamily::UNIX)
+            && sockopt::socket_type(&socket).is_ok_and(|found| found == kind)
+            && sockopt::socket_acceptconn(&socket).unwrap_or(false);
+        if fits {
+            Ok(socket)
+        } else {
+            Err(descriptor_error(field, number, "is not a listening Unix socket of the right type"))
+        }
+    }
+}
+
+fn descriptor_error(field: &'static str, number: FdNumber, message: &str) -> ConfigError {
+    ConfigError::Descriptor { field, number, message: message.to_owned() }
+}
+
+fn value_error(field: &'static str, message: impl Into<String>) -> ConfigError {
+    ConfigError::Value { field, message: message.into() }
+}
+
+/// Reads the configuration from descriptor `number`.
+///
+/// # Errors
+/// It cannot be read, is too long, malformed, or of another version.
+pub fn read(number: FdNumber, inherited: &mut Inherited) -> Result<VmConfig, ConfigError> {
+    let file = File::from(inherited.take("config", number)?);
+    let mut text = Vec::new();
+    file.take(MAX_SIZE + 1).read_to_end(&mut text).map_err(ConfigError::Read)?;
+    if text.len() as u64 > MAX_SIZE {
+        return Err(value_error("config", format!("longer than {MAX_SIZE} bytes")));
+    }
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// Takes the file for the report. First of all, so that whatever else is wrong can be written to it.
+///
+/// # Errors
+/// It is not a writable, empty, regular file.
+pub fn take_report(config: &VmConfig, inherited: &mut Inherited) -> Result<File, ConfigError> {
+    let (field, number) = ("report", config.report);
+    let file = inherited.take_file(field, number)?;
+    if !writable(file.as_fd()) {
+        return Err(descriptor_error(field, number, "is not writable"));
+    }
+    if file.metadata().map_or(u64::MAX, |metadata| metadata.len()) != 0 {
+        return Err(descriptor_error(field, number, "is not empty"));
+    }
+    Ok(file)
+}
+
+/// Checks the rest of the configuration and takes its descriptors.
+///
+/// # Errors
+/// The first thing that is not as the contract says.
+pub fn check(config: VmConfig, inherited: &mut Inherited) -> Result<Config, ConfigError> {
+    if config.version != VERSION {
+        return Err(value_error("version", format!("{}, this is {VERSION}", config.version)));
+    }
+    if config.name.is_empty() || config.name.len() > MAX_NAME {
+        return Err(value_error("name", format!("not 1 to {MAX_NAME} bytes")));
+    }
+    if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+        return Err(value_error("vcpus", format!("{} is not 1 to {MAX_VCPUS}", config.vcpus)));
+    }
+    if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&config.memory_mib) {
+        let message = format!("{} is not {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", config.memory_mib);
+        return Err(value_error("memory_mib", message));
+    }
+    let initramfs = config.initramfs.map(|number| inherited.take_file("initramfs", number)).transpose()?;
+    let console = config.console.map(|number| take_console(number, inherited)).transpose()?;
+    Ok(Config {
+        name: config.name,
+        vcpus: config.vcpus,
+        memory: u64::from(config.memory_mib) << 20,
+        kernel: inherited.take_file("kernel", config.kernel)?,
+        initramfs,
+        cmdline: config.cmdline,
+        control: inherited.take_listener("control", config.control, SocketType::SEQPACKET)?,
+        console,
+        devices: check_devices(config.devices, inherited)?,
+    })
+}
+
+fn take_console(number: FdNumber, inherited: &mut Inherited) -> Result<File, ConfigError> {
+    let file = File::from(inherited.take("console", number)?);
+    let kind = fstat(&file).map(|stat| FileType::from_raw_mode(stat.st_mode));
+    if !matches!(kind, Ok(FileType::RegularFile | FileType::Fifo)) || !writable(file.as_fd()) {
+        return Err(descriptor_error("console", number, "is not a writable file or pipe"));
+    }
+    Ok(file)
+}
+
+fn writable(fd: BorrowedFd<'_>) -> bool {
+    fcntl_getfl(fd).is_ok_and(|flags| flags.intersects(OFlags::WRONLY | OFlags::RDWR))
+}
+
+fn check_devices(config: DeviceConfig, inherited: &mut Inherited) -> Result<Devices, ConfigError> {
+    check_names("block", config.block.iter().map(|block| block.id.as_str()), MAX_BLOCK_ID)?;
+    check_names("fs", config.fs.iter().map(|fs| fs.tag.as_str()), MAX_TAG)?;
+    check_names("net", config.net.iter().map(|net| net.id.as_str()), MAX_NAME)?;
+    let vsock = match config.vsock {
+        Some(vsock) if !CIDS.contains(&vsock.cid) => {
+            return Err(value_error("vsock", format!("context id {} is reserved", vsock.cid)));
+        }
+        Some(vsock) => {
+            let socket = inherited.take_listener("vsock", vsock.listener, SocketType::STREAM)?;
+            Some((vsock.cid, UnixListener::from(socket)))
+        }
+        None => None,
+    };
+    let mut net = Vec::new();
+    for slot in config.net {
+        if slot.mac.first().is_none_or(|first| first & 1 != 0) || slot.mac == [0; 6] {
+            return Err(value_error("net", format!("{}: not a unicast MAC address", slot.id)));
+        }
+        if slot.mtu < MIN_MTU {
+            return Err(value_error("net", format!("{}: MTU {} below {MIN_MTU}", slot.id, slot.mtu)));
+        }
+        let tap = slot.tap.map(|number| inherited.take("net", number)).transpose()?;
+        net.push((slot, tap));
+    }
+    Ok(Devices { block: config.block, fs: config.fs, vsock, net, rng: config.rng })
+}
+
+/// Names address devices in requests: each is there once and has 1 to `limit` bytes.
+fn check_names<'a>(
+    field: &'static str,
+    names: impl Iterator<Item = &'a str>,
+    limit: usize,
+) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for name in names {
+        if name.is_empty() || name.len() > limit {
+            return Err(value_error(field, format!("{name:?} is not 1 to {limit} bytes")));
+        }
+        if !seen.insert(name) {
+            return Err(value_error(field, format!("{name:?} is there twice")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

@@ -1,0 +1,118 @@
+use std::{io::Write, os::fd::IntoRawFd};
+
+use bulkhead_vmm_api::VsockConfig;
+use rustix::net::{SocketAddrUnix, bind, listen, socket};
+
+use super::*;
+
+fn file() -> FdNumber {
+    tempfile::tempfile().unwrap().into_raw_fd()
+}
+
+fn listener(kind: SocketType) -> FdNumber {
+    let directory = tempfile::tempdir().unwrap();
+    let fd = socket(AddressFamily::UNIX, kind, None).unwrap();
+    bind(&fd, &SocketAddrUnix::new(directory.path().join("socket")).unwrap()).unwrap();
+    listen(&fd, 1).unwrap();
+    fd.into_raw_fd()
+}
+
+fn valid() -> VmConfig {
+    VmConfig {
+        version: VERSION,
+        name: "test".to_owned(),
+        vcpus: 2,
+        memory_mib: 128,
+        kernel: file(),
+        initramfs: Some(file()),
+        cmdline: "quiet".to_owned(),
+        control: listener(SocketType::SEQPACKET),
+        report: file(),
+        console: None,
+        devices: DeviceConfig {
+            block: vec![BlockConfig { id: "root".to_owned() }],
+            fs: vec![FsConfig { tag: "layers".to_owned() }],
+            vsock: Some(VsockConfig { cid: 3, listener: listener(SocketType::STREAM) }),
+            net: vec![NetConfig { id: "eth0".to_owned(), mac: [2, 0, 0, 0, 0, 1], tap: None, mtu: 1500 }],
+            rng: true,
+        },
+    }
+}
+
+/// The error that `valid` with a change leads to.
+fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
+    let mut config = valid();
+    change(&mut config);
+    let mut inherited = Inherited::default();
+    match take_report(&config, &mut inherited).and_then(|_| check(config, &mut inherited)) {
+        Ok(_) => panic!("accepted"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn a_valid_configuration_is_taken() {
+    let text = serde_json::to_vec(&valid()).unwrap();
+    let mut source = tempfile::tempfile().unwrap();
+    source.write_all(&text).unwrap();
+    std::io::Seek::rewind(&mut source).unwrap();
+    let mut inherited = Inherited::default();
+    let config = read(source.into_raw_fd(), &mut inherited).unwrap();
+    take_report(&config, &mut inherited).unwrap();
+    let config = check(config, &mut inherited).unwrap();
+    assert_eq!((config.vcpus, config.memory), (2, 128 << 20));
+    assert!(fcntl_getfd(&config.kernel).unwrap().contains(FdFlags::CLOEXEC));
+    assert_eq!(config.devices.vsock.unwrap().0, 3);
+}
+
+#[test]
+fn values_outside_the_contract_are_refused() {
+    for (field, change) in [
+        ("version", (|c| c.version = 2) as fn(&mut VmConfig)),
+        ("name", |c| c.name = "x".repeat(65)),
+        ("vcpus", |c| c.vcpus = 0),
+        ("vcpus", |c| c.vcpus = 65),
+        ("memory_mib", |c| c.memory_mib = 31),
+        ("memory_mib", |c| c.memory_mib = u32::MAX),
+        ("block", |c| c.devices.block.push(BlockConfig { id: "root".to_owned() })),
+        ("block", |c| c.devices.block[0].id = "x".repeat(21)),
+        ("fs", |c| c.devices.fs[0].tag = String::new()),
+        ("vsock", |c| c.devices.vsock.as_mut().unwrap().cid = 2),
+        ("net", |c| c.devices.net[0].mac[0] = 1),
+        ("net", |c| c.devices.net[0].mtu = 67),
+    ] {
+        let error = refused(change);
+        assert!(error.starts_with(field), "{field}: {error}");
+    }
+}
+
+#[test]
+fn descriptors_of_the_wrong_kind_are_refused() {
+    assert!(refused(|c| c.kernel = 9999).contains("9999 is not open"));
+    assert!(refused(|c| c.kernel = 1).contains("standard stream"));
+    assert!(refused(|c| c.initramfs = Some(c.kernel)).contains("named twice"));
+    assert!(refused(|c| c.kernel = listener(SocketType::STREAM)).contains("not a regular file"));
+    assert!(refused(|c| c.control = listener(SocketType::STREAM)).contains("right type"));
+    assert!(refused(|c| c.control = file()).contains("right type"));
+    assert!(refused(|c| c.console = Some(listener(SocketType::STREAM))).contains("file or pipe"));
+    assert!(
+        refused(|c| {
+            let mut full = tempfile::tempfile().unwrap();
+            full.write_all(b"x").unwrap();
+            c.report = full.into_raw_fd();
+        })
+        .contains("not empty")
+    );
+    assert!(refused(|c| c.report = File::open("/proc/self/exe").unwrap().into_raw_fd()).contains("writable"));
+}
+
+#[test]
+fn malformed_text_is_refused() {
+    for text in ["", "{}", "[1", r#"{"version":1,"surprise":true}"#] {
+        let mut source = tempfile::tempfile().unwrap();
+        source.write_all(text.as_bytes()).unwrap();
+        std::io::Seek::rewind(&mut source).unwrap();
+        let result = read(source.into_raw_fd(), &mut Inherited::default());
+        assert!(matches!(result, Err(ConfigError::Malformed(_))), "{text}");
+    }
+}

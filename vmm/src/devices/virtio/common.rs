@@ -1,0 +1,244 @@
+//! What block, entropy, network and socket devices share: taking turns with their queues, and the form in
+//! which they are saved.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use virtio_queue::{QueueState, QueueT};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{
+    device::{Activation, DeviceError, GuestMemory, Interrupt, Resources, VirtioDevice},
+    queue::{Chain, SavedQueue, complete, notify, pop, queue_error},
+};
+
+/// How many chains a device works on before it lets go of its lock. A guest that offers buffers as fast as
+/// they are used could otherwise keep everybody else out for ever.
+pub const TURN: usize = 256;
+
+/// An eventfd with which a device asks its worker for another turn.
+#[derive(Debug)]
+pub struct Wake(EventFd);
+
+impl Wake {
+    /// A wake that is not pending.
+    ///
+    /// # Errors
+    /// No eventfd could be made.
+    pub fn new() -> io::Result<Self> {
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Self)
+    }
+
+    /// Asks for another turn.
+    pub fn request(&self) {
+        // Fails only when the counter is full, and then the wake is pending anyway.
+        let _ = self.0.write(1);
+    }
+
+    /// Takes what was asked for.
+    pub fn take(&self) {
+        // Fails when nothing was asked for.
+        let _ = self.0.read();
+    }
+}
+
+impl AsRawFd for Wake {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Works on up to [`TURN`] chains of queue `index`: `each` gets a chain and says how many bytes it wrote into
+/// it. The driver is notified once at the end; where chains may be left, `wake` is requested.
+///
+/// # Errors
+/// The queue is corrupt.
+pub fn take_turn<F>(
+    activation: &mut Activation,
+    index: usize,
+    wake: &Wake,
+    mut each: F,
+) -> Result<(), DeviceError>
+where
+    F: FnMut(Chain<'_>, &GuestMemory) -> u32,
+{
+    let Activation { queues, resources: Resources { memory, interrupt }, .. } = activation;
+    let Some(queue) = queues.get_mut(index) else { return Ok(()) };
+    let mut left = TURN;
+    loop {
+        queue.disable_notification(memory).map_err(|error| queue_error(index, &error))?;
+        while left > 0
+            && let Some(chain) = pop(queue, index, memory)?
+        {
+            left -= 1;
+            let head = chain.head_index();
+            let written = each(chain, memory);
+            complete(queue, index, memory, head, written)?;
+        }
+        if left == 0 {
+            wake.request();
+            break;
+        }
+        if !queue.enable_notification(memory).map_err(|error| queue_error(index, &error))? {
+            break;
+        }
+    }
+    notify(queue, index, memory, interrupt)
+}
+
+/// Checks that the driver has set up every queue.
+///
+/// # Errors
+/// It has not.
+pub fn require_queues(activation: &Activation) -> Result<(), DeviceError> {
+    match activation.queues.iter().position(|queue| !queue.ready()) {
+        Some(queue) => Err(DeviceError::Queue { queue, message: "not set up by the driver".to_owned() }),
+        None => Ok(()),
+    }
+}
+
+/// The interrupt of an active device.
+pub fn interrupt(active: Option<&Activation>) -> Option<&Interrupt> {
+    active.map(|active| &*active.resources.interrupt)
+}
+
+/// Copies the part of a configuration space that the driver reads.
+pub fn read_config(space: &[u8], offset: u64, data: &mut [u8]) {
+    let from = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+    for (byte, value) in data.iter_mut().zip(from) {
+        *byte = *value;
+    }
+}
+
+/// A device as it is saved: what all have in common, and the state of its kind.
+#[derive(Serialize, Deserialize)]
+struct Saved<T> {
+    device: u32,
+    version: u32,
+    active: Option<SavedActivation>,
+    state: T,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedActivation {
+    features: u64,
+    queues: Vec<SavedQueue>,
+}
+
+/// Saves a device. `returned` says for each queue how many of the chains that the device has popped are to
+/// be popped again after a restore, those at the end: none where it is shorter than there are queues.
+///
+/// # Errors
+/// The state cannot be encoded.
+pub fn save<T: Serialize>(
+    device: &impl VirtioDevice,
+    version: u32,
+    active: Option<&Activation>,
+    returned: &[u16],
+    state: T,
+) -> Result<Vec<u8>, DeviceError> {
+    let active = active.map(|activation| {
+        let returned = returned.iter().copied().chain(std::iter::repeat(0));
+        let queues = activation.queues.iter().zip(returned).map(|(queue, returned)| {
+            let state = queue.state();
+            let state = QueueState { next_avail: state.next_avail.wrapping_sub(returned), ..state };
+            // A queue's own state makes a queue again, always.
+            virtio_queue::Queue::try_from(state)
+                .as_ref()
+                .map_or_else(|_| SavedQueue::from(queue), SavedQueue::from)
+        });
+        SavedActivation { features: activation.features, queues: queues.collect() }
+    });
+    let saved = Saved { device: device.device_type() as u32, version, active, state };
+    postcard::to_stdvec(&saved).map_err(|error| DeviceError::Invalid(format!("saving: {error}")))
+}
+
+/// What [`save`] of the same version saved for a device of this kind: how it was activated, if it was, and
+/// its own state.
+///
+/// # Errors
+/// The bytes are damaged, or of another device or version; or features or queues do not fit this device.
+pub fn restore<T: DeserializeOwned>(
+    device: &impl VirtioDevice,
+    version: u32,
+    bytes: &[u8],
+    resources: Resources,
+) -> Result<(Option<Activation>, T), DeviceError> {
+    let invalid = |message: String| DeviceError::Invalid(format!("saved state: {message}"));
+    // The header alone first: the rest of another version may look like anything.
+    let (id, rest) = postcard::take_from_bytes::<u32>(bytes).map_err(|error| invalid(error.to_string()))?;
+    let (found, _) = postcard::take_from_bytes::<u32>(rest).map_err(|error| invalid(error.to_string()))?;
+    if id != device.device_type() as u32 {
+        return Err(invalid(format!("of device {id}, not {}", device.device_type() as u32)));
+    }
+    if found != version {
+        return Err(invalid(format!("of version {found}, not {version}")));
+    }
+    let (saved, rest) =
+        postcard::take_from_bytes::<Saved<T>>(bytes).map_err(|error| invalid(error.to_string()))?;
+    if !rest.is_empty() {
+        return Err(invalid(format!("{} bytes too many", rest.len())));
+    }
+    let activation = match saved.active {
+        None => None,
+        Some(SavedActivation { features, queues }) => {
+            if features & !device.features() != 0 {
+                return Err(invalid(format!("features {features:#x} were never offered")));
+            }
+            let queues = SavedQueue::restore_all(&queues, device.queue_max_sizes(), &resources.memory)?;
+            let activation = Activation { features, queues, resources };
+            require_queues(&activation)?;
+            Some(activation)
+        }
+    };
+    Ok((activation, saved.state))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::{
+        super::testing::{Desc, Driver, memory},
+        *,
+    };
+
+    #[test]
+    fn a_queue_that_never_empties_ends_a_turn() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0x1000, 16);
+        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let resources = Resources { memory, interrupt };
+        let mut activation = Activation { features: 0, queues: vec![driver.queue()], resources };
+        driver.table(0, &[Desc::writable(0x8000, 1)]);
+        let wake = Wake::new().unwrap();
+        driver.offer(0);
+        let mut served = 0;
+        // The driver offers the next buffer while the device works on one.
+        let mut endless = |_: Chain<'_>, _: &GuestMemory| {
+            driver.offer(0);
+            served += 1;
+            1
+        };
+        take_turn(&mut activation, 0, &wake, &mut endless).unwrap();
+        take_turn(&mut activation, 0, &wake, &mut endless).unwrap();
+        assert_eq!(served, 2 * TURN);
+        assert_eq!(wake.0.read().unwrap(), 2, "each turn asked for another");
+
+        take_turn(&mut activation, 0, &wake, |_, _| 1).unwrap();
+        assert!(wake.0.read().is_err(), "nothing is left to do");
+    }
+
+    #[test]
+    fn no_read_leaves_configuration_space() {
+        let mut data = [9; 4];
+        read_config(&[1, 2, 3], 1, &mut data);
+        assert_eq!(data, [2, 3, 9, 9]);
+        read_config(&[1, 2, 3], 3, &mut data);
+        read_config(&[1, 2, 3], u64::MAX, &mut data);
+        assert_eq!(data, [2, 3, 9, 9]);
+    }
+}

@@ -1,0 +1,311 @@
+//! The network device (virtio 1.3, 5.1) over a tap.
+//!
+//! ```text
+//!            readv straight into rx buffers            guest memory straight to writev
+//!   tap ────────────────▶ queue 0 (rx)        queue 1 (tx) ────────────────▶ tap
+//! ```
+//!
+//! Every frame has a `virtio_net_hdr_v1` before it on both sides, so checksums and segmentation are the host
+//! kernel's work: it checks the headers that the guest writes. The tap comes when it comes; until then the
+//! link is down, and what the guest sends is dropped.
+//!
+//! The device watches the tap, edge-triggered, through an epoll of its own, since a tap can come after the
+//! worker has asked for the event sources, and since a tap with frames and a guest without buffers must not
+//! keep the worker running.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+};
+
+use bulkhead_vmm_api::NetConfig;
+use tap::{HEADER, Link, Offloads, Tap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::{
+    common::{self, Wake},
+    device::{
+        Activation, DeviceError, DeviceType, GuestMemory, Resources, VIRTIO_F_VERSION_1,
+        VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
+    },
+    iovec::IoVec,
+    queue::{Buffers, Chain},
+};
+use receive::{Layout, Receiver, Stopped};
+
+mod receive;
+mod tap;
+#[cfg(test)]
+mod tests;
+
+pub use tap::AttachError;
+
+/// Feature bits (virtio 1.3, 5.1.3).
+pub mod feature {
+    /// The device takes frames with partial checksums.
+    pub const CSUM: u64 = 1 << 0;
+    /// The driver takes frames with partial checksums.
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    /// The device tells an MTU.
+    pub const MTU: u64 = 1 << 3;
+    /// The device tells a MAC address.
+    pub const MAC: u64 = 1 << 5;
+    /// The driver takes TSOv4.
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    /// The driver takes TSOv6.
+    pub const GUEST_TSO6: u64 = 1 << 8;
+    /// The device takes TSOv4.
+    pub const HOST_TSO4: u64 = 1 << 11;
+    /// The device takes TSOv6.
+    pub const HOST_TSO6: u64 = 1 << 12;
+    /// A received frame may span several buffers.
+    pub const MRG_RXBUF: u64 = 1 << 15;
+    /// The device tells the link's state.
+    pub const STATUS: u64 = 1 << 16;
+}
+
+const RX: usize = 0;
+const TX: usize = 1;
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+const FEATURES: u64 = VIRTIO_F_VERSION_1
+    | VIRTIO_RING_F_INDIRECT_DESC
+    | VIRTIO_RING_F_EVENT_IDX
+    | feature::CSUM
+    | feature::GUEST_CSUM
+    | feature::MTU
+    | feature::MAC
+    | feature::GUEST_TSO4
+    | feature::GUEST_TSO6
+    | feature::HOST_TSO4
+    | feature::HOST_TSO6
+    | feature::MRG_RXBUF
+    | feature::STATUS;
+/// Ethernet header and one VLAN tag.
+const ETHERNET: u64 = 14 + 4;
+/// The longest frame with segmentation left to its receiver, header included.
+const LONGEST: u64 = HEADER as u64 + ETHERNET + 65_535;
+/// The least MTU that may be told (5.1.4.1).
+const MIN_MTU: u16 = 68;
+const LINK_UP: u16 = 1;
+const CONFIG_BYTES: usize = 12;
+const STATE_VERSION: u32 = 1;
+
+/// Tokens in the device's epoll.
+const TOKEN_WAKE: u64 = 0;
+const TOKEN_LINK: u64 = 1;
+
+/// The device.
+pub struct Net {
+    mac: [u8; 6],
+    mtu: u16,
+    link: Option<Box<dyn Link>>,
+    /// The link may have frames: an edge was seen, and no read has found it empty since.
+    readable: bool,
+    receiver: Receiver,
+    active: Option<Activation>,
+    epoll: Epoll,
+    wake: Wake,
+}
+
+impl Net {
+    /// A device with its link down. A tap that the configuration names is attached by the caller.
+    ///
+    /// # Errors
+    /// The MTU is less than 68, or no epoll or eventfd could be made.
+    pub fn new(config: &NetConfig) -> io::Result<Self> {
+        if config.mtu < MIN_MTU {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an MTU of less than 68"));
+        }
+        let (epoll, wake) = (Epoll::new()?, Wake::new()?);
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, TOKEN_WAKE))?;
+        Ok(Self {
+            mac: config.mac,
+            mtu: config.mtu,
+            link: None,
+            readable: false,
+            receiver: Receiver::default(),
+            active: None,
+            epoll,
+            wake,
+        })
+    }
+
+    /// Gives the slot its tap; the guest sees the link come up.
+    ///
+    /// # Errors
+    /// The slot has one, or this is not a tap opened with `IFF_NO_PI | IFF_VNET_HDR`, or the kernel refused
+    /// to set it up. The slot is as it was.
+    pub fn attach(&mut self, tap: OwnedFd) -> Result<(), AttachError> {
+        if self.link.is_some() {
+            return Err(AttachError::Occupied);
+        }
+        self.attach_link(Box::new(Tap::new(tap)?))
+    }
+
+    fn attach_link(&mut self, mut link: Box<dyn Link>) -> Result<(), AttachError> {
+        let setup = |context| move |source| AttachError::Setup { context, source };
+        if let Some(active) = &self.active {
+            link.set_offloads(offloads(active.features)).map_err(setup("TUNSETOFFLOAD"))?;
+        }
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, TOKEN_LINK);
+        let fd = link.as_fd().as_raw_fd();
+        self.epoll.ctl(ControlOperation::Add, fd, event).map_err(setup("EPOLL_CTL_ADD"))?;
+        self.link = Some(link);
+        self.readable = true;
+        self.link_changed();
+        Ok(())
+    }
+
+    /// The link may be another than the driver knows.
+    fn link_changed(&self) {
+        if let Some(interrupt) = common::interrupt(self.active.as_ref()) {
+            interrupt.config_changed();
+        }
+        self.wake.request();
+    }
+
+    /// `struct virtio_net_config` (5.1.4).
+    fn config(&self) -> [u8; CONFIG_BYTES] {
+        let mut config = [0; CONFIG_BYTES];
+        let mut put =
+            |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.mac);
+        put(6, &self.link.as_ref().map_or(0, |_| LINK_UP).to_le_bytes());
+        put(8, &1u16.to_le_bytes());
+        put(10, &self.mtu.to_le_bytes());
+        config
+    }
+
+    /// Moves frames to the guest while there are both frames and buffers.
+    fn receive(&mut self) -> Result<(), DeviceError> {
+        let (Some(active), Some(link)) = (&mut self.active, &self.link) else { return Ok(()) };
+        if !self.readable {
+            return Ok(());
+        }
+        let layout = layout(active.features, self.mtu);
+        let Activation { queues, resources: Resources { memory, interrupt }, .. } = active;
+        let Some(queue) = queues.get_mut(RX) else { return Ok(()) };
+        match self.receiver.receive(link.as_fd(), layout, (queue, RX), memory, interrupt)? {
+            Stopped::NoFrame => self.readable = false,
+            Stopped::NoBuffer => {}
+            Stopped::TurnOver => self.wake.request(),
+        }
+        Ok(())
+    }
+
+    /// Sends what the guest has offered.
+    fn transmit(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &mut self.active else { return Ok(()) };
+        let link = self.link.as_deref();
+        common::take_turn(active, TX, &self.wake, |chain, memory| {
+            if let Some(link) = link {
+                send(chain, memory, link);
+            }
+            0
+        })
+    }
+}
+
+/// Sends one frame. What is malformed, or refused or not taken now by the link, is dropped as on any wire.
+fn send(chain: Chain<'_>, memory: &GuestMemory, link: &dyn Link) {
+    let Ok(buffers) = Buffers::of(chain) else { return };
+    let length = buffers.readable_bytes();
+    if length <= u64::from(HEADER) || length > LONGEST {
+        return;
+    }
+    let Ok(mut frame) = IoVec::new(memory, &buffers.readable, 0, length) else { return };
+    if !frame.exceeds_one_call() {
+        let _ = frame.write(link.as_fd());
+    }
+}
+
+fn offloads(features: u64) -> Offloads {
+    Offloads {
+        checksum: features & feature::GUEST_CSUM != 0,
+        tso4: features & feature::GUEST_TSO4 != 0,
+        tso6: features & feature::GUEST_TSO6 != 0,
+    }
+}
+
+fn layout(features: u64, mtu: u16) -> Layout {
+    let Offloads { tso4, tso6, .. } = offloads(features);
+    let longest =
+        if tso4 || tso6 { LONGEST } else { u64::from(HEADER) + ETHERNET + u64::from(mtu.max(1500)) };
+    Layout { mergeable: features & feature::MRG_RXBUF != 0, longest }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Net
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        common::read_config(&self.config(), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        common::require_queues(&activation)?;
+        if let Some(link) = &mut self.link {
+            let set = link.set_offloads(offloads(activation.features));
+            set.map_err(|source| DeviceError::Backend { context: "TUNSETOFFLOAD", source })?;
+        }
+        self.active = Some(activation);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.receiver = Receiver::default();
+    }
+
+    fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
+        if queue == TX { self.transmit() } else { self.receive() }
+    }
+
+    fn event_sources(&self) -> Vec<RawFd> {
+        vec![self.epoll.as_raw_fd()]
+    }
+
+    fn source_event(&mut self, _source: usize) -> Result<(), DeviceError> {
+        let mut events = [EpollEvent::default(); 2];
+        let count = match self.epoll.wait(0, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(source) => return Err(DeviceError::Backend { context: "epoll", source }),
+            Ok(count) => count,
+        };
+        for event in events.iter().take(count) {
+            match event.data() {
+                TOKEN_LINK => self.readable = true,
+                _ => {
+                    self.wake.take();
+                    self.transmit()?;
+                }
+            }
+        }
+        self.receive()
+    }
+
+    fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        common::save(self, STATE_VERSION, self.active.as_ref(), &[self.receiver.held()], ())
+    }
+
+    fn restore(&mut self, state: &[u8], resources: Resources) -> Result<(), DeviceError> {
+        let (active, ()) = common::restore(self, STATE_VERSION, state, resources)?;
+        if let (Some(link), Some(active)) = (&mut self.link, &active) {
+            let set = link.set_offloads(offloads(active.features));
+            set.map_err(|source| DeviceError::Backend { context: "TUNSETOFFLOAD", source })?;
+        }
+        self.receiver = Receiver::default();
+        self.active = active;
+        self.link_changed();
+        Ok(())
+    }
+}

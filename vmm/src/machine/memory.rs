@@ -1,0 +1,135 @@
+//! Guest memory: anonymous, private, in huge pages where the host has them.
+//!
+//! A boot touches most of its memory once, and each 4 KiB page touched is an exit and a fault on the host;
+//! with 2 MiB pages that is a quarter of the boot gone. For that a mapping must begin at a 2 MiB boundary,
+//! which mmap does not promise.
+
+use std::{io, ops::Range};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, mmap::MmapRegionError,
+};
+
+use super::KvmError;
+use crate::devices::virtio::device::GuestMemory;
+
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Why there is no guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// It cannot be mapped.
+    #[error("cannot map {size} bytes: {source}")]
+    Map {
+        /// Bytes wanted.
+        size: u64,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The regions do not fit together.
+    #[error("guest memory layout: {0}")]
+    Layout(String),
+}
+
+/// Maps guest memory at the given guest addresses.
+///
+/// # Errors
+/// See [`MemoryError`].
+pub fn map(ranges: &[Range<u64>]) -> Result<GuestMemory, MemoryError> {
+    let mut regions = Vec::new();
+    for range in ranges {
+        let size = range.end - range.start;
+        let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
+        let mapping = map_region(bytes).map_err(|source| MemoryError::Map { size, source })?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
+            .ok_or_else(|| MemoryError::Layout("the address space is too small".to_owned()))?;
+        regions.push(region);
+    }
+    GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+/// Gives the memory to KVM: slot numbers are the regions' indices.
+///
+/// # Errors
+/// KVM refuses a slot.
+pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is mapped for as long as the process lives (see `map_region`), and slots do not
+        // overlap since regions do not.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// Maps `size` bytes at a huge page's boundary. The mapping is never unmapped: devices and KVM use it until
+/// the process, which is one machine, ends.
+fn map_region(size: usize) -> io::Result<MmapRegion> {
+    let reserved = size.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+    let base = unsafe { mmap_anonymous(std::ptr::null_mut(), reserved, protection, flags) }?;
+    let before = base.cast::<u8>().align_offset(HUGE_PAGE);
+    let start = base.wrapping_byte_add(before);
+    let after = reserved - before - size;
+    // SAFETY: both parts lie in the mapping just made, outside of [start, start + size), and nothing points
+    // into them. `size` is a multiple of the page size, as is `before`.
+    unsafe {
+        if before > 0 {
+            munmap(base, before)?;
+        }
+        if after > 0 {
+            munmap(start.wrapping_byte_add(size), after)?;
+        }
+    }
+    // SAFETY: the range is the mapping just made; advice does not change its content. A kernel without huge
+    // pages refuses it, and then there are none.
+    let _ = unsafe { madvise(start, size, Advice::LinuxHugepage) };
+    // SAFETY: the range is mapped readable and writable, and stays so until the process ends.
+    unsafe {
+        MmapRegion::build_raw(
+            start.cast(),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        )
+    }
+    .map_err(|error| match error {
+        MmapRegionError::Mmap(error) => error,
+        other => io::Error::other(other.to_string()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn regions_are_aligned_and_usable() {
+        let memory = map(&[0..(3 << 20), (1 << 32)..(1 << 32) + (5 << 20)]).unwrap();
+        for region in memory.iter() {
+            assert!((region.as_ptr() as usize).is_multiple_of(HUGE_PAGE));
+        }
+        for address in [0, (3 << 20) - 8, 1 << 32, (1 << 32) + (5 << 20) - 8] {
+            memory.write_obj(0x1234u64, GuestAddress(address)).unwrap();
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(address)).unwrap(), 0x1234);
+        }
+        assert!(memory.write_obj(0u64, GuestAddress(3 << 20)).is_err());
+    }
+
+    #[test]
+    fn more_than_an_address_space_is_refused() {
+        assert!(matches!(map(&[0..u64::MAX - 4095]), Err(MemoryError::Map { .. })));
+    }
+}

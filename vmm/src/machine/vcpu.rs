@@ -1,0 +1,359 @@
+//! vCPUs: a thread each, which runs guest code until something needs the VMM.
+//!
+//! ```text
+//!              start()             pause()              resume()
+//!   created ───────────▶ running ───────────▶ paused ───────────▶ running
+//!                           │                    │
+//!                           └──── stop() ────────┴──▶ stopped (the thread has ended)
+//! ```
+//!
+//! A request reaches a vCPU by a signal whose handler sets `immediate_exit` in that vCPU's `kvm_run`: it then
+//! leaves KVM_RUN, or does not enter it, and looks at the wanted state. A vCPU parks only there, after
+//! KVM_RUN has been called once more: that is what completes a port or memory access which was answered.
+
+use std::{
+    cell::Cell,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use bulkhead_vmm_api::ExitReason;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::end::End;
+use crate::bus::Bus;
+
+/// What all vCPUs of a machine share.
+pub struct Shared {
+    /// Port I/O.
+    pub ports: Bus,
+    /// Memory-mapped I/O.
+    pub mmio: Bus,
+    /// Where the machine's end is reported.
+    pub end: Arc<End>,
+    /// Exits to user space.
+    pub exits: ExitCounts,
+    /// When the first vCPU first entered the guest, after the start of the process.
+    pub entered: OnceLock<Duration>,
+    /// When the process started.
+    pub started: Instant,
+    wanted: Mutex<Wanted>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    Paused,
+    Stopped,
+}
+
+/// What the vCPUs are to do, and how many are not running guest code.
+struct Wanted {
+    state: State,
+    parked: usize,
+}
+
+impl Shared {
+    /// For vCPUs that are not running yet.
+    #[must_use]
+    pub fn new(ports: Bus, mmio: Bus, end: Arc<End>, started: Instant) -> Self {
+        Self {
+            ports,
+            mmio,
+            end,
+            exits: ExitCounts::default(),
+            entered: OnceLock::new(),
+            started,
+            wanted: Mutex::new(Wanted { state: State::Paused, parked: 0 }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits, parked, while the machine is paused. False when the vCPU is to end.
+    fn park(&self) -> bool {
+        let mut wanted = self.wanted();
+        if wanted.state == State::Paused {
+            wanted.parked += 1;
+            self.changed.notify_all();
+            while wanted.state == State::Paused {
+                wanted = self.changed.wait(wanted).unwrap_or_else(PoisonError::into_inner);
+            }
+            wanted.parked -= 1;
+        }
+        wanted.state == State::Running
+    }
+
+    /// A vCPU ends by itself: it counts as parked for ever.
+    fn leave(&self) {
+        self.wanted().parked += 1;
+        self.changed.notify_all();
+    }
+}
+
+/// The vCPUs of a machine.
+pub struct Vcpus {
+    shared: Arc<Shared>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU. They wait until [`Vcpus::resume`].
+    ///
+    /// # Errors
+    /// The signal's handler cannot be installed, or a thread cannot be started.
+    pub fn start(shared: Arc<Shared>, vcpus: Vec<VcpuFd>) -> io::Result<Self> {
+        install_handler()?;
+        let mut this = Self { shared, threads: Vec::new() };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = Arc::clone(&this.shared);
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || thread_main(vcpu, index, &shared))?;
+            this.threads.push(thread);
+        }
+        Ok(this)
+    }
+
+    /// Lets the vCPUs run; nothing if they do.
+    pub fn resume(&self) {
+        self.shared.wanted().state = State::Running;
+        self.shared.changed.notify_all();
+    }
+
+    /// Stops every vCPU between two instructions and waits until it has.
+    pub fn pause(&self) {
+        self.shared.wanted().state = State::Paused;
+        self.kick();
+        let mut wanted = self.shared.wanted();
+        while wanted.parked < self.threads.len() {
+            wanted = self.shared.changed.wait(wanted).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether the vCPUs are paused.
+    #[must_use]
+    pub fn paused(&self) -> bool {
+        self.shared.wanted().state == State::Paused
+    }
+
+    /// What they share.
+    #[must_use]
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            // Fails only when the thread has ended.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    /// Ends the threads and waits for them.
+    fn drop(&mut self) {
+        self.shared.wanted().state = State::Stopped;
+        self.shared.changed.notify_all();
+        self.kick();
+        for thread in self.threads.drain(..) {
+            // A panic was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+thread_local! {
+    /// `immediate_exit` of this thread's vCPU; null when there is none.
+    static IMMEDIATE_EXIT: Cell<*const AtomicU8> = const { Cell::new(std::ptr::null()) };
+}
+
+extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    IMMEDIATE_EXIT.with(|pointer| {
+        // SAFETY: the pointer is null or to a byte of the `kvm_run` that the vCPU on this very thread keeps
+        // mapped; the thread sets it back to null before it unmaps that (`Kick::drop`).
+        if let Some(immediate_exit) = unsafe { pointer.get().as_ref() } {
+            immediate_exit.store(1, Ordering::SeqCst);
+        }
+    });
+}
+
+fn install_handler() -> io::Result<()> {
+    static ONCE: Once = Once::new();
+    let mut result = Ok(());
+    ONCE.call_once(|| {
+        result = register_signal_handler(SIGRTMIN(), kicked)
+            .map_err(|error| io::Error::from_raw_os_error(error.errno()));
+    });
+    result
+}
+
+/// Makes the signal reach the vCPU of this thread, for as long as it lives.
+struct Kick;
+
+impl Kick {
+    fn new(vcpu: &mut VcpuFd) -> Self {
+        let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
+        IMMEDIATE_EXIT.with(|pointer| pointer.set(immediate_exit.cast::<AtomicU8>().cast_const()));
+        Self
+    }
+}
+
+impl Drop for Kick {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.with(|pointer| pointer.set(std::ptr::null()));
+    }
+}
+
+fn thread_main(mut vcpu: VcpuFd, index: usize, shared: &Shared) {
+    let kick = Kick::new(&mut vcpu);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        if shared.park() {
+            shared.entered.get_or_init(|| shared.started.elapsed());
+            run(&mut vcpu, shared);
+        }
+    }));
+    drop(kick);
+    if outcome.is_err() {
+        shared.end.report(ExitReason::Kvm { message: format!("the thread of vCPU {index} panicked") });
+    }
+    shared.leave();
+}
+
+/// Runs guest code until the machine ends or the vCPU is to stop.
+fn run(vcpu: &mut VcpuFd, shared: &Shared) {
+    let exits = &shared.exits;
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(port, data)) => {
+                exits.count(Exit::PortWrite);
+                shared.ports.write(u64::from(port), data);
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                exits.count(Exit::PortRead);
+                shared.ports.read(u64::from(port), data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                exits.count(Exit::MmioWrite);
+                shared.mmio.write(address, data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                exits.count(Exit::MmioRead);
+                shared.mmio.read(address, data);
+            }
+            Ok(VcpuExit::Intr) => exits.count(Exit::Signal),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                exits.count(Exit::Signal);
+                vcpu.set_kvm_immediate_exit(0);
+                if !shared.park() {
+                    return;
+                }
+            }
+            Ok(VcpuExit::Shutdown) => {
+                shared.end.triple_fault();
+                return;
+            }
+            Ok(other) => {
+                let message = fatal_exit(&other);
+                let message = message.unwrap_or_else(|| internal_error(vcpu));
+                shared.end.report(ExitReason::Kvm { message });
+                return;
+            }
+            Err(error) => {
+                shared.end.report(ExitReason::Kvm { message: format!("KVM_RUN: {error}") });
+                return;
+            }
+        }
+    }
+}
+
+/// What a fatal exit says; None for an internal error, whose numbers are in `kvm_run`.
+fn fatal_exit(exit: &VcpuExit<'_>) -> Option<String> {
+    match exit {
+        VcpuExit::FailEntry(reason, cpu) => {
+            Some(format!("KVM_EXIT_FAIL_ENTRY, hardware reason {reason:#x} on CPU {cpu}"))
+        }
+        VcpuExit::InternalError => None,
+        other => Some(format!("unexpected exit {other:?}")),
+    }
+}
+
+fn internal_error(vcpu: &mut VcpuFd) -> String {
+    let run = vcpu.get_kvm_run();
+    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills this member of the union.
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    let data = internal.data.get(..internal.ndata as usize).unwrap_or(&[]);
+    format!("KVM_EXIT_INTERNAL_ERROR, suberror {}, data {data:x?}", internal.suberror)
+}
+
+/// Why a vCPU left the guest for user space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    PortRead,
+    PortWrite,
+    MmioRead,
+    MmioWrite,
+    Signal,
+}
+
+/// How often the vCPUs left the guest for user space.
+#[derive(Debug, Default)]
+pub struct ExitCounts([AtomicU64; 5]);
+
+impl ExitCounts {
+    const NAMES: [&str; 5] = ["port_read", "port_write", "mmio_read", "mmio_write", "signal"];
+
+    fn count(&self, exit: Exit) {
+        if let Some(counter) = self.0.get(exit as usize) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts by name, the largest first; without those that are zero.
+    #[must_use]
+    pub fn by_frequency(&self) -> Vec<(String, u64)> {
+        let counts = self.0.iter().map(|counter| counter.load(Ordering::Relaxed));
+        let mut counts: Vec<_> = Self::NAMES
+            .iter()
+            .zip(counts)
+            .filter(|(_, count)| *count > 0)
+            .map(|(name, count)| ((*name).to_owned(), count))
+            .collect();
+        counts.sort_by(|a, b| b.1.cmp(&a.1));
+        counts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exits_are_counted_by_name() {
+        let counts = ExitCounts::default();
+        counts.count(Exit::MmioRead);
+        counts.count(Exit::Signal);
+        counts.count(Exit::Signal);
+        assert_eq!(counts.by_frequency(), [("signal".to_owned(), 2), ("mmio_read".to_owned(), 1)]);
+    }
+
+    #[test]
+    fn fatal_exits_carry_their_numbers() {
+        let message = fatal_exit(&VcpuExit::FailEntry(0x21, 1)).unwrap();
+        assert!(message.contains("0x21") && message.contains("CPU 1"), "{message}");
+        assert!(fatal_exit(&VcpuExit::Hlt).unwrap().contains("Hlt"));
+        assert!(fatal_exit(&VcpuExit::InternalError).is_none());
+    }
+}
