@@ -1,25 +1,29 @@
 //! The engine: containers, images, execs, logs and events, as Docker's users know them. Never mentions
 //! HTTP or KVM. It may use `api::types` (Docker's vocabulary as data) and `sandbox`.
 //!
-//! This page is the whole of what handlers may call; each method is one API operation.
+//! [`Engine`]'s methods are the whole of what handlers may call; each is one API operation.
 
 pub mod container;
 pub mod error;
 pub mod events;
 pub mod exec;
 pub mod image;
+mod info;
 pub mod logs;
+mod open;
 pub mod spec;
 pub mod store;
 
-use std::sync::Arc;
+use std::{os::unix::fs::MetadataExt, sync::Arc};
 
+use bulkhead_rootfs::layers::LayerStore;
 use bytes::Bytes;
+use container::record::Record;
 use tokio::sync::mpsc;
 
 pub use error::{Error, ErrorKind, Result};
 
-use crate::{api::types, config::Config};
+use crate::{config::Config, layout::Layout};
 
 /// Names a container in a call: full id, unambiguous prefix of an id, or name (with or without `/`).
 pub type Name<'a> = &'a str;
@@ -72,48 +76,113 @@ pub enum WaitCondition {
     Removed,
 }
 
-/// The engine. Cheap to clone behind `Arc`; every method may be called from any task.
+/// The engine. Every method may be called from any task. The methods of containers are in
+/// [`container`], those of execs in [`exec`].
 pub struct Engine {
-    // fields are the engine's own
-    config: Arc<Config>,
+    shared: Arc<Shared>,
 }
-
-/*
-Contract (names and types fixed; helpers' fields and bodies are the implementers'):
 
 impl Engine {
-    /// Loads all state below `config.data_root`, adopts running sandboxes, starts what restart policies say.
-    pub async fn open(config: Arc<Config>) -> Result<Arc<Self>>;
-    /// Flushes and stops its tasks; containers go on running.
-    pub async fn close(&self);
-    pub fn config(&self) -> &Config;
-    pub fn images(&self) -> &image::ImageStore;                      // engine/image: pull, load, list, inspect, tag, remove …
-    pub fn events(&self) -> &events::Events;                         // publish, subscribe(since, until, filters)
+    /// Loads all state below the data root, takes over running sandboxes, discards what is nobody's, and starts
+    /// what restart policies say.
+    ///
+    /// # Errors
+    /// The data root cannot be used.
+    pub async fn open(config: Arc<Config>) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self { shared: open::open(config).await? }))
+    }
 
-    pub async fn container_create(&self, name: Option<&str>, request: types::container::CreateRequest) -> Result<types::container::CreateResponse>;
-    pub async fn container_start(&self, name: Name<'_>) -> Result<()>;             // NotModified if it runs
-    pub async fn container_stop(&self, name: Name<'_>, signal: Option<&str>, timeout: Option<i64>) -> Result<()>; // seconds; -1 for ever; NotModified if stopped
-    pub async fn container_restart(&self, name: Name<'_>, signal: Option<&str>, timeout: Option<i64>) -> Result<()>;
-    pub async fn container_kill(&self, name: Name<'_>, signal: Option<&str>) -> Result<()>;
-    pub async fn container_remove(&self, name: Name<'_>, force: bool, volumes: bool) -> Result<()>;
-    pub async fn container_rename(&self, name: Name<'_>, new: &str) -> Result<()>;
-    pub async fn container_resize(&self, name: Name<'_>, rows: u16, columns: u16) -> Result<()>;
-    pub async fn container_inspect(&self, name: Name<'_>, size: bool) -> Result<types::container::Inspect>;
-    pub async fn container_list(&self, options: container::ListOptions) -> Result<Vec<types::container::Summary>>;
-    pub async fn container_top(&self, name: Name<'_>, ps_args: &str) -> Result<types::container::Top>;
-    /// Registered when this returns; the future resolves with the exit code.
-    pub async fn container_wait(&self, name: Name<'_>, condition: WaitCondition) -> Result<impl Future<Output = types::container::WaitResponse> + Send + 'static>;
-    pub async fn container_attach(&self, name: Name<'_>, options: AttachOptions) -> Result<Attachment>;
-    /// Whether the container has a terminal decides the wire form.
-    pub async fn container_logs(&self, name: Name<'_>, options: logs::ReadOptions) -> Result<(bool, mpsc::Receiver<logs::Record>)>;
-    pub async fn container_prune(&self, filters: &types::Filters) -> Result<types::container::PruneResponse>;
+    /// Ends its tasks once their records are on disk; containers go on running.
+    pub async fn close(&self) {
+        for container in self.shared.registry.all() {
+            let (done, closed) = tokio::sync::oneshot::channel();
+            if container.tell(container::Command::Close(done)).await {
+                let _ = closed.await;
+            }
+        }
+    }
 
-    pub async fn exec_create(&self, container: Name<'_>, request: types::exec::CreateRequest) -> Result<String>;
-    pub async fn exec_start(&self, id: &str, request: types::exec::StartRequest) -> Result<Option<Attachment>>;  // None when detached
-    pub async fn exec_resize(&self, id: &str, rows: u16, columns: u16) -> Result<()>;
-    pub async fn exec_inspect(&self, id: &str) -> Result<types::exec::Inspect>;
+    /// The daemon's settings.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
 
-    pub async fn info(&self) -> types::system::Info;
-    pub async fn disk_usage(&self, kinds: types::system::DiskUsageKinds) -> Result<types::system::DiskUsage>;
+    /// Images: pull, load, list, inspect, tag, remove and the rest.
+    pub fn images(&self) -> &Arc<image::ImageStore> {
+        &self.shared.images
+    }
+
+    /// Events: publish and subscribe.
+    pub fn events(&self) -> &events::Events {
+        &self.shared.events
+    }
 }
-*/
+
+/// What the engine's parts share.
+pub(crate) struct Shared {
+    pub(crate) config: Arc<Config>,
+    pub(crate) events: Arc<events::Events>,
+    pub(crate) images: Arc<image::ImageStore>,
+    pub(crate) registry: container::registry::Registry,
+    pub(crate) execs: exec::Execs,
+}
+
+impl Shared {
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.config.layout
+    }
+
+    pub(crate) fn layers(&self) -> &LayerStore {
+        self.images.layers()
+    }
+
+    /// The runtime spec and files of a container.
+    pub(crate) fn spec(&self, record: &Record) -> Result<spec::ContainerSpec> {
+        // A host without one has no name servers to tell of.
+        let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        spec::container(&spec::Facts {
+            id: &record.id,
+            config: &record.config,
+            host: &record.host_config,
+            daemon: &self.config,
+            addresses: &[],
+            resolv_conf: &resolv_conf,
+        })
+    }
+
+    /// Publishes a container's event: its labels, image and name, and what belongs to the action.
+    pub(crate) fn publish<const N: usize>(&self, record: &Record, action: &str, more: [(String, String); N]) {
+        let mut attributes = record.config.labels.clone().unwrap_or_default();
+        attributes.insert("image".into(), record.config.image.clone());
+        attributes.insert("name".into(), record.name.clone());
+        attributes.extend(more);
+        self.events.publish("container", action, &record.id, attributes);
+    }
+
+    /// Forgets a container that is gone.
+    pub(crate) fn forget(&self, id: &str) {
+        self.registry.remove(id);
+        self.execs.forget(id);
+        // Its layers may have been the last thing of an image that was removed before it.
+        let images = Arc::clone(&self.images);
+        tokio::spawn(async move { images.collect_layers_soon().await });
+    }
+
+    /// Bytes that a container's disk takes on the host beyond the empty template's.
+    pub(crate) async fn disk_usage(&self, id: &str) -> u64 {
+        let (disk, template) = (self.layout().container_disk(id), self.layout().disk_template());
+        let allocated =
+            |path: &std::path::Path| std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512);
+        tokio::task::spawn_blocking(move || allocated(&disk).saturating_sub(allocated(&template)))
+            .await
+            .unwrap_or_default()
+    }
+
+    /// `SizeRw` and `SizeRootFs` of a container.
+    pub(crate) async fn sizes(&self, record: &Record) -> (i64, i64) {
+        let own = self.disk_usage(&record.id).await;
+        let layers = record.layers.iter().filter_map(|id| self.layers().info(id).ok());
+        let root = layers.fold(own, |sum, layer| sum.saturating_add(layer.size));
+        (i64::try_from(own).unwrap_or(i64::MAX), i64::try_from(root).unwrap_or(i64::MAX))
+    }
+}

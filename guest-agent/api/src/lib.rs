@@ -20,7 +20,12 @@
 //!   workload's pipe beyond, which is the back-pressure.
 //! * Exits: [`Event::Exited`] is sent when it happens; [`Call::State`] tells it again.
 //! * Input: the end of a stdin *connection* does not end the workload's input, since the daemon may have
-//!   died; [`Call::CloseStdin`] does.
+//!   died; [`Call::CloseStdin`] does. To end the input in order: shut down the writing side of the stdin
+//!   connection, then call. When the workload has closed its end, the agent closes the connection.
+//!
+//! **What the runtime spec leaves open** is settled by names in this crate: whose passwd file knows a
+//! user's name ([`USER`]), which groups are added ([`GROUP_ADD_ANNOTATION`]), who is PID 1
+//! ([`INIT_ANNOTATION`]).
 
 use oci_spec::runtime;
 use serde::{Deserialize, Serialize};
@@ -41,6 +46,25 @@ pub const OUTPUT_WINDOW: usize = 1 << 20;
 
 /// The longest frame, in bytes after the length.
 pub const MAX_FRAME: usize = 4 << 20;
+
+/// How long a stream's [`StreamOpen`] frame may be.
+pub const MAX_STREAM_OPEN: usize = 4096;
+
+/// What `process.user.username` means: Docker's `USER`, as `user[:group]`, each a name or a number. Names
+/// are looked up by the agent in the container's own `/etc/passwd` and `/etc/group`, when the process
+/// starts; then `uid` and `gid` of the spec are not used, and `HOME` is set unless the environment has it.
+/// Absent or empty: `uid` and `gid` stand as they are. `additionalGids` are added either way. For an image
+/// without `USER` send `"0"`: Docker gives such a process root's groups too.
+pub const USER: &str = "process.user.username";
+
+/// An annotation of the spec: names or numbers of groups, separated by commas, that every process of the
+/// container gets (Docker's `--group-add`); names are looked up in the container's `/etc/group`.
+pub const GROUP_ADD_ANNOTATION: &str = "org.bulkhead.group-add";
+
+/// An annotation of the spec: `"true"` makes a minimal init PID 1 of the container, which starts the
+/// workload as its child, passes signals on, reaps orphans, and ends with the workload's code (Docker's
+/// `--init`). The spec's args are the workload's alone.
+pub const INIT_ANNOTATION: &str = "org.bulkhead.init";
 
 /// The first frame that the agent sends on a control connection: it is ready for calls.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +115,7 @@ pub struct ProcessId {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "call")]
 pub enum Call {
-    /// Mounts the root filesystem and writes [`Create::files`] into it. The first process is not started,
+    /// Mounts the root filesystem and binds [`Create::files`] over it; waits up to 30 s for the disk. The first process is not started,
     /// so files can be read and written in a container that does not run. Answer: [`Answer::Done`].
     Create(Box<Create>),
     /// Starts the first process of a created container, as the spec given to `Create` says. Answered when

@@ -1,0 +1,77 @@
+//! `/containers/{name}/exec` and `/exec`.
+
+use http::{Response, StatusCode};
+
+use super::containers::size;
+use crate::{
+    api::{
+        request::Call,
+        response::{Body, Reply, json, json_with, status},
+        router::{Route, table},
+        stream::{Hijack, detach::DetachKeys, media_type},
+        types::exec::{CreateRequest, CreateResponse, StartRequest},
+        version::ApiVersion,
+    },
+    engine::{ErrorKind, Result},
+};
+
+pub(super) const ROUTES: &[Route] = table! {
+    POST "/containers/{name}/exec" => create,
+    POST "/exec/{id}/start" => start,
+    POST "/exec/{id}/resize" => resize,
+    GET "/exec/{id}/json" => inspect,
+};
+
+async fn create(mut call: Call) -> Result<Response<Body>> {
+    let mut request: CreateRequest = call.json().await?;
+    if call.version < ApiVersion::new(1, 42) {
+        request.console_size = None;
+    }
+    DetachKeys::parse(&request.detach_keys)?;
+    let id = call.engine.exec_create(call.name(), request).await?;
+    json_with(StatusCode::CREATED, &CreateResponse { id })
+}
+
+async fn start(mut call: Call) -> Result<Reply> {
+    let mut request: StartRequest = call.json().await?;
+    if call.version < ApiVersion::new(1, 42) || !request.tty {
+        request.console_size = None;
+    }
+    let id = call.name().to_owned();
+    // What is wrong before it starts has a status of its own.
+    let exec = call.engine.exec_inspect(&id).await?;
+    let (terminal, detach) = (exec.process_config.tty, request.detach);
+    let keys = exec_keys(&exec.detach_keys)?;
+    match call.engine.exec_start(&id, request).await {
+        Ok(Some(attachment)) => {
+            let media_type = media_type(attachment.terminal, call.version);
+            Ok(Reply::Hijack(Hijack::stdio(call.headers(), media_type, attachment, Some(keys))))
+        }
+        Ok(None) => Ok(status(StatusCode::OK).into()),
+        Err(error) if detach || matches!(error.kind, ErrorKind::Conflict | ErrorKind::Unavailable) => {
+            Err(error)
+        }
+        // What goes wrong in starting is told in the stream: there the CLI looks for it.
+        Err(error) => {
+            let media_type = media_type(terminal, call.version);
+            Ok(Reply::Hijack(Hijack::text(call.headers(), media_type, terminal, &error.message)))
+        }
+    }
+}
+
+/// The keys that the exec was created with: base64 in its inspect, as Go writes bytes.
+fn exec_keys(encoded: &str) -> Result<DetachKeys> {
+    use base64::Engine as _;
+    let keys = base64::engine::general_purpose::STANDARD.decode(encoded).unwrap_or_default();
+    if keys.is_empty() { DetachKeys::parse("") } else { Ok(DetachKeys::from_bytes(keys)) }
+}
+
+async fn resize(call: Call) -> Result<Response<Body>> {
+    let (rows, columns) = size(&call)?;
+    call.engine.exec_resize(call.name(), rows, columns).await?;
+    Ok(status(StatusCode::OK))
+}
+
+async fn inspect(call: Call) -> Result<Response<Body>> {
+    json(&call.engine.exec_inspect(call.name()).await?)
+}

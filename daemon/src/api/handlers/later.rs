@@ -1,0 +1,213 @@
+//! Operations that Docker has and Bulkhead has not: each says so in words, and lists that are truly empty
+//! are empty.
+
+use http::Response;
+use serde_json::json;
+
+use crate::{
+    api::{
+        request::Call,
+        response::{Body, json as json_response},
+        router::{Route, refuse, table},
+    },
+    engine::{Error, Result},
+};
+
+/// Handlers that refuse, by what the user wanted.
+macro_rules! refusals {
+    ($($name:ident => $what:literal),* $(,)?) => {
+        $(async fn $name(_: Call) -> Result<Response<Body>> {
+            Err(refuse($what))
+        })*
+    };
+}
+
+refusals! {
+    changes => "docker diff is",
+    export => "docker export is",
+    stats => "docker stats is",
+    websocket => "attaching over a WebSocket is",
+    archive => "docker cp is",
+    update => "docker update is",
+    pause => "docker pause is",
+    checkpoint => "checkpoints are",
+    commit => "docker commit is",
+    build => "building images is",
+    session => "BuildKit's sessions are",
+    distribution => "inspecting images in registries is",
+    volume => "volumes are",
+    network => "networks are",
+    plugin => "plugins are",
+}
+
+pub(super) const ROUTES: &[Route] = table! {
+    GET "/containers/{name}/changes" => changes,
+    GET "/containers/{name}/export" => export,
+    GET "/containers/{name}/stats" => stats,
+    GET "/containers/{name}/attach/ws" => websocket,
+    GET "/containers/{name}/archive" => archive,
+    HEAD "/containers/{name}/archive" => archive,
+    PUT "/containers/{name}/archive" => archive,
+    POST "/containers/{name}/update" => update,
+    POST "/containers/{name}/pause" => pause,
+    POST "/containers/{name}/unpause" => pause,
+    GET "/containers/{name}/checkpoints" => checkpoint,
+    POST "/containers/{name}/checkpoints" => checkpoint,
+    DELETE "/containers/{name}/checkpoints/{checkpoint}" => checkpoint,
+    POST "/commit" => commit,
+    POST "/build" => build,
+    POST "/build/prune" => build,
+    POST "/build/cancel" => build,
+    POST "/session" => session,
+    POST "/grpc" => session,
+    GET "/distribution/{name}/json" => distribution,
+    GET "/volumes" => volumes,
+    POST "/volumes/create" => volume,
+    POST "/volumes/prune" => volumes_prune,
+    GET "/volumes/{name}" => no_volume,
+    PUT "/volumes/{name}" => no_volume,
+    DELETE "/volumes/{name}" => no_volume,
+    GET "/networks" => networks,
+    POST "/networks/create" => network,
+    POST "/networks/prune" => networks_prune,
+    GET "/networks/{id}" => network_inspect,
+    POST "/networks/{id}/connect" => network,
+    POST "/networks/{id}/disconnect" => network,
+    DELETE "/networks/{id}" => network_remove,
+    GET "/plugins" => plugins,
+    GET "/plugins/privileges" => plugin,
+    POST "/plugins/pull" => plugin,
+    POST "/plugins/create" => plugin,
+    GET "/plugins/{name}/json" => no_plugin,
+    DELETE "/plugins/{name}" => no_plugin,
+    POST "/plugins/{name}/enable" => no_plugin,
+    POST "/plugins/{name}/disable" => no_plugin,
+    POST "/plugins/{name}/upgrade" => plugin,
+    POST "/plugins/{name}/push" => plugin,
+    POST "/plugins/{name}/set" => no_plugin,
+    GET "/swarm" => swarm,
+    GET "/swarm/unlockkey" => swarm,
+    POST "/swarm/init" => swarm_control,
+    POST "/swarm/join" => swarm_control,
+    POST "/swarm/leave" => swarm,
+    POST "/swarm/update" => swarm,
+    POST "/swarm/unlock" => swarm,
+    GET "/nodes" => swarm,
+    GET "/nodes/{id}" => swarm,
+    POST "/nodes/{id}/update" => swarm,
+    DELETE "/nodes/{id}" => swarm,
+    GET "/services" => swarm,
+    POST "/services/create" => swarm,
+    GET "/services/{id}" => swarm,
+    POST "/services/{id}/update" => swarm,
+    DELETE "/services/{id}" => swarm,
+    GET "/tasks" => swarm,
+    GET "/tasks/{id}" => swarm,
+    GET "/secrets" => swarm,
+    POST "/secrets/create" => swarm,
+    GET "/secrets/{id}" => swarm,
+    POST "/secrets/{id}/update" => swarm,
+    DELETE "/secrets/{id}" => swarm,
+    GET "/configs" => swarm,
+    POST "/configs/create" => swarm,
+    GET "/configs/{id}" => swarm,
+    POST "/configs/{id}/update" => swarm,
+    DELETE "/configs/{id}" => swarm,
+};
+
+async fn volumes(call: Call) -> Result<Response<Body>> {
+    call.filters(&["dangling", "driver", "label", "name"])?;
+    json_response(&json!({ "Volumes": [], "Warnings": null }))
+}
+
+async fn volumes_prune(call: Call) -> Result<Response<Body>> {
+    call.filters(&["label", "label!", "all"])?;
+    json_response(&json!({ "VolumesDeleted": null, "SpaceReclaimed": 0 }))
+}
+
+async fn no_volume(call: Call) -> Result<Response<Body>> {
+    Err(Error::not_found(format!("get {}: no such volume", call.name())))
+}
+
+/// The one network there is: none. Containers have a loopback interface and nothing else.
+fn none_network() -> serde_json::Value {
+    json!({
+        "Name": "none",
+        // Docker's ids are random; this one is always there, and so always the same.
+        "Id": NONE_ID,
+        "Created": "0001-01-01T00:00:00Z",
+        "Scope": "local",
+        "Driver": "null",
+        "EnableIPv4": false,
+        "EnableIPv6": false,
+        "IPAM": { "Driver": "default", "Options": null, "Config": null },
+        "Internal": false,
+        "Attachable": false,
+        "Ingress": false,
+        "ConfigFrom": { "Network": "" },
+        "ConfigOnly": false,
+        "Containers": {},
+        "Options": {},
+        "Labels": {},
+    })
+}
+
+/// SHA-256 of "none".
+const NONE_ID: &str = "140bedbf9c3f6d56a9846d2ba7088798683f4da0c248231336e6a05679e4fdfe";
+
+async fn networks(call: Call) -> Result<Response<Body>> {
+    let filters = call.filters(&["dangling", "driver", "id", "label", "name", "scope", "type"])?;
+    let fits = filters.exact("driver", "null")
+        && filters.prefix("id", NONE_ID)
+        && filters.any("name", |name| "none".contains(name))
+        && filters.exact("scope", "local")
+        && filters.exact("type", "builtin")
+        && !filters.contains("label")
+        && !filters.boolean("dangling", false)?;
+    let list = if fits { vec![none_network()] } else { Vec::new() };
+    json_response(&list)
+}
+
+fn is_none(name: &str) -> bool {
+    name == "none" || (name.len() >= 4 && NONE_ID.starts_with(name))
+}
+
+async fn network_inspect(call: Call) -> Result<Response<Body>> {
+    if is_none(call.name()) { json_response(&none_network()) } else { Err(no_network(call.name())) }
+}
+
+async fn network_remove(call: Call) -> Result<Response<Body>> {
+    if is_none(call.name()) {
+        return Err(Error::forbidden("none is a pre-defined network and cannot be removed"));
+    }
+    Err(no_network(call.name()))
+}
+
+fn no_network(name: &str) -> Error {
+    Error::not_found(format!("network {name} not found"))
+}
+
+async fn networks_prune(call: Call) -> Result<Response<Body>> {
+    call.filters(&["label", "label!", "until"])?;
+    json_response(&json!({ "NetworksDeleted": null }))
+}
+
+async fn plugins(call: Call) -> Result<Response<Body>> {
+    call.filters(&["capability", "enabled"])?;
+    json_response(&json!([]))
+}
+
+async fn no_plugin(call: Call) -> Result<Response<Body>> {
+    Err(Error::not_found(format!("plugin {:?} not found", call.name())))
+}
+
+async fn swarm(_: Call) -> Result<Response<Body>> {
+    Err(Error::unavailable(
+        "This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm join\" to connect this node to \
+         swarm and try again.",
+    ))
+}
+
+async fn swarm_control(_: Call) -> Result<Response<Body>> {
+    Err(refuse("swarm mode is"))
+}

@@ -1,0 +1,107 @@
+//! Serving the API on sockets.
+//!
+//! One task a connection; what goes wrong in one is not seen by another. HTTP is hyper's until a handler
+//! answers with a hijack: then hyper's own answer is swallowed, the socket is taken back from it, and
+//! [`super::stream::hijack`] writes to it what dockerd would have written. (hyper's upgrades know only
+//! `101`; Docker's clients may also ask without `Upgrade`, and get a plain `200` followed by raw bytes.)
+
+mod connection;
+mod listen;
+mod tls;
+
+use std::{sync::Arc, time::Duration};
+
+pub use listen::Listener;
+use tokio::sync::{Semaphore, watch};
+
+use super::version;
+use crate::{
+    config::Config,
+    engine::{Engine, Error, Result},
+};
+
+/// What clients take the daemon's operating system from.
+pub static SERVER: ServerName = ServerName;
+
+/// `Docker/<version> (linux)`.
+pub struct ServerName;
+
+impl std::fmt::Display for ServerName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Docker/{} (linux)", version::DAEMON)
+    }
+}
+
+/// How many connections are served at once; further ones wait.
+const MAX_CONNECTIONS: usize = 4096;
+
+/// How long requests may go on after the server was told to stop.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Opens all sockets of the configuration. Nobody is served before [`serve`].
+///
+/// # Errors
+/// An address is taken, a directory or group is not there, a certificate cannot be read.
+pub fn bind(config: &Config) -> std::io::Result<Vec<Listener>> {
+    let tls = tls::acceptor(&config.tls)?;
+    let mut listeners = Vec::new();
+    for host in &config.hosts {
+        listeners.extend(listen::open(host, config, tls.as_ref())?);
+    }
+    if listeners.is_empty() {
+        return Err(std::io::Error::other("there is no socket to serve the API on"));
+    }
+    Ok(listeners)
+}
+
+/// Serves until `stop` is true, then lets requests under way end.
+///
+/// # Errors
+/// A listener broke.
+pub async fn serve(engine: Arc<Engine>, listeners: Vec<Listener>, stop: watch::Receiver<bool>) -> Result<()> {
+    let limit = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // Dropped by the last connection's task.
+    let (alive, mut all_gone) = tokio::sync::mpsc::channel::<()>(1);
+    let mut tasks = tokio::task::JoinSet::new();
+    for listener in listeners {
+        let (engine, limit, stop, alive) =
+            (Arc::clone(&engine), Arc::clone(&limit), stop.clone(), alive.clone());
+        tasks.spawn(accept(engine, listener, limit, stop, alive));
+    }
+    drop(alive);
+    while let Some(ended) = tasks.join_next().await {
+        ended.map_err(|error| Error::internal(format!("a listener failed: {error}")))?;
+    }
+    let _ = tokio::time::timeout(GRACE, all_gone.recv()).await;
+    Ok(())
+}
+
+async fn accept(
+    engine: Arc<Engine>,
+    listener: Listener,
+    limit: Arc<Semaphore>,
+    mut stop: watch::Receiver<bool>,
+    alive: tokio::sync::mpsc::Sender<()>,
+) {
+    loop {
+        let Ok(permit) = Arc::clone(&limit).acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        match accepted {
+            Ok(socket) => {
+                let (engine, stop, alive) = (Arc::clone(&engine), stop.clone(), alive.clone());
+                tokio::spawn(async move {
+                    connection::serve(engine, socket, stop).await;
+                    drop((permit, alive));
+                });
+            }
+            Err(error) => {
+                // Too many open files, for instance: others may close theirs.
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}

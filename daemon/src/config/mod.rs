@@ -1,0 +1,369 @@
+//! Flags and `daemon.json` → one validated [`Config`].
+//!
+//! ```text
+//!  command line ─▶ Options ─┐  same names, same forms; an option in both is an error,
+//!                           ├▶ Options ─▶ Config: typed, defaults filled in, checked
+//!  daemon.json  ─▶ Options ─┘  and so is a key that is none
+//! ```
+
+mod host;
+mod options;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+pub use host::Host;
+pub use options::Options;
+
+use crate::{api::types::container::Ulimit, layout::Layout};
+
+/// The daemon's settings, valid and complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where the API is served, at least one.
+    pub hosts: Vec<Host>,
+    /// TLS of TCP hosts.
+    pub tls: Tls,
+    /// The group that may use Unix sockets: a name or number. The flag is whether the user chose it: then it
+    /// must exist.
+    pub group: (String, bool),
+    /// Every path of the daemon's.
+    pub layout: Layout,
+    /// Where the daemon's pid is written.
+    pub pidfile: PathBuf,
+    /// More in the log and in `docker info`.
+    pub debug: bool,
+    /// The least level that is logged.
+    pub log_level: tracing::Level,
+    /// Mirrors of Docker Hub, URLs without a trailing slash.
+    pub registry_mirrors: Vec<String>,
+    /// Hosts (`host[:port]`) and CIDR networks whose registries need no TLS.
+    pub insecure_registries: Vec<String>,
+    /// Layers that are fetched at once.
+    pub max_concurrent_downloads: usize,
+    /// How often a layer is tried.
+    pub max_download_attempts: usize,
+    /// The daemon's own labels, `name=value`.
+    pub labels: Vec<String>,
+    /// Containers' default log driver.
+    pub log_driver: String,
+    /// Its default options.
+    pub log_opts: BTreeMap<String, String>,
+    /// Run an init as PID 1 of containers that do not say.
+    pub init: bool,
+    /// Containers get no new privileges unless they say.
+    pub no_new_privileges: bool,
+    /// Bytes of containers' `/dev/shm`.
+    pub shm_size: u64,
+    /// Containers' resource limits.
+    pub ulimits: BTreeMap<String, Ulimit>,
+    /// Name servers of containers; empty: the host's.
+    pub dns: Vec<String>,
+    /// Options of `resolv.conf`.
+    pub dns_opts: Vec<String>,
+    /// Search domains of `resolv.conf`.
+    pub dns_search: Vec<String>,
+    /// How microVMs are made.
+    pub vm: VmDefaults,
+}
+
+/// What a microVM is made of when its container does not say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmDefaults {
+    /// The VMM's executable.
+    pub vmm: PathBuf,
+    /// The guest kernel, an uncompressed `vmlinux`.
+    pub kernel: PathBuf,
+    /// The initramfs with the guest agent.
+    pub initramfs: PathBuf,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Size of the writable layer in GiB.
+    pub disk_gib: u32,
+}
+
+/// TLS of TCP hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tls {
+    /// None was asked for: TCP hosts are refused.
+    Unset,
+    /// Refused by the user in so many words: TCP hosts are plain.
+    Off,
+    /// On.
+    On {
+        /// The server's certificate chain, PEM.
+        cert: PathBuf,
+        /// Its private key, PEM.
+        key: PathBuf,
+        /// Whose clients are let in, PEM; None: everyone's.
+        client_ca: Option<PathBuf>,
+    },
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("unable to configure the daemon with file {}: {error}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The file is not what it should be, or disagrees with the flags.
+    #[error("unable to configure the daemon with file {}: {message}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        message: String,
+    },
+    /// An option's value is not valid.
+    #[error("{0}")]
+    Value(String),
+}
+
+/// Where `daemon.json` is looked for.
+pub const DEFAULT_CONFIG_FILE: &str = "/etc/bulkhead/daemon.json";
+
+impl Config {
+    /// From flags and the file: `config_file`, or the default one if it exists.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn load(flags: &Options, config_file: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = config_file.unwrap_or(Path::new(DEFAULT_CONFIG_FILE));
+        let text = match std::fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && config_file.is_none() => Vec::new(),
+            Err(error) => return Err(ConfigError::Read { path: path.to_owned(), error }),
+        };
+        let options = options::merge(flags, &text)
+            .map_err(|message| ConfigError::File { path: path.to_owned(), message })?;
+        Self::from_options(options).map_err(ConfigError::Value)
+    }
+
+    fn from_options(options: Options) -> Result<Self, String> {
+        let layout = Layout {
+            data_root: absolute("data-root", options.data_root, "/var/lib/bulkhead")?,
+            exec_root: absolute("exec-root", options.exec_root, "/run/bulkhead")?,
+        };
+        let tls = tls(options.tls, options.tlsverify, options.tlscacert, options.tlscert, options.tlskey);
+        let hosts = hosts(&options.hosts, &tls)?;
+        let debug = options.debug.unwrap_or(false);
+        let log_level = log_level(options.log_level.as_deref(), debug)?;
+        let log_driver = options.log_driver.unwrap_or_else(|| "json-file".into());
+        if !crate::engine::logs::DRIVERS.contains(&log_driver.as_str()) {
+            return Err(format!("logger: no log driver named '{log_driver}' is registered"));
+        }
+        let shm_size = match options.default_shm_size {
+            Some(text) => bytes(&text).ok_or_else(|| format!("invalid size: '{text}'"))?,
+            None => 64 << 20,
+        };
+        Ok(Self {
+            hosts,
+            tls,
+            group: (options.group.clone().unwrap_or_else(|| "docker".into()), options.group.is_some()),
+            pidfile: options.pidfile.unwrap_or_else(|| layout.pidfile()),
+            layout,
+            debug,
+            log_level,
+            registry_mirrors: options.registry_mirrors.iter().map(|m| mirror(m)).collect::<Result<_, _>>()?,
+            insecure_registries: options
+                .insecure_registries
+                .iter()
+                .map(|registry| insecure_registry(registry))
+                .collect::<Result<_, _>>()?,
+            max_concurrent_downloads: positive(
+                "max concurrent downloads",
+                options.max_concurrent_downloads,
+                3,
+            )?,
+            max_download_attempts: positive("max download attempts", options.max_download_attempts, 5)?,
+            labels: options.labels.into_iter().map(label).collect::<Result<_, _>>()?,
+            log_driver,
+            log_opts: options.log_opts.unwrap_or_default(),
+            init: options.init.unwrap_or(false),
+            no_new_privileges: options.no_new_privileges.unwrap_or(false),
+            shm_size,
+            ulimits: options.default_ulimits.unwrap_or_default(),
+            dns: addresses(options.dns)?,
+            dns_opts: options.dns_opts,
+            dns_search: options.dns_search,
+            vm: VmDefaults {
+                vmm: options.vmm.unwrap_or_else(default_vmm),
+                kernel: options.kernel.unwrap_or_else(|| "/usr/lib/bulkhead/vmlinux".into()),
+                initramfs: options.initramfs.unwrap_or_else(|| "/usr/lib/bulkhead/initramfs.cpio".into()),
+                memory_mib: range("default-memory-mib", options.default_memory_mib, 512, 64..=1 << 20)?,
+                vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), 1, 1..=64)?
+                    .try_into()
+                    .unwrap_or(1),
+                disk_gib: range("default-disk-gib", options.default_disk_gib, 10, 1..=16 << 10)?,
+            },
+        })
+    }
+}
+
+fn hosts(texts: &[String], tls: &Tls) -> Result<Vec<Host>, String> {
+    let mut hosts = Vec::new();
+    for text in texts {
+        let host = Host::parse(text, matches!(tls, Tls::On { .. }))?;
+        if matches!(host, Host::Tcp(_)) && *tls == Tls::Unset {
+            return Err(format!(
+                "refusing to serve the API on {text} without TLS, since whoever reaches it is root on this machine: \
+                 use --tlsverify with --tlscacert, --tlscert and --tlskey, or say --tls=false"
+            ));
+        }
+        if !hosts.contains(&host) {
+            hosts.push(host);
+        }
+    }
+    if hosts.is_empty() {
+        hosts.push(Host::default());
+    }
+    Ok(hosts)
+}
+
+fn tls(
+    tls: Option<bool>,
+    verify: Option<bool>,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+) -> Tls {
+    let default = |file: &str| Path::new("/etc/bulkhead").join(file);
+    let verify_on = verify == Some(true);
+    if verify_on || tls == Some(true) {
+        let client_ca = verify_on.then(|| ca.unwrap_or_else(|| default("ca.pem")));
+        let cert = cert.unwrap_or_else(|| default("cert.pem"));
+        Tls::On { cert, key: key.unwrap_or_else(|| default("key.pem")), client_ca }
+    } else if tls == Some(false) || verify == Some(false) {
+        Tls::Off
+    } else {
+        Tls::Unset
+    }
+}
+
+fn log_level(text: Option<&str>, debug: bool) -> Result<tracing::Level, String> {
+    use tracing::Level;
+    Ok(match text.map(str::to_lowercase).as_deref() {
+        None | Some("info") if debug => Level::DEBUG,
+        None | Some("info") => Level::INFO,
+        Some("panic" | "fatal" | "error") => Level::ERROR,
+        Some("warn") => Level::WARN,
+        Some("debug") => Level::DEBUG,
+        Some("trace") => Level::TRACE,
+        Some(other) => return Err(format!("invalid logging level: {other}")),
+    })
+}
+
+fn absolute(name: &str, path: Option<PathBuf>, default: &str) -> Result<PathBuf, String> {
+    let path = path.unwrap_or_else(|| default.into());
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(format!("{name} must be an absolute path: {}", path.display()))
+    }
+}
+
+fn mirror(text: &str) -> Result<String, String> {
+    let uri: http::Uri =
+        text.parse().map_err(|_| format!("invalid mirror: {text:?} is not a valid registry mirror"))?;
+    match uri.scheme_str() {
+        Some("http" | "https") => {}
+        _ => {
+            return Err(format!(
+                "invalid mirror: no scheme specified for {text:?}: must use either 'https://' or 'http://'"
+            ));
+        }
+    }
+    if uri.query().is_some() || text.contains('#') {
+        return Err(format!("invalid mirror: query or fragment at end of the URI {text:?}"));
+    }
+    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+        return Err("invalid mirror: username/password not allowed in URI".into());
+    }
+    Ok(text.trim_end_matches('/').to_owned())
+}
+
+fn insecure_registry(text: &str) -> Result<String, String> {
+    if text.contains("://") {
+        return Err(format!("insecure registry {text} should not contain '://'"));
+    }
+    if text.is_empty() || text.starts_with('-') || text.ends_with('-') {
+        return Err(format!("invalid insecure registry: {text:?}"));
+    }
+    Ok(text.to_owned())
+}
+
+fn label(text: String) -> Result<String, String> {
+    match text.split_once('=') {
+        Some((name, _)) if !name.is_empty() => Ok(text),
+        _ => Err(format!("bad attribute format: {text}")),
+    }
+}
+
+fn addresses(texts: Vec<String>) -> Result<Vec<String>, String> {
+    match texts.iter().find(|text| text.parse::<std::net::IpAddr>().is_err()) {
+        Some(wrong) => Err(format!("{wrong} is not an ip address")),
+        None => Ok(texts),
+    }
+}
+
+fn positive(name: &str, value: Option<i64>, default: usize) -> Result<usize, String> {
+    match value {
+        None | Some(0) => Ok(default),
+        Some(value) => usize::try_from(value).map_err(|_| format!("invalid {name}: {value}")),
+    }
+}
+
+fn range(
+    name: &str,
+    value: Option<u32>,
+    default: u32,
+    valid: std::ops::RangeInclusive<u32>,
+) -> Result<u32, String> {
+    let value = value.unwrap_or(default);
+    if valid.contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!("invalid {name} {value}: must be between {} and {}", valid.start(), valid.end()))
+    }
+}
+
+/// The VMM that lies beside this executable, since they are installed and built together.
+fn default_vmm() -> PathBuf {
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("bulkhead-vmm")));
+    beside.unwrap_or_else(|| "/usr/bin/bulkhead-vmm".into())
+}
+
+/// A size as Docker writes it: a number with an optional unit (`64m`, `1.5GiB`, `1024`), in powers of 1024.
+pub fn bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        "p" | "pb" | "pib" => 50,
+        _ => return None,
+    };
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole.checked_mul(1 << shift);
+    }
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+    let size = number.parse::<f64>().ok().map(|n| n * (1_u64 << shift) as f64)?;
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    (size < 9e18).then_some(size as u64)
+}
+
+#[cfg(test)]
+mod tests;

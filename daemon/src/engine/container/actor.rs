@@ -1,0 +1,632 @@
+//! The task that owns one container: commands and events in, [`Lifecycle::step`] in the middle, effects out.
+//! It never waits for a guest: what takes time runs in a task that reports back.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Command, Container, Grace, Reply, Stop, View,
+    hub::{Hub, Kind},
+    record::Record,
+    signal,
+    start::{self, Found, Started},
+    state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, State},
+    workload::{self, Watch, Workload},
+};
+use crate::{
+    api::types::container::{WaitError, WaitResponse},
+    engine::{Error, Result, Shared, WaitCondition},
+    sandbox::Sandbox,
+};
+
+/// How many commands may wait.
+const COMMANDS: usize = 64;
+
+/// How long a guest may take to power off.
+const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(10);
+
+/// What a container's own tasks report.
+enum Report {
+    Booted(u64, Result<Started, Failure>),
+    Over(u64, Exit),
+    BackOffOver(u64),
+    Deleted(std::io::Result<()>),
+}
+
+/// The owner of a container.
+pub(crate) struct Actor {
+    shared: Arc<Shared>,
+    record: Record,
+    view: watch::Sender<View>,
+    hub: Arc<Hub>,
+    commands: mpsc::Receiver<Command>,
+    reports: mpsc::Receiver<Report>,
+    reporter: mpsc::Sender<Report>,
+
+    /// Counts boots and delays: a report of an earlier one is not of this one.
+    turn: u64,
+    workload: Option<Arc<Workload>>,
+    boot: Option<CancellationToken>,
+    /// The end of the last sandbox, to be waited for before another boots or the disk goes.
+    ending: Option<JoinHandle<()>>,
+
+    starters: Vec<Reply<()>>,
+    stoppers: Vec<Reply<()>>,
+    killers: Vec<Reply<()>>,
+    restarters: Vec<Reply<()>>,
+    removers: Vec<Reply<()>>,
+    exit_waiters: Vec<oneshot::Sender<WaitResponse>>,
+    removal_waiters: Vec<oneshot::Sender<WaitResponse>>,
+}
+
+impl Actor {
+    /// An actor for a container whose record is on disk, and its handle. It does nothing before [`Actor::run`].
+    pub(crate) fn new(shared: Arc<Shared>, record: Record) -> (Self, Arc<Container>) {
+        let config = &record.config;
+        let kind = Kind { terminal: config.tty, stdin: config.open_stdin, stdin_once: config.stdin_once };
+        let hub = Arc::new(Hub::new(kind));
+        let (sender, commands) = mpsc::channel(COMMANDS);
+        let (reporter, reports) = mpsc::channel(COMMANDS);
+        let (view, receiver) = watch::channel(View { record: Arc::new(record.clone()), workload: None });
+        let container =
+            Container { id: record.id.clone(), commands: sender, view: receiver, hub: Arc::clone(&hub) };
+        let actor = Self {
+            shared,
+            record,
+            view,
+            hub,
+            commands,
+            reports,
+            reporter,
+            turn: 0,
+            workload: None,
+            boot: None,
+            ending: None,
+            starters: Vec::new(),
+            stoppers: Vec::new(),
+            killers: Vec::new(),
+            restarters: Vec::new(),
+            removers: Vec::new(),
+            exit_waiters: Vec::new(),
+            removal_waiters: Vec::new(),
+        };
+        (actor, Arc::new(container))
+    }
+
+    /// Takes over what an earlier daemon left of the container. Does not act on restart policies yet.
+    pub(crate) async fn adopt(&mut self) {
+        let State::Running(running) = self.record.life.state.clone() else { return };
+        match start::adopt(&self.shared, &self.record, &running, &self.hub).await {
+            Found::Alive(workload, watch) => {
+                tracing::info!(
+                    container = self.record.id,
+                    pid = workload.sandbox.pid(),
+                    "a container is taken over"
+                );
+                self.watch(workload, watch);
+                self.publish();
+            }
+            Found::Gone(reason) => {
+                tracing::warn!(container = self.record.id, reason, "a container did not outlive the daemon");
+            }
+        }
+    }
+
+    /// The sandbox that must not be swept away.
+    pub(crate) fn sandbox(&self) -> Option<String> {
+        self.workload.as_ref().map(|workload| workload.sandbox.id().to_owned())
+    }
+
+    /// Runs until the container is gone or [`Command::Close`] comes. `found` is whether the container is an
+    /// earlier daemon's.
+    pub(crate) async fn run(mut self, found: bool) {
+        if found && self.workload.is_none() {
+            self.step(Event::Found(Timestamp::now())).await.unwrap_or_default();
+        }
+        loop {
+            let go_on = tokio::select! {
+                Some(report) = self.reports.recv() => self.report(report).await,
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => false,
+                },
+            };
+            if !go_on {
+                return;
+            }
+        }
+    }
+
+    async fn command(&mut self, command: Command) -> bool {
+        match command {
+            Command::Start(reply) => self.start(reply).await,
+            Command::Stop(stop, reply) => self.stop(stop, reply).await,
+            Command::Restart(stop, reply) => self.restart(stop, reply).await,
+            Command::Kill(signal, reply) => self.kill(signal, reply).await,
+            Command::Remove { force, reply } => match self.step(Event::Remove { force }).await {
+                Ok(()) => self.removers.push(reply),
+                Err(refusal) => answer(reply, Err(self.refused_removal(refusal))),
+            },
+            Command::Rename(name, reply) => answer(reply, self.rename(name).await),
+            Command::Wait(condition, reply) => {
+                let _ = reply.send(self.wait(condition));
+            }
+            Command::Close(done) => {
+                let _ = done.send(());
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn report(&mut self, report: Report) -> bool {
+        match report {
+            Report::Booted(turn, result) if turn == self.turn => match result {
+                Ok(started) => self.started(started).await,
+                Err(failure) => self.start_failed(failure).await,
+            },
+            // A boot that was given up at the moment of its success.
+            Report::Booted(_, Ok(started)) => self.end(Arc::clone(&started.workload.sandbox), false),
+            Report::Booted(_, Err(_)) => {}
+            Report::Over(turn, exit) if turn == self.turn => {
+                if self.step(Event::Exited(exit)).await.is_ok() {
+                    self.tell_stoppers();
+                }
+            }
+            Report::BackOffOver(turn) if turn == self.turn => {
+                let _ = self.step(Event::BackOffOver).await;
+            }
+            Report::Over(..) | Report::BackOffOver(..) => {}
+            Report::Deleted(Ok(())) => {
+                self.gone();
+                return false;
+            }
+            Report::Deleted(Err(error)) => {
+                let message =
+                    format!("container {}: driver failed to remove root filesystem: {error}", self.record.id);
+                let _ = self.step(Event::RemoveFailed).await;
+                for reply in self.removers.drain(..) {
+                    answer(reply, Err(Error::internal(message.clone())));
+                }
+            }
+        }
+        true
+    }
+
+    // ---- Commands
+
+    async fn start(&mut self, reply: Reply<()>) {
+        match self.step(Event::Start).await {
+            Ok(()) => self.starters.push(reply),
+            Err(Refusal::Already) if self.boot.is_some() => self.starters.push(reply),
+            Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
+        }
+    }
+
+    async fn stop(&mut self, stop: Stop, reply: Reply<()>) {
+        match self.step(Event::Stop).await {
+            Ok(()) if self.workload.is_some() => {
+                self.stoppers.push(reply);
+                self.begin_stop(stop);
+            }
+            Ok(()) => answer(reply, Ok(())),
+            Err(_) => answer(reply, Err(Error::not_modified("the container is already stopped"))),
+        }
+    }
+
+    async fn restart(&mut self, stop: Stop, reply: Reply<()>) {
+        match self.step(Event::Restart).await {
+            Ok(()) => {
+                self.restarters.push(reply);
+                self.begin_stop(stop);
+            }
+            Err(Refusal::Already) if self.boot.is_some() => self.restarters.push(reply),
+            Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
+        }
+    }
+
+    async fn kill(&mut self, signal: i32, reply: Reply<()>) {
+        let not_running = Error::conflict(format!("container {} is not running", self.record.id));
+        let Some(workload) = self.workload.clone() else {
+            // A container that waits for its restart is told not to.
+            let waiting = matches!(self.record.life.state, State::Restarting(_));
+            let stopped = waiting && self.step(Event::Stop).await.is_ok();
+            return answer(reply, if stopped { Ok(()) } else { Err(not_running) });
+        };
+        // Any other signal may be handled by the workload and leaves its restart policy in force.
+        if signal == libc::SIGKILL || signal == self.stop_signal() {
+            let _ = self.step(Event::Stop).await;
+        }
+        self.tell("kill", [("signal".into(), signal.to_string())]);
+        if signal == libc::SIGKILL {
+            // Answered when it is over: the next request finds a container that does not run.
+            self.killers.push(reply);
+            tokio::spawn(async move { workload::kill(&workload).await });
+        } else {
+            tokio::spawn(async move { answer(reply, workload.signal(signal).await) });
+        }
+    }
+
+    async fn rename(&mut self, name: String) -> Result<()> {
+        let mut next = self.record.clone();
+        let old = std::mem::replace(&mut next.name, name);
+        self.save(&next)
+            .await
+            .map_err(|error| Error::internal(format!("the new name was not saved: {error}")))?;
+        self.record = next;
+        self.publish();
+        self.shared.registry.release(&old, &self.record.id);
+        self.tell("rename", [("oldName".into(), format!("/{old}"))]);
+        Ok(())
+    }
+
+    fn wait(&mut self, condition: WaitCondition) -> oneshot::Receiver<WaitResponse> {
+        let (sender, receiver) = oneshot::channel();
+        let active = matches!(self.record.life.state, State::Running(_) | State::Restarting(_));
+        match condition {
+            WaitCondition::NotRunning if !active => {
+                let _ = sender.send(self.outcome());
+            }
+            WaitCondition::NotRunning | WaitCondition::NextExit => self.exit_waiters.push(sender),
+            WaitCondition::Removed => self.removal_waiters.push(sender),
+        }
+        // Those who hung up are forgotten here, so that they do not heap up.
+        self.exit_waiters.retain(|waiter| !waiter.is_closed());
+        self.removal_waiters.retain(|waiter| !waiter.is_closed());
+        receiver
+    }
+
+    fn outcome(&self) -> WaitResponse {
+        let status_code = match &self.record.life.state {
+            State::Resting(rest) | State::Removing(rest) | State::Dead(rest) | State::Starting(rest) => {
+                match rest {
+                    Rest::Created(failure) => failure.as_ref().map_or(0, |failure| failure.code),
+                    Rest::Exited(ended) => ended.code,
+                }
+            }
+            State::Restarting(ended) => ended.code,
+            State::Running(_) => 0,
+        };
+        WaitResponse { error: None, status_code: status_code.into() }
+    }
+
+    // ---- Events
+
+    async fn started(&mut self, started: Started) {
+        self.boot = None;
+        let Started { workload, watch, log_start, at } = started;
+        let event = Event::Started {
+            sandbox: workload.sandbox.id().to_owned(),
+            pid: workload.sandbox.pid(),
+            log_start,
+            at,
+        };
+        let before = self.record.clone();
+        match self.record.life.step(self.record.rules(), event) {
+            Ok((life, _)) => self.record.life = life,
+            Err(refusal) => {
+                tracing::error!(container = self.record.id, ?refusal, "a start came too late");
+                self.end(workload.sandbox.clone(), false);
+                return;
+            }
+        }
+        if let Err(error) = self.save(&self.record).await {
+            // What is not on disk would be lost by a restart of the daemon: rather not begun.
+            self.record = before;
+            self.end(workload.sandbox.clone(), false);
+            let failure =
+                Failure { code: 128, error: format!("the container's state was not saved: {error}") };
+            return self.start_failed(failure).await;
+        }
+        self.watch(workload, watch);
+        self.publish();
+        self.tell("start", []);
+        for reply in self.starters.drain(..) {
+            answer(reply, Ok(()));
+        }
+        let restarters = std::mem::take(&mut self.restarters);
+        if !restarters.is_empty() {
+            self.tell("restart", []);
+        }
+        for reply in restarters {
+            answer(reply, Ok(()));
+        }
+    }
+
+    async fn start_failed(&mut self, failure: Failure) {
+        self.boot = None;
+        let error = failed_start(&failure);
+        tracing::warn!(container = self.record.id, error = failure.error, "a container did not start");
+        self.hub.end_run();
+        let _ = self.step(Event::StartFailed(failure)).await;
+        for reply in self.starters.drain(..).chain(self.restarters.drain(..)) {
+            answer(reply, Err(error.clone()));
+        }
+    }
+
+    fn watch(&mut self, workload: Arc<Workload>, watch: Watch) {
+        self.workload = Some(Arc::clone(&workload));
+        let (reporter, turn, hub) = (self.reporter.clone(), self.turn, Arc::clone(&self.hub));
+        let (shared, record) = (Arc::clone(&self.shared), self.record.clone());
+        tokio::spawn(async move {
+            let oom = || shared.publish(&record, "oom", []);
+            let exit = workload.watch(watch, &hub, oom).await;
+            let _ = reporter.send(Report::Over(turn, exit)).await;
+        });
+    }
+
+    // ---- One step of the life
+
+    async fn step(&mut self, event: Event) -> Result<(), Refusal> {
+        let (life, effects) = self.record.life.step(self.record.rules(), event)?;
+        let kept = must_be_kept(&self.record.life, &life);
+        let was_under_way = matches!(self.record.life.state, State::Starting(_) | State::Restarting(_));
+        self.record.life = life;
+        if kept && let Err(error) = self.save(&self.record).await {
+            tracing::error!(container = self.record.id, %error, "a container's state was not saved");
+        }
+        for effect in effects {
+            self.run_effect(&effect);
+        }
+        self.publish();
+        if was_under_way && matches!(self.record.life.state, State::Resting(_)) {
+            // The run that they wait for will not come.
+            let outcome = self.outcome();
+            for waiter in self.exit_waiters.drain(..) {
+                let _ = waiter.send(outcome.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn run_effect(&mut self, effect: &Effect) {
+        match *effect {
+            Effect::Boot => self.boot(),
+            Effect::AbortBoot => {
+                if let Some(boot) = self.boot.take() {
+                    boot.cancel();
+                }
+                self.turn += 1;
+                self.hub.end_run();
+                let error =
+                    Error::conflict("the start was given up, since the container was stopped or removed");
+                for reply in self.starters.drain(..).chain(self.restarters.drain(..)) {
+                    answer(reply, Err(error.clone()));
+                }
+            }
+            Effect::Kill => {
+                if let Some(workload) = self.workload.clone() {
+                    self.tell("kill", [("signal".into(), libc::SIGKILL.to_string())]);
+                    tokio::spawn(async move { workload::kill(&workload).await });
+                }
+            }
+            Effect::Ended(code) => {
+                let ran = self.ran_for().as_secs().to_string();
+                self.tell("die", [("exitCode".into(), code.to_string()), ("execDuration".into(), ran)]);
+                for waiter in self.exit_waiters.drain(..) {
+                    let _ = waiter.send(WaitResponse { error: None, status_code: code.into() });
+                }
+            }
+            Effect::ShutDown => self.end_workload(true),
+            Effect::Destroy => self.end_workload(false),
+            Effect::BackOff(delay) => {
+                self.turn += 1;
+                let (reporter, turn) = (self.reporter.clone(), self.turn);
+                tokio::spawn(async move {
+                    tokio::time::sleep(delay).await;
+                    let _ = reporter.send(Report::BackOffOver(turn)).await;
+                });
+            }
+            Effect::Delete => self.delete(),
+        }
+    }
+
+    fn boot(&mut self) {
+        self.turn += 1;
+        let cancel = CancellationToken::new();
+        self.boot = Some(cancel.clone());
+        let (shared, record, hub) = (Arc::clone(&self.shared), self.record.clone(), Arc::clone(&self.hub));
+        let (reporter, turn, before) = (self.reporter.clone(), self.turn, self.ending.take());
+        self.ending = Some(tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            let mut booted = None;
+            let result = tokio::select! {
+                biased;
+                () = cancel.cancelled() => None,
+                result = start::start(&shared, &record, &hub, &mut booted) => Some(result),
+            };
+            if !matches!(result, Some(Ok(_)))
+                && let Some(sandbox) = booted
+            {
+                sandbox.destroy().await;
+            }
+            if let Some(result) = result
+                && let Err(mpsc::error::SendError(Report::Booted(_, Ok(started)))) =
+                    reporter.send(Report::Booted(turn, result)).await
+            {
+                started.workload.sandbox.destroy().await;
+            }
+        }));
+    }
+
+    fn end_workload(&mut self, flush: bool) {
+        if let Some(workload) = self.workload.take() {
+            self.end(Arc::clone(&workload.sandbox), flush);
+        }
+    }
+
+    /// Ends a sandbox in a task of its own; whatever comes next waits for it.
+    fn end(&mut self, sandbox: Arc<Sandbox>, flush: bool) {
+        let before = self.ending.take();
+        self.ending = Some(tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            if flush {
+                sandbox.shut_down(SHUT_DOWN_WITHIN).await;
+            } else {
+                sandbox.destroy().await;
+            }
+        }));
+    }
+
+    fn delete(&mut self) {
+        let before = self.ending.take();
+        let (layout, id, reporter) =
+            (self.shared.layout().clone(), self.record.id.clone(), self.reporter.clone());
+        tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            let deleted =
+                tokio::task::spawn_blocking(move || crate::engine::store::delete(&layout, &id)).await;
+            let _ = reporter
+                .send(Report::Deleted(deleted.unwrap_or_else(|e| Err(std::io::Error::other(e)))))
+                .await;
+        });
+    }
+
+    fn gone(&mut self) {
+        self.shared.forget(&self.record.id);
+        self.tell("destroy", []);
+        let outcome = self.outcome();
+        for waiter in self.removal_waiters.drain(..) {
+            let _ = waiter.send(outcome.clone());
+        }
+        let error = WaitError { message: "the container was removed".into() };
+        for waiter in self.exit_waiters.drain(..) {
+            let _ = waiter.send(WaitResponse { error: Some(error.clone()), ..outcome.clone() });
+        }
+        let stopped = self.stoppers.drain(..).chain(self.killers.drain(..));
+        for reply in self.removers.drain(..).chain(stopped) {
+            answer(reply, Ok(()));
+        }
+        for reply in self.starters.drain(..).chain(self.restarters.drain(..)) {
+            answer(reply, Err(Error::not_found(format!("No such container: {}", self.record.id))));
+        }
+    }
+
+    // ---- Stopping
+
+    fn begin_stop(&self, stop: Stop) {
+        let Some(workload) = self.workload.clone() else { return };
+        let signal = stop.signal.unwrap_or_else(|| self.stop_signal());
+        let own = || Grace::from_seconds(self.record.config.stop_timeout.unwrap_or(10));
+        let grace = match stop.grace.unwrap_or_else(own) {
+            Grace::For(grace) => Some(grace),
+            Grace::Forever => None,
+        };
+        self.tell("kill", [("signal".into(), signal.to_string())]);
+        tokio::spawn(async move { workload::stop(&workload, signal, grace).await });
+    }
+
+    fn stop_signal(&self) -> i32 {
+        signal::parse(&self.record.config.stop_signal).unwrap_or(libc::SIGTERM)
+    }
+
+    /// Answers those who wait for a stop: when nothing follows it, once the sandbox is gone too.
+    fn tell_stoppers(&mut self) {
+        for reply in self.killers.drain(..) {
+            answer(reply, Ok(()));
+        }
+        let stoppers = std::mem::take(&mut self.stoppers);
+        if !stoppers.is_empty() || !self.restarters.is_empty() {
+            self.tell("stop", []);
+        }
+        let tell = || stoppers.into_iter().for_each(|reply| answer(reply, Ok(())));
+        match (&self.record.life.state, self.ending.take()) {
+            (State::Resting(_), Some(ending)) => {
+                self.ending = Some(tokio::spawn(async move {
+                    let _ = ending.await;
+                    tell();
+                }));
+            }
+            (_, ending) => {
+                self.ending = ending;
+                tell();
+            }
+        }
+    }
+
+    fn ran_for(&self) -> Duration {
+        match &self.record.life.state {
+            State::Resting(Rest::Exited(ended))
+            | State::Starting(Rest::Exited(ended))
+            | State::Removing(Rest::Exited(ended))
+            | State::Restarting(ended) => {
+                Duration::try_from(ended.finished_at.duration_since(ended.started_at)).unwrap_or_default()
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
+    // ---- Record, view, events
+
+    async fn save(&self, record: &Record) -> std::io::Result<()> {
+        let (record, path) = (record.clone(), self.shared.layout().container_record(&record.id));
+        tokio::task::spawn_blocking(move || record.write(&path))
+            .await
+            .unwrap_or_else(|e| Err(std::io::Error::other(e)))
+    }
+
+    fn publish(&self) {
+        self.view
+            .send_replace(View { record: Arc::new(self.record.clone()), workload: self.workload.clone() });
+    }
+
+    fn tell<const N: usize>(&self, action: &str, attributes: [(String, String); N]) {
+        self.shared.publish(&self.record, action, attributes);
+    }
+
+    // ---- Docker's words
+
+    fn refused_start(&self, refusal: Refusal) -> Error {
+        match refusal {
+            Refusal::BeingRemoved | Refusal::Dead => {
+                Error::conflict("container is marked for removal and cannot be started")
+            }
+            _ => Error::not_modified("the container is already started"),
+        }
+    }
+
+    fn refused_removal(&self, refusal: Refusal) -> Error {
+        let Record { name, .. } = &self.record;
+        match refusal {
+            Refusal::Runs(status) => Error::conflict(format!(
+                "cannot remove container \"/{name}\": container is {status}: stop the container before removing or force \
+                 remove"
+            )),
+            _ => Error::conflict(format!("removal of container {name} is already in progress")),
+        }
+    }
+}
+
+/// Whether the step from one life to the next must be on disk: not what a restarted daemon finds out or does
+/// again by itself.
+fn must_be_kept(old: &Lifecycle, new: &Lifecycle) -> bool {
+    match (&old.state, &new.state) {
+        (_, State::Starting(_) | State::Removing(_)) => false,
+        _ => old != new,
+    }
+}
+
+/// A failed start as its caller is told of it: what the user can mend is 400, as in Docker.
+fn failed_start(failure: &Failure) -> Error {
+    match failure.code {
+        126 | 127 => Error::invalid(failure.error.clone()),
+        _ => Error::internal(failure.error.clone()),
+    }
+}
+
+/// Answers; a caller who has hung up does not want to know.
+fn answer<T>(reply: Reply<T>, result: Result<T>) {
+    let _ = reply.send(result);
+}

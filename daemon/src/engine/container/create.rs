@@ -1,0 +1,145 @@
+//! Creates a container: its record and its disk; nothing is booted.
+
+use std::{io, path::Path, sync::Arc};
+
+use bulkhead_rootfs::disk;
+use jiff::Timestamp;
+
+use super::{Actor, names, record::Record};
+use crate::{
+    api::types::container::{CreateRequest, CreateResponse},
+    engine::{Error, Result, Shared, image::ImageForContainer, spec, store},
+};
+
+/// Creates it. On an error nothing is left.
+pub(super) async fn create(
+    shared: &Arc<Shared>,
+    name: Option<&str>,
+    mut request: CreateRequest,
+) -> Result<CreateResponse> {
+    if request.config.image.is_empty() {
+        return Err(Error::invalid("invalid reference format"));
+    }
+    let image = shared.images.resolve_for_create(&request.config.image, None).await?;
+    let ImageForContainer { id: image_id, config: image_config, layers, warning, pin } = image;
+    let id = names::new_id();
+    if let Some(config) = &image_config.config {
+        spec::merge_image(&mut request.config, config);
+    }
+    let bridge = matches!(request.host_config.network_mode.as_str(), "" | "default" | "bridge");
+    spec::fill(&mut request, &id, &shared.config);
+    let CreateRequest { config, host_config, networking_config: _ } = request;
+    let mut warnings: Vec<String> = warning.into_iter().collect();
+    warnings.extend(spec::validate(&config, &host_config)?);
+    if bridge && !config.network_disabled {
+        warnings.push(
+            "Networks are not supported yet: the container has no network interface but its loopback.".into(),
+        );
+    }
+    let size = disk_size(&host_config)?;
+
+    let name = match name {
+        Some(name) if !name.is_empty() => shared.registry.reserve(name, &id)?,
+        _ => shared.registry.reserve_any(&id)?,
+    };
+    let mut record = Record::new(id.clone(), name, image_id, Timestamp::now());
+    record.layers = layers;
+    record.config = config;
+    record.host_config = host_config;
+    if let Err(error) = lay_down(shared, &record, size).await {
+        shared.registry.remove(&id);
+        return Err(error);
+    }
+    let (actor, container) = Actor::new(Arc::clone(shared), record.clone());
+    shared.registry.insert(container);
+    // From here on the registry tells of the layers.
+    drop(pin);
+    shared.publish(&record, "create", []);
+    tokio::spawn(actor.run(false));
+    Ok(CreateResponse { id, warnings })
+}
+
+/// `--storage-opt size=`, in bytes rounded up to whole blocks.
+fn disk_size(host: &crate::api::types::container::HostConfig) -> Result<Option<u64>> {
+    let Some(text) = host.storage_opt.as_ref().and_then(|options| options.get("size")) else {
+        return Ok(None);
+    };
+    let size = parse_size(text)
+        .and_then(|size| size.checked_next_multiple_of(disk::BLOCK))
+        .filter(|size| (disk::MIN_SIZE..=disk::MAX_SIZE).contains(size));
+    size.map(Some).ok_or_else(|| {
+        Error::invalid(format!("invalid --storage-opt size: '{text}': a size from 32m to 8t is expected"))
+    })
+}
+
+/// A number with an optional unit: `10G`, `512mb`, `4096`.
+fn parse_size(text: &str) -> Option<u64> {
+    let lower = text.to_ascii_lowercase();
+    let bare = lower.strip_suffix("ib").or_else(|| lower.strip_suffix('b')).unwrap_or(&lower);
+    let (number, shift) = match bare.char_indices().last()? {
+        (at, 'k') => (&bare[..at], 10),
+        (at, 'm') => (&bare[..at], 20),
+        (at, 'g') => (&bare[..at], 30),
+        (at, 't') => (&bare[..at], 40),
+        _ => (bare, 0),
+    };
+    number.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Makes the directory, the disk and the record, in this order.
+async fn lay_down(shared: &Arc<Shared>, record: &Record, size: Option<u64>) -> Result<()> {
+    let (layout, record) = (shared.layout().clone(), record.clone());
+    let made = tokio::task::spawn_blocking(move || {
+        let made = store::create(&layout, &record.id)
+            .and_then(|()| make_disk(&layout.disk_template(), &layout.container_disk(&record.id), size))
+            .and_then(|()| record.write(&layout.container_record(&record.id)));
+        if made.is_err()
+            && let Err(error) = store::delete(&layout, &record.id)
+        {
+            tracing::error!(container = record.id, %error, "what is left of a failed creation could not be removed");
+        }
+        made
+    });
+    let made = made.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    made.map_err(|error| {
+        Error::internal(format!("failed to create the container's layer: {}", host_words(&error)))
+    })
+}
+
+fn make_disk(template: &Path, disk_path: &Path, size: Option<u64>) -> io::Result<()> {
+    match size {
+        None => disk::clone(template, disk_path).map(drop).map_err(io::Error::other),
+        Some(size) => disk::template(disk_path, size).map_err(io::Error::other),
+    }
+}
+
+/// The error as Docker's users know it: without Rust's number of it.
+fn host_words(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC) => "no space left on device".into(),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::types::container::HostConfig;
+
+    #[test]
+    fn sizes_have_units_and_bounds() {
+        for (text, size) in [("64m", 64 << 20), ("1G", 1 << 30), ("100MB", 100 << 20), ("2gib", 2 << 30)] {
+            assert_eq!(parse_size(text), Some(size), "{text}");
+        }
+        for text in ["", "b", "m", "-1g", "1.5g", "1x", "99999999999t"] {
+            assert_eq!(parse_size(text), None, "{text}");
+        }
+        let host = |size: &str| HostConfig {
+            storage_opt: Some([("size".to_owned(), size.to_owned())].into()),
+            ..HostConfig::default()
+        };
+        assert_eq!(disk_size(&host("33554433")).unwrap(), Some(33_554_432 + disk::BLOCK));
+        assert!(disk_size(&host("1m")).unwrap_err().message.contains("from 32m"));
+        assert_eq!(disk_size(&HostConfig::default()).unwrap(), None);
+    }
+}

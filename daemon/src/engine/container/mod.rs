@@ -1,0 +1,166 @@
+//! Containers. Each is owned by one task, its actor; everybody else has a [`Container`]: a queue of commands
+//! to it and a view of its record that is always there, however busy the actor is.
+//!
+//! ```text
+//!   engine's methods ──commands──▶ actor ──▶ state::Lifecycle::step ──▶ effects: boot, watch, stop, delete
+//!          ▲                         │ record on disk, then
+//!          └────────── view ◀────────┘
+//! ```
+
+mod actor;
+mod create;
+pub(crate) mod hub;
+mod inspect;
+mod list;
+pub(crate) mod names;
+mod ops;
+mod prune;
+pub(crate) mod pump;
+pub mod record;
+pub(crate) mod registry;
+pub(crate) mod signal;
+pub(crate) mod start;
+pub mod state;
+mod top;
+pub(crate) mod workload;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub(crate) use actor::Actor;
+pub use list::{LIST_FILTERS, ListOptions};
+pub use prune::PRUNE_FILTERS;
+
+use crate::{
+    api::types::container::WaitResponse,
+    engine::{Error, Result, WaitCondition},
+};
+use hub::Hub;
+use record::Record;
+use state::State;
+use workload::Workload;
+
+/// An answer to come.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
+
+/// What a container's actor is asked to do.
+pub(crate) enum Command {
+    /// Answered when the workload runs.
+    Start(Reply<()>),
+    /// Answered when it has ended.
+    Stop(Stop, Reply<()>),
+    /// Answered when it runs again.
+    Restart(Stop, Reply<()>),
+    /// Answered when the signal is delivered.
+    Kill(i32, Reply<()>),
+    /// Answered when nothing is left.
+    Remove {
+        /// Even if it runs.
+        force: bool,
+        /// For the answer.
+        reply: Reply<()>,
+    },
+    /// To a name that is reserved.
+    Rename(String, Reply<()>),
+    /// Answered at once with what will resolve.
+    Wait(WaitCondition, oneshot::Sender<oneshot::Receiver<WaitResponse>>),
+    /// Ends the actor and leaves the container as it is.
+    Close(oneshot::Sender<()>),
+}
+
+/// How to stop.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stop {
+    /// First. None: the container's own.
+    pub(crate) signal: Option<i32>,
+    /// Before SIGKILL. None: the container's own.
+    pub(crate) grace: Option<Grace>,
+}
+
+/// How long to wait before SIGKILL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Grace {
+    /// So long.
+    For(Duration),
+    /// No SIGKILL.
+    Forever,
+}
+
+impl Grace {
+    /// From Docker's seconds, where a negative number is for ever.
+    pub(crate) fn from_seconds(seconds: i64) -> Self {
+        u64::try_from(seconds).map_or(Self::Forever, |seconds| Self::For(Duration::from_secs(seconds)))
+    }
+}
+
+/// What everybody may see of a container.
+#[derive(Clone)]
+pub(crate) struct View {
+    /// Its record.
+    pub(crate) record: Arc<Record>,
+    /// What runs, while it does.
+    pub(crate) workload: Option<Arc<Workload>>,
+}
+
+impl View {
+    /// The workload of a running container.
+    ///
+    /// # Errors
+    /// 409 in Docker's words.
+    pub(crate) fn running(&self) -> Result<&Arc<Workload>> {
+        let id = &self.record.id;
+        match (&self.record.life.state, &self.workload) {
+            (State::Running(_), Some(workload)) => Ok(workload),
+            (State::Restarting(_), _) => Err(Error::conflict(format!(
+                "Container {id} is restarting, wait until the container is running"
+            ))),
+            _ => Err(Error::conflict(format!("container {id} is not running"))),
+        }
+    }
+}
+
+/// A container.
+pub(crate) struct Container {
+    id: String,
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<View>,
+    hub: Arc<Hub>,
+}
+
+impl Container {
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn hub(&self) -> &Arc<Hub> {
+        &self.hub
+    }
+
+    /// How it is at this moment.
+    pub(crate) fn view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    /// Asks the actor and waits for its answer.
+    pub(crate) async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let gone = |_| Error::not_found(format!("No such container: {}", self.id));
+        self.commands.send(command(reply)).await.map_err(|_| ()).map_err(gone)?;
+        answer.await.map_err(|_| ()).map_err(gone)
+    }
+
+    /// Tells the actor; whether there still is one.
+    pub(crate) async fn tell(&self, command: Command) -> bool {
+        self.commands.send(command).await.is_ok()
+    }
+
+    /// A container without an actor.
+    #[cfg(test)]
+    pub(crate) fn detached(id: &str) -> Self {
+        let record = Arc::new(Record { id: id.into(), ..record::sample("ab") });
+        let (_, view) = watch::channel(View { record, workload: None });
+        let kind = hub::Kind { terminal: false, stdin: false, stdin_once: false };
+        Self { id: id.into(), commands: mpsc::channel(1).0, view, hub: Arc::new(Hub::new(kind)) }
+    }
+}

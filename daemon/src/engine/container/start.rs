@@ -1,0 +1,335 @@
+//! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
+//! And takes one over that an earlier daemon started.
+
+use std::{fs::OpenOptions, sync::Arc, time::Duration};
+
+use bulkhead_agent_api::{
+    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
+    ProcessState, Rootfs, Stdio, StreamKind,
+};
+use jiff::Timestamp;
+use tokio::{sync::mpsc, task::JoinSet};
+
+use super::{
+    hub::Hub,
+    pump,
+    record::Record,
+    state::{Failure, Running},
+    workload::{Watch, Workload},
+};
+use crate::{
+    engine::{
+        Error, Shared,
+        logs::{Durable, Log, Stream},
+    },
+    sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
+};
+
+/// The guest kernel's command line. One serial port for the console; a panic ends the machine.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdinit=/init";
+
+/// MiB of guest memory beyond a container's limit: for the guest's kernel, its page tables and the agent.
+const OVERHEAD_MIB: u32 = 64;
+
+/// A workload that runs, and what its watch needs.
+pub(crate) struct Started {
+    pub(crate) workload: Arc<Workload>,
+    pub(crate) watch: Watch,
+    pub(crate) log_start: u64,
+    pub(crate) at: Timestamp,
+}
+
+/// Starts it. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
+/// the caller's to destroy.
+pub(crate) async fn start(
+    shared: &Shared,
+    record: &Record,
+    hub: &Arc<Hub>,
+    booted: &mut Option<Arc<Sandbox>>,
+) -> Result<Started, Failure> {
+    let internal = |error: Error| Failure { code: 128, error: error.message };
+    let (log, log_start) =
+        Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
+            |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
+        )?;
+    let create = create_call(shared, record).map_err(internal)?;
+    let spec = sandbox_spec(shared, record).map_err(internal)?;
+    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
+
+    call(&sandbox, Call::Create(Box::new(create))).await?;
+    let stdio = stdio(record);
+    let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
+    call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
+    let at = Timestamp::now();
+    let watch = connect(&workload, stdio, Durable::default(), hub, events, None)
+        .await
+        .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    Ok(Started { workload, watch, log_start, at })
+}
+
+/// How a container that an earlier daemon left running was found.
+pub(crate) enum Found {
+    /// It runs, or has ended in the meantime with its exit kept by the agent.
+    Alive(Arc<Workload>, Watch),
+    /// Its sandbox is gone; the text is why.
+    Gone(String),
+}
+
+/// Takes over a running container.
+pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, hub: &Arc<Hub>) -> Found {
+    let parent = shared.layout().sandboxes();
+    let (sandbox, events) = match Sandbox::adopt(&parent, &running.sandbox).await {
+        Ok(adopted) => adopted,
+        Err(AdoptError::Dead(death)) => return Found::Gone(format!("while no daemon ran: {death}")),
+        Err(error @ AdoptError::Mute(_)) => return Found::Gone(error.to_string()),
+    };
+    let adopted: Result<_, Error> = async {
+        let path = shared.layout().container_log(&record.id);
+        let (log, durable) = Log::resume(&record.host_config.log_config.kind, &path, running.log_start)?;
+        let state = container_state(&sandbox, &record.id).await?;
+        let exit = match state.init {
+            Some(ProcessState::Exited(exit)) => Some(exit),
+            Some(ProcessState::Running { .. }) => None,
+            None => return Err(Error::internal("its workload was never started")),
+        };
+        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
+        let watch = connect(&workload, stdio(record), durable, hub, events, exit).await?;
+        crate::engine::exec::take_over(&workload, &record.id, state.execs);
+        Ok((workload, watch))
+    }
+    .await;
+    match adopted {
+        Ok((workload, watch)) => Found::Alive(workload, watch),
+        Err(error) => Found::Gone(format!("it could not be taken over: {error}")),
+    }
+}
+
+async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, Error> {
+    match sandbox.call(Call::State).await {
+        Ok(Answer::State { containers }) => containers
+            .into_iter()
+            .find(|state| state.container == id)
+            .ok_or_else(|| Error::internal("its sandbox does not know it")),
+        Ok(_) => Err(Error::internal(CallError::Unexpected.to_string())),
+        Err(error) => Err(Error::internal(error.to_string())),
+    }
+}
+
+fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
+    let built = shared.spec(record)?;
+    let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
+    Ok(Create {
+        container: record.id.clone(),
+        rootfs: Rootfs {
+            tag: TAG.into(),
+            layers: record.layers.iter().rev().map(bulkhead_rootfs::layers::DiffId::hex).collect(),
+            disk: Disk { id: DISK.into(), size },
+        },
+        spec: Box::new(built.spec),
+        files: built.files,
+    })
+}
+
+fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> {
+    let vm = &shared.config.vm;
+    let disk = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(shared.layout().container_disk(&record.id))
+        .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
+    let layers = shared.layers();
+    Ok(SandboxSpec {
+        id: sandbox::new_id(),
+        parent: shared.layout().sandboxes(),
+        program: vm.vmm.clone(),
+        vcpus: vcpus(record).unwrap_or(vm.vcpus),
+        memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
+        kernel: vm.kernel.clone(),
+        initramfs: vm.initramfs.clone(),
+        cmdline: CMDLINE.into(),
+        disk,
+        layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+    })
+}
+
+/// As many vCPUs as the limit needs, rounded up; None without a limit.
+fn vcpus(record: &Record) -> Option<u8> {
+    let host = &record.host_config;
+    let period = if host.cpu_period > 0 { host.cpu_period } else { 100_000 };
+    let cpus = match (host.nano_cpus, host.cpu_quota) {
+        (nano @ 1.., _) => nano.div_ceil_positive(1_000_000_000),
+        (_, quota @ 1..) => quota.div_ceil_positive(period),
+        _ => return None,
+    };
+    Some(u8::try_from(cpus.clamp(1, 64)).unwrap_or(64))
+}
+
+trait DivCeil {
+    fn div_ceil_positive(self, by: Self) -> Self;
+}
+
+impl DivCeil for i64 {
+    /// For positive numbers.
+    fn div_ceil_positive(self, by: Self) -> Self {
+        self / by + Self::from(self % by != 0)
+    }
+}
+
+/// The limit with what the guest itself needs; the default without a limit.
+fn memory_mib(limit: i64, default: u32) -> u32 {
+    if limit <= 0 {
+        return default;
+    }
+    let limit = limit.div_ceil_positive(1 << 20);
+    u32::try_from(limit).unwrap_or(u32::MAX / 2).saturating_add(OVERHEAD_MIB).max(2 * OVERHEAD_MIB)
+}
+
+fn stdio(record: &Record) -> Stdio {
+    let config = &record.config;
+    let [rows, columns] = record.host_config.console_size;
+    let size = u16::try_from(rows).ok().zip(u16::try_from(columns).ok()).filter(|size| *size != (0, 0));
+    Stdio {
+        terminal: config.tty,
+        size: size.filter(|_| config.tty),
+        stdin: config.open_stdin,
+        stdout: true,
+        stderr: !config.tty,
+    }
+}
+
+/// Opens the streams and starts their pumps.
+async fn connect(
+    workload: &Arc<Workload>,
+    stdio: Stdio,
+    durable: Durable,
+    hub: &Arc<Hub>,
+    events: mpsc::Receiver<Event>,
+    exit: Option<AgentExit>,
+) -> std::io::Result<Watch> {
+    let sandbox = &workload.sandbox;
+    let streams = [
+        (stdio.stdout, StreamKind::Stdout, Stream::Stdout, durable.stdout),
+        (stdio.stderr, StreamKind::Stderr, Stream::Stderr, durable.stderr),
+    ];
+    let mut outputs = JoinSet::new();
+    for (wanted, kind, stream, from) in streams {
+        if wanted {
+            let output = sandbox.output(workload.init(), kind, from).await?;
+            let log = Some(Arc::clone(&workload.log));
+            outputs.spawn(pump::output(output, stream, from, log, Arc::clone(hub)));
+        }
+    }
+    let mut inputs = JoinSet::new();
+    if stdio.stdin
+        && exit.is_none()
+        && let Some(queue) = hub.take_input()
+    {
+        let input = sandbox.input(workload.init()).await?;
+        let (sandbox, process) = (Arc::clone(sandbox), workload.init());
+        inputs.spawn(pump::input(input, queue, move || async move {
+            if let Err(error) = sandbox.call(Call::CloseStdin { process }).await {
+                tracing::debug!(%error, "the end of an input was not taken");
+            }
+        }));
+    }
+    Ok(Watch { events, outputs, inputs, exit })
+}
+
+async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
+    let answered = tokio::select! {
+        biased;
+        answer = sandbox.call(call) => answer,
+        death = sandbox.ended() => {
+            return Err(Failure { code: 128, error: format!("the microVM ended during the start: {death}") });
+        }
+    };
+    match answered {
+        Ok(answer) => Ok(answer),
+        Err(CallError::Agent(error)) => Err(agent_failure(&error)),
+        Err(CallError::Gone) => {
+            // The VMM's own reason is worth a moment.
+            let reason = match tokio::time::timeout(Duration::from_secs(2), sandbox.ended()).await {
+                Ok(death) => death.to_string(),
+                Err(_) => CallError::Gone.to_string(),
+            };
+            Err(Failure { code: 128, error: format!("the microVM ended during the start: {reason}") })
+        }
+        Err(error) => Err(Failure { code: 128, error: error.to_string() }),
+    }
+}
+
+fn boot_failure(error: &BootError) -> Failure {
+    Failure { code: 128, error: format!("failed to create task for container: {error}") }
+}
+
+/// The error of a workload that could not be executed, in the words that the docker CLI searches for its exit
+/// code, and the code it then has.
+fn agent_failure(error: &AgentError) -> Failure {
+    let error_text = format!(
+        "failed to create task for container: OCI runtime create failed: unable to start container process: error \
+         during container init: {}",
+        error.message
+    );
+    Failure { code: exec_failure_code(error), error: error_text }
+}
+
+/// 127 for what is not there, 126 for what cannot be executed, else 128: by the words, as Docker has it, since
+/// clients go by them.
+pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
+    let has = |words: &[&str]| words.iter().any(|word| error.message.contains(word));
+    if has(&["executable file not found", "no such file or directory"]) {
+        127
+    } else if has(&["permission denied", "is a directory"]) || error.kind == ErrorKind::NotExecutable {
+        126
+    } else {
+        128
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        super::super::record::sample("ab")
+    }
+
+    #[test]
+    fn vcpus_are_the_limit_rounded_up() {
+        let mut record = record();
+        assert_eq!(vcpus(&record), None);
+        for (nano, vcpus_) in [(10_000_000, 1), (1_000_000_000, 1), (1_500_000_000, 2), (i64::MAX, 64)] {
+            record.host_config.nano_cpus = nano;
+            assert_eq!(vcpus(&record), Some(vcpus_));
+        }
+        record.host_config.nano_cpus = 0;
+        record.host_config.cpu_quota = 250_000;
+        assert_eq!(vcpus(&record), Some(3));
+        record.host_config.cpu_period = 1_000_000;
+        assert_eq!(vcpus(&record), Some(1));
+    }
+
+    #[test]
+    fn memory_is_the_limit_and_what_the_guest_needs() {
+        assert_eq!(memory_mib(0, 512), 512);
+        assert_eq!(memory_mib(6 << 20, 512), 128);
+        assert_eq!(memory_mib((256 << 20) + 1, 512), 257 + 64);
+        assert!(memory_mib(i64::MAX, 512) > 1 << 20);
+    }
+
+    #[test]
+    fn failures_have_the_codes_that_clients_derive_from_their_words() {
+        for (kind, message, code) in [
+            (ErrorKind::NotFound, "exec: \"nosuch\": executable file not found in $PATH", 127),
+            (ErrorKind::NotFound, "exec: \"/nosuch\": stat /nosuch: no such file or directory", 127),
+            (ErrorKind::NotExecutable, "exec: \"/etc/passwd\": permission denied", 126),
+            (ErrorKind::NotExecutable, "exec: \"/x\": exec format error", 126),
+            (ErrorKind::Invalid, "unable to find user nosuch: no matching entries in passwd file", 128),
+        ] {
+            let failure = agent_failure(&AgentError { kind, message: message.into() });
+            assert_eq!(failure.code, code, "{message}");
+            assert!(failure.error.ends_with(message));
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! A running container: its sandbox, and the task that watches over it until it is over.
+//!
+//! ```text
+//!   agent ── Exited{init} ─────────────┐
+//!   output streams ── both ended ──────┴─▶ over: Exit
+//!   the VMM's pidfd ── dead ──▶ (137 and the reason, unless the exit was told before)
+//!   agent ── Exited{exec} ──▶ whoever waits for that exec
+//! ```
+//! An exit is told only when all output was taken, so nobody who waits for it can miss any.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bulkhead_agent_api::{Answer, Call, Event, Exit as AgentExit, ProcessId};
+use jiff::Timestamp;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
+
+use super::{hub::Hub, state::Exit};
+use crate::{
+    engine::{Error, Result, logs::Log},
+    sandbox::{CallError, Death, Sandbox},
+};
+
+/// How long a sandbox whose agent has hung up may take to end, before it is killed.
+const DIE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long the agent may take to deliver a signal.
+const SIGNAL_WITHIN: Duration = Duration::from_secs(10);
+
+/// A running container's sandbox.
+pub(crate) struct Workload {
+    pub(crate) sandbox: Arc<Sandbox>,
+    pub(crate) log: Arc<Log>,
+    container: String,
+    /// Who waits for which exec's end. None when the workload is over.
+    execs: Mutex<Option<HashMap<String, oneshot::Sender<AgentExit>>>>,
+    /// Whether the first process has ended, output or not.
+    exited: watch::Sender<bool>,
+}
+
+/// What belongs to a workload's watch and is not shared.
+pub(crate) struct Watch {
+    /// The agent's events.
+    pub(crate) events: mpsc::Receiver<Event>,
+    /// The output streams' pumps.
+    pub(crate) outputs: JoinSet<()>,
+    /// The input stream's.
+    pub(crate) inputs: JoinSet<()>,
+    /// An exit that is known already, of a container that was adopted.
+    pub(crate) exit: Option<AgentExit>,
+}
+
+impl Workload {
+    pub(crate) fn new(sandbox: Arc<Sandbox>, log: Arc<Log>, container: &str) -> Self {
+        Self {
+            sandbox,
+            log,
+            container: container.to_owned(),
+            execs: Mutex::new(Some(HashMap::new())),
+            exited: watch::Sender::new(false),
+        }
+    }
+
+    fn execs<R>(&self, f: impl FnOnce(&mut Option<HashMap<String, oneshot::Sender<AgentExit>>>) -> R) -> R {
+        f(&mut self.execs.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Registers for an exec's end; to be called before the exec is started. It resolves to an error when the
+    /// container ends first. None when it has ended already.
+    pub(crate) fn expect_exec(&self, id: &str) -> Option<oneshot::Receiver<AgentExit>> {
+        let (sender, receiver) = oneshot::channel();
+        self.execs(|execs| execs.as_mut()?.insert(id.to_owned(), sender).is_none().then_some(receiver))
+    }
+
+    /// Takes a registration back.
+    pub(crate) fn forget_exec(&self, id: &str) {
+        self.execs(|execs| execs.as_mut().and_then(|execs| execs.remove(id)));
+    }
+
+    /// The first process.
+    pub(crate) fn init(&self) -> ProcessId {
+        ProcessId { container: self.container.clone(), exec: None }
+    }
+
+    /// Sends the first process a signal. One that has ended already is no error.
+    ///
+    /// # Errors
+    /// The agent refuses or does not answer.
+    pub(crate) async fn signal(&self, signal: i32) -> Result<()> {
+        let call = self.sandbox.call(Call::Signal { process: self.init(), signal });
+        match tokio::time::timeout(SIGNAL_WITHIN, call).await {
+            Ok(Ok(_)) | Ok(Err(CallError::Gone)) => Ok(()),
+            Ok(Err(CallError::Agent(error))) if error.kind == bulkhead_agent_api::ErrorKind::NotFound => {
+                Ok(())
+            }
+            Ok(Err(error)) => Err(Error::internal(format!("the signal was not delivered: {error}"))),
+            Err(_) => Err(Error::internal("the guest does not answer")),
+        }
+    }
+
+    /// Resolves when the first process has ended.
+    pub(crate) async fn exited(&self) {
+        // The sender is in `self`: it cannot be gone.
+        let _ = self.exited.subscribe().wait_for(|exited| *exited).await;
+    }
+
+    /// Watches until it is over, and answers how it ended.
+    pub(crate) async fn watch(&self, mut watch: Watch, hub: &Hub, mut oom: impl FnMut()) -> Exit {
+        let mut exit = watch.exit;
+        if exit.is_some() {
+            self.process_ended(hub);
+        }
+        let death = loop {
+            tokio::select! {
+                event = watch.events.recv() => match event {
+                    Some(Event::Exited { process, exit: how }) if process.container == self.container => {
+                        match process.exec {
+                            None => {
+                                exit.get_or_insert(how);
+                                self.process_ended(hub);
+                            }
+                            Some(exec) => {
+                                let waiter = self.execs(|execs| execs.as_mut()?.remove(&exec));
+                                if let Some(waiter) = waiter {
+                                    let _ = waiter.send(how);
+                                }
+                            }
+                        }
+                    }
+                    Some(Event::Oom { container }) if container == self.container => oom(),
+                    // Of a container that is not ours: a guest may say what it likes.
+                    Some(_) => {}
+                    None => break Some(self.die().await),
+                },
+                _ = watch.outputs.join_next(), if exit.is_some() && !watch.outputs.is_empty() => {}
+                death = self.sandbox.ended() => break Some(death),
+                () = std::future::ready(()), if exit.is_some() && watch.outputs.is_empty() => break None,
+            }
+        };
+        self.process_ended(hub);
+        // Of a dead sandbox the streams end at once; what they still hold is taken.
+        while watch.outputs.join_next().await.is_some() {}
+        if let Err(error) = self.log.finish(Timestamp::now()) {
+            tracing::error!(container = self.container, %error, "the end of a log could not be written");
+        }
+        watch.inputs.shutdown().await;
+        self.execs(Option::take);
+        hub.end_run();
+        conclude(exit, death)
+    }
+
+    fn process_ended(&self, hub: &Hub) {
+        hub.process_ended();
+        self.exited.send_replace(true);
+    }
+
+    /// The agent has hung up, which it does when the guest goes down: the VMM follows or is made to.
+    async fn die(&self) -> Death {
+        match tokio::time::timeout(DIE_WITHIN, self.sandbox.ended()).await {
+            Ok(death) => death,
+            Err(_) => {
+                self.sandbox.kill();
+                self.sandbox.ended().await
+            }
+        }
+    }
+
+    /// The container's processes, as the agent sees them.
+    ///
+    /// # Errors
+    /// The agent refuses or is gone.
+    pub(crate) async fn processes(&self) -> Result<Vec<bulkhead_agent_api::ProcessInfo>> {
+        match self.sandbox.call(Call::Processes { container: self.container.clone() }).await {
+            Ok(Answer::Processes { processes }) => Ok(processes),
+            Ok(_) => Err(Error::internal(CallError::Unexpected.to_string())),
+            Err(error) => Err(Error::internal(error.to_string())),
+        }
+    }
+}
+
+fn conclude(exit: Option<AgentExit>, death: Option<Death>) -> Exit {
+    let now = Timestamp::now();
+    match (exit, death) {
+        (Some(exit), _) => Exit {
+            code: exit.code.clamp(0, 255),
+            oom_killed: exit.oom_killed,
+            error: String::new(),
+            // The guest's clock is the guest's: a time in the future is not believed.
+            at: Timestamp::from_nanosecond(exit.unix_ns.into()).map_or(now, |at| at.min(now)),
+        },
+        (None, death) => {
+            let error = death.map_or_else(|| "the microVM ended".to_owned(), |death| death.to_string());
+            Exit { code: 137, oom_killed: false, error, at: now }
+        }
+    }
+}
+
+/// Stops a workload: the signal, its grace, then SIGKILL. Returns when its first process has ended, or when
+/// its whole sandbox was killed because even SIGKILL brought no end.
+pub(crate) async fn stop(workload: &Workload, signal: i32, grace: Option<Duration>) {
+    if let Err(error) = workload.signal(signal).await {
+        tracing::warn!(container = workload.container, %error, "a stop signal was not delivered");
+    }
+    match grace {
+        None => workload.exited().await,
+        Some(grace) => {
+            if tokio::time::timeout(grace, workload.exited()).await.is_err() {
+                kill(workload).await;
+            }
+        }
+    }
+}
+
+/// Kills a workload.
+pub(crate) async fn kill(workload: &Workload) {
+    let delivered = workload.signal(libc::SIGKILL).await;
+    if delivered.is_err() || tokio::time::timeout(DIE_WITHIN, workload.exited()).await.is_err() {
+        tracing::warn!(container = workload.container, "SIGKILL brought no end: the sandbox is killed");
+        workload.sandbox.kill();
+    }
+}

@@ -1,0 +1,95 @@
+//! Speaking to registries: the OCI distribution specification and Docker's registry API v2, as a client that
+//! only reads.
+//!
+//! ```text
+//!  endpoints(domain) ─▶ Session::open      GET /v2/                      is anyone there, does it want to know us?
+//!                         │  manifest(tag)   GET /v2/<name>/manifests/…    capped, digest checked
+//!                         │  blob(digest)    GET /v2/<name>/blobs/…        streamed, resumed where it was cut
+//!                         └─ 401 ─▶ auth      GET <realm>?scope=…          token, kept for the session
+//! ```
+//!
+//! A registry is hostile: what it sends is capped, and counts only once it has the digest that was asked for.
+//! Credentials go to the registry and to the token server it names over TLS, never to mirrors, never along a
+//! redirect to another host.
+
+mod auth;
+mod blob;
+mod client;
+mod dial;
+mod endpoint;
+mod error;
+pub mod manifest;
+mod session;
+#[cfg(test)]
+pub(crate) mod testing;
+mod tls;
+
+use std::path::PathBuf;
+
+pub use auth::Credentials;
+pub use blob::Blob;
+pub use client::Patience;
+pub use endpoint::{Endpoint, SettingError};
+pub use error::RegistryError;
+pub use session::{Session, Wanted};
+
+use client::Client;
+use endpoint::Insecure;
+
+/// The daemon's settings for registries.
+#[derive(Debug, Clone)]
+pub struct RegistrySettings {
+    /// `registry-mirrors`: URLs, for Docker Hub.
+    pub mirrors: Vec<String>,
+    /// `insecure-registries`: hosts and subnets.
+    pub insecure: Vec<String>,
+    /// Docker's `certs.d`: below `<host:port>/`, `*.crt` are authorities for that host.
+    pub certificates: Option<PathBuf>,
+    /// How patient to be.
+    pub patience: Patience,
+}
+
+impl Default for RegistrySettings {
+    fn default() -> Self {
+        let certificates = Some(PathBuf::from("/etc/docker/certs.d"));
+        Self { mirrors: Vec::new(), insecure: Vec::new(), certificates, patience: Patience::default() }
+    }
+}
+
+impl RegistrySettings {
+    /// Says what is wrong with the settings, for `--validate`.
+    ///
+    /// # Errors
+    /// A mirror or an insecure registry is malformed.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        endpoint::parse_mirrors(&self.mirrors)?;
+        Insecure::parse(&self.insecure).map(drop)
+    }
+}
+
+/// All registries, as one place to ask.
+pub struct Registries {
+    client: Client,
+    mirrors: Vec<Endpoint>,
+}
+
+impl Registries {
+    /// Checks and takes the settings.
+    ///
+    /// # Errors
+    /// See [`RegistrySettings::validate`].
+    pub fn new(settings: RegistrySettings) -> Result<Self, SettingError> {
+        let mirrors = endpoint::parse_mirrors(&settings.mirrors)?;
+        let insecure = Insecure::parse(&settings.insecure)?;
+        Ok(Self { client: Client::new(insecure, settings.certificates, settings.patience), mirrors })
+    }
+
+    /// The servers to ask for images of `domain`, in order.
+    pub async fn endpoints(&self, domain: &str) -> Vec<Endpoint> {
+        endpoint::endpoints(domain, &self.mirrors, self.client.insecure()).await
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+}

@@ -1,0 +1,272 @@
+//! Config + HostConfig + facts → the OCI runtime spec that the guest agent applies. Pure.
+//!
+//! ```text
+//!  create:  request ─merge_image─▶ ─fill─▶ ─validate─▶ stored record (and warnings)
+//!  start:   record + Facts ─container─▶ Spec + files
+//!  exec:    the container's Spec + exec request ─exec─▶ Process
+//! ```
+//!
+//! Paths, namespaces and limits are the guest's. There is no network namespace: the microVM's network *is*
+//! the container's.
+
+mod capabilities;
+mod defaults;
+mod environment;
+mod files;
+mod mounts;
+mod resources;
+mod seccomp;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::IpAddr,
+};
+
+use bulkhead_agent_api::{GROUP_ADD_ANNOTATION, INIT_ANNOTATION, InjectedFile};
+pub use defaults::{command, fill, merge_image, validate};
+use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec};
+use serde_json::json;
+
+use super::{Error, Result};
+use crate::{
+    api::types::{
+        container::{Config, HostConfig},
+        exec,
+    },
+    config::Config as DaemonConfig,
+};
+
+/// The name of the only runtime, in HostConfig and info.
+pub const RUNTIME: &str = "bulkhead";
+
+/// Paths that read as empty in a container, unless it says otherwise.
+pub const MASKED_PATHS: [&str; 12] = [
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+];
+
+/// Paths that cannot be written in a container, unless it says otherwise.
+pub const READONLY_PATHS: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// Everything that a spec is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// The container's id, 64 digits.
+    pub id: &'a str,
+    /// Its config, the image's merged in.
+    pub config: &'a Config,
+    /// Its host config, filled in.
+    pub host: &'a HostConfig,
+    /// The daemon's settings.
+    pub daemon: &'a DaemonConfig,
+    /// Its own addresses, for `/etc/hosts`.
+    pub addresses: &'a [IpAddr],
+    /// The text of the host's `/etc/resolv.conf`.
+    pub resolv_conf: &'a str,
+}
+
+/// What the agent needs to create a container, besides its root.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ContainerSpec {
+    /// What to apply.
+    pub spec: Spec,
+    /// What to put over the root.
+    pub files: Vec<InjectedFile>,
+}
+
+/// The spec of a container.
+///
+/// # Errors
+/// Those of [`validate`], for a record that was not validated.
+pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
+    let Facts { id, config, host, daemon, addresses, resolv_conf } = *facts;
+    let (path, arguments) = command(config)?;
+    let args = [vec![path], arguments].concat();
+    let capabilities = capabilities::resolve(
+        host.cap_add.as_deref().unwrap_or_default(),
+        host.cap_drop.as_deref().unwrap_or_default(),
+        host.privileged,
+    )?;
+    let security = parse_security(host)?;
+    let hostname = if config.hostname.is_empty() { id.get(..12).unwrap_or(id) } else { &config.hostname };
+    let (devices, rules) = resources::devices(host)?;
+    let seccomp = if host.privileged { None } else { seccomp::filter(security.seccomp, &capabilities)? };
+    let [rows, columns] = host.console_size;
+    let mut spec: Spec = typed(json!({
+        "ociVersion": "1.2.0",
+        "hostname": hostname,
+        "root": { "path": "rootfs", "readonly": host.readonly_rootfs },
+        "process": {
+            "terminal": config.tty,
+            "consoleSize": (config.tty && rows > 0 && columns > 0).then(|| json!({ "height": rows, "width": columns })),
+            "user": { "uid": 0, "gid": 0, "username": user(&config.user) },
+            "args": args,
+            "env": environment::of_container(hostname, config.tty, config.env.as_deref().unwrap_or_default()),
+            "cwd": if config.working_dir.is_empty() { "/" } else { &config.working_dir },
+            "rlimits": resources::rlimits(host, daemon.ulimits.values())?,
+            "noNewPrivileges": security.no_new_privileges.unwrap_or(daemon.no_new_privileges),
+            "oomScoreAdj": host.oom_score_adj,
+        },
+        "mounts": mounts::mounts(host)?,
+        "annotations": annotations(host, daemon),
+        "linux": {
+            "namespaces": [
+                { "type": "mount" }, { "type": "uts" }, { "type": "pid" }, { "type": "ipc" }, { "type": "cgroup" },
+            ],
+            "cgroupsPath": format!("/{id}"),
+            "devices": devices,
+            "resources": resources::resources(host, &rules)?,
+            "sysctl": sysctls(host),
+            "maskedPaths": paths(host.masked_paths.as_ref(), &MASKED_PATHS, host.privileged),
+            "readonlyPaths": paths(host.readonly_paths.as_ref(), &READONLY_PATHS, host.privileged),
+            "seccomp": seccomp,
+        },
+    }))?;
+    if !config.domainname.is_empty() {
+        spec.set_domainname(Some(config.domainname.clone()));
+    }
+    if let Some(process) = spec.process_mut() {
+        process.set_capabilities(Some(capability_sets(&capabilities)?));
+    }
+    let files = files::files(hostname, &config.domainname, host, daemon, addresses, resolv_conf)?;
+    Ok(ContainerSpec { spec, files })
+}
+
+/// An additional process in the container of `spec`.
+///
+/// # Errors
+/// Invalid: nothing to run, or a directory that is not absolute.
+pub fn exec(spec: &Spec, request: &exec::CreateRequest) -> Result<Process> {
+    let Some(args) = request.cmd.clone().filter(|args| args.first().is_some_and(|path| !path.is_empty()))
+    else {
+        return Err(Error::invalid("no exec command specified"));
+    };
+    if !request.working_dir.is_empty() && !request.working_dir.starts_with('/') {
+        return Err(Error::invalid(format!("Cwd must be an absolute path: {}", request.working_dir)));
+    }
+    let mut process = spec.process().clone().unwrap_or_default();
+    let mut env = process.env().clone().unwrap_or_default();
+    env.retain(|variable| !variable.starts_with("TERM="));
+    if request.tty {
+        env.push("TERM=xterm".to_owned());
+    }
+    let env = environment::merge(env, request.env.iter().flatten());
+    if env.iter().chain(&args).any(|text| text.contains('\0')) {
+        return Err(Error::invalid("a command or variable contains a NUL byte"));
+    }
+    process.set_env(Some(env)).set_args(Some(args)).set_terminal(Some(request.tty));
+    if !request.working_dir.is_empty() {
+        process.set_cwd(request.working_dir.clone().into());
+    }
+    if !request.user.is_empty() {
+        process.user_mut().set_username(Some(request.user.clone()));
+    }
+    if request.privileged {
+        process.set_capabilities(Some(capability_sets(&capabilities::ALL)?));
+    }
+    let size = request.console_size.filter(|[rows, columns]| request.tty && *rows > 0 && *columns > 0);
+    let size = size.map(|[rows, columns]| typed(json!({ "height": rows, "width": columns }))).transpose()?;
+    process.set_console_size(size);
+    Ok(process)
+}
+
+fn typed<T: serde::de::DeserializeOwned>(value: serde_json::Value) -> Result<T> {
+    serde_json::from_value(value).map_err(|error| Error::internal(format!("runtime spec: {error}")))
+}
+
+/// What the agent resolves in the container's passwd; without a word it is root.
+fn user(user: &str) -> &str {
+    if user.is_empty() { "0" } else { user }
+}
+
+/// As Docker sets them: nothing is inheritable or ambient.
+fn capability_sets(names: &[&str]) -> Result<LinuxCapabilities> {
+    let set: HashSet<Capability> =
+        names.iter().map(|name| seccomp::capability(name)).collect::<Result<_>>()?;
+    let mut sets = LinuxCapabilities::default();
+    sets.set_bounding(Some(set.clone()))
+        .set_permitted(Some(set.clone()))
+        .set_effective(Some(set))
+        .set_inheritable(None)
+        .set_ambient(None);
+    Ok(sets)
+}
+
+fn paths(own: Option<&Vec<String>>, default: &[&str], privileged: bool) -> Vec<String> {
+    match own {
+        _ if privileged => Vec::new(),
+        Some(own) => own.clone(),
+        None => default.iter().map(|path| (*path).to_owned()).collect(),
+    }
+}
+
+fn sysctls(host: &HostConfig) -> BTreeMap<&str, &str> {
+    let mut sysctls = BTreeMap::from([
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("net.ipv4.ping_group_range", "0 2147483647"),
+    ]);
+    sysctls.extend(host.sysctls.iter().flatten().map(|(name, value)| (name.as_str(), value.as_str())));
+    sysctls
+}
+
+fn annotations(host: &HostConfig, daemon: &DaemonConfig) -> BTreeMap<String, String> {
+    // The user's own come first: they cannot replace ours.
+    let mut annotations = host.annotations.clone().unwrap_or_default();
+    annotations.retain(|name, _| !name.starts_with("org.bulkhead."));
+    if host.init.unwrap_or(daemon.init) {
+        annotations.insert(INIT_ANNOTATION.to_owned(), "true".to_owned());
+    }
+    if let Some(groups) = host.group_add.as_ref().filter(|groups| !groups.is_empty()) {
+        annotations.insert(GROUP_ADD_ANNOTATION.to_owned(), groups.join(","));
+    }
+    annotations
+}
+
+/// `--security-opt`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Security<'a> {
+    no_new_privileges: Option<bool>,
+    seccomp: Option<&'a str>,
+}
+
+fn parse_security(host: &HostConfig) -> Result<Security<'_>> {
+    let mut security = Security::default();
+    for option in host.security_opt.iter().flatten() {
+        if option == "no-new-privileges" {
+            security.no_new_privileges = Some(true);
+            continue;
+        }
+        let wrong = || Error::invalid(format!("invalid --security-opt 1: \"{option}\""));
+        let (name, value) = option.split_once('=').or_else(|| option.split_once(':')).ok_or_else(wrong)?;
+        match (name, value) {
+            ("no-new-privileges", "true" | "false") => security.no_new_privileges = Some(value == "true"),
+            ("seccomp", profile) => {
+                seccomp::filter(Some(profile), &[])?;
+                security.seccomp = Some(profile);
+            }
+            ("apparmor", "" | "unconfined") | ("label", "disable") | ("systempaths", "unconfined") => {}
+            ("writable-cgroups", "false") => {}
+            ("apparmor" | "label", value) => {
+                return Err(Error::invalid(format!(
+                    "--security-opt {name}={value} cannot be honoured: the guest kernel has no such security module"
+                )));
+            }
+            _ => return Err(wrong()),
+        }
+    }
+    Ok(security)
+}
+
+#[cfg(test)]
+mod tests;

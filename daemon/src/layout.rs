@@ -1,0 +1,130 @@
+//! Every path and socket of the daemon, named once.
+//!
+//! ```text
+//! data_root/                    0700; survives a reboot
+//!   id                          the daemon's own id
+//!   lock                        held while a daemon runs
+//!   tmp/                        downloads and the like; emptied at start
+//!   images/                     metadata and blobs of the image store
+//!   layers/                     the layer store (bulkhead-rootfs)
+//!   template.img                the formatted disk that writable layers are clones of
+//!   containers/ID/              0700
+//!     container.json            what it is and its state
+//!     ID-json.log               its log
+//!     disk.img                  its writable layer
+//! exec_root/                    0711; gone after a reboot
+//!   bulkheadd.pid
+//!   s/ID/                       0700: one sandbox
+//!     control.sock vsock.sock   what its VMM listens on
+//!     report.json               what its VMM wrote last
+//!     console.log               the guest kernel's console
+//!     sandbox.json              what a restarted daemon needs to adopt it
+//! ```
+
+use std::path::PathBuf;
+
+/// The two roots. Ids given to its methods are 64 hexadecimal digits: the caller made or checked them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// `--data-root`, absolute.
+    pub data_root: PathBuf,
+    /// `--exec-root`, absolute.
+    pub exec_root: PathBuf,
+}
+
+impl Layout {
+    /// The daemon's own id, kept for good.
+    pub fn daemon_id(&self) -> PathBuf {
+        self.data_root.join("id")
+    }
+
+    /// Locked while a daemon uses the data root.
+    pub fn lock(&self) -> PathBuf {
+        self.data_root.join("lock")
+    }
+
+    /// For files that are to be renamed into place; emptied at start.
+    pub fn tmp(&self) -> PathBuf {
+        self.data_root.join("tmp")
+    }
+
+    /// The image store.
+    pub fn images(&self) -> PathBuf {
+        self.data_root.join("images")
+    }
+
+    /// The layer store.
+    pub fn layers(&self) -> PathBuf {
+        self.data_root.join("layers")
+    }
+
+    /// The formatted disk that writable layers are clones of.
+    pub fn disk_template(&self) -> PathBuf {
+        self.data_root.join("template.img")
+    }
+
+    /// All containers.
+    pub fn containers(&self) -> PathBuf {
+        self.data_root.join("containers")
+    }
+
+    /// A container's directory.
+    pub fn container(&self, id: &str) -> PathBuf {
+        self.containers().join(id)
+    }
+
+    /// What a container is, and its state.
+    pub fn container_record(&self, id: &str) -> PathBuf {
+        self.container(id).join("container.json")
+    }
+
+    /// A container's log.
+    pub fn container_log(&self, id: &str) -> PathBuf {
+        self.container(id).join(format!("{id}-json.log"))
+    }
+
+    /// A container's writable layer.
+    pub fn container_disk(&self, id: &str) -> PathBuf {
+        self.container(id).join("disk.img")
+    }
+
+    /// The daemon's pid, unless `--pidfile` says otherwise.
+    pub fn pidfile(&self) -> PathBuf {
+        self.exec_root.join("bulkheadd.pid")
+    }
+
+    /// All sandboxes. A short name: socket paths end at 107 bytes.
+    pub fn sandboxes(&self) -> PathBuf {
+        self.exec_root.join("s")
+    }
+
+    /// A sandbox's directory.
+    pub fn sandbox(&self, id: &str) -> PathBuf {
+        self.sandboxes().join(id)
+    }
+
+    /// A VMM's control socket.
+    pub fn sandbox_control(&self, id: &str) -> PathBuf {
+        self.sandbox(id).join("control.sock")
+    }
+
+    /// A VMM's vsock socket.
+    pub fn sandbox_vsock(&self, id: &str) -> PathBuf {
+        self.sandbox(id).join("vsock.sock")
+    }
+
+    /// What a VMM wrote last.
+    pub fn sandbox_report(&self, id: &str) -> PathBuf {
+        self.sandbox(id).join("report.json")
+    }
+
+    /// The guest kernel's console.
+    pub fn sandbox_console(&self, id: &str) -> PathBuf {
+        self.sandbox(id).join("console.log")
+    }
+
+    /// What a restarted daemon needs to adopt a sandbox.
+    pub fn sandbox_record(&self, id: &str) -> PathBuf {
+        self.sandbox(id).join("sandbox.json")
+    }
+}

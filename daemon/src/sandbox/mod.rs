@@ -1,0 +1,304 @@
+//! One microVM: its VMM process, its guest agent and its stdio streams. Knows nothing of containers as
+//! Docker means them.
+//!
+//! ```text
+//!   boot ──▶ running ──▶ shut down (by the agent, bounded) ──▶ gone
+//!    │          │  ╲
+//!    ╳ undone   │   ╲ the VMM dies: `ended` resolves with its Death, streams and events end
+//!               ▼
+//!        the daemon dies ──▶ adopt (same process, new connections) ──▶ running
+//! ```
+//!
+//! A dropped [`Sandbox`] goes on running: that is how a daemon stops without its containers. Ending one
+//! is said in words: [`Sandbox::shut_down`] or [`Sandbox::destroy`].
+
+mod agent;
+mod dir;
+#[cfg(test)]
+pub(crate) mod fake;
+mod plan;
+mod stream;
+mod vmm;
+mod vsock;
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use bulkhead_agent_api::{Answer, Call, Event, Hello, ProcessId, StreamKind, StreamOpen};
+use bulkhead_vmm_api::Request;
+use tokio::sync::mpsc;
+
+pub use agent::{CallError, ConnectError};
+pub(crate) use stream::{InputStream, OutputStream};
+pub use vmm::{Death, control::ControlError};
+
+use agent::Agent;
+use dir::{IDENTITY, SandboxDir};
+use vmm::{
+    control::Control,
+    process::{Process, read_identity},
+};
+
+/// The block slot of the writable layer.
+pub const DISK: &str = "root";
+
+/// The virtio-fs tag below which image layers are shared.
+pub const TAG: &str = "layers";
+
+/// How long a running guest may take to answer a restarted daemon.
+const ADOPT_WITHIN: Duration = Duration::from_secs(30);
+
+/// What a sandbox is booted from.
+#[derive(Debug)]
+pub struct SandboxSpec {
+    /// Its name, see [`new_id`].
+    pub id: String,
+    /// The directory in which its own is made.
+    pub parent: PathBuf,
+    /// The VMM's executable.
+    pub program: PathBuf,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The guest kernel, an uncompressed ELF.
+    pub kernel: PathBuf,
+    /// The initramfs with the agent.
+    pub initramfs: PathBuf,
+    /// The guest kernel's command line.
+    pub cmdline: String,
+    /// The writable layer, open for reading and writing.
+    pub disk: File,
+    /// The image's layers by the name of their share.
+    pub layers: Vec<(String, PathBuf)>,
+}
+
+/// A new sandbox's name: 16 hexadecimal digits, never used twice.
+#[must_use]
+pub fn new_id() -> String {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).expect("the kernel's random source does not fail once it is up");
+    hex::encode(bytes)
+}
+
+/// Why a sandbox did not boot. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A host resource.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The VMM refused a request.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The agent did not greet.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The agent refused a call.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The VMM ended.
+    #[error("the microVM did not come up: {0}")]
+    Died(Box<Death>),
+    /// The agent was not heard of in time; the console's last line.
+    #[error("the guest did not come up in time; its console's last line: {0:?}")]
+    Silent(String),
+}
+
+impl BootError {
+    fn io(what: &str, source: io::Error) -> Self {
+        Self::Io { what: what.to_owned(), source }
+    }
+}
+
+/// Why a running sandbox could not be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// Its process is no more.
+    #[error("{0}")]
+    Dead(Death),
+    /// It runs and does not answer.
+    #[error("the sandbox does not answer: {0}")]
+    Mute(String),
+}
+
+/// A running microVM.
+#[derive(Debug)]
+pub struct Sandbox {
+    id: String,
+    dir: Arc<SandboxDir>,
+    process: Arc<Process>,
+    control: Control,
+    agent: Agent,
+}
+
+impl Sandbox {
+    /// Boots one; when this returns its agent is ready for calls. Its events come on the channel, which ends
+    /// with the agent's connection.
+    ///
+    /// # Errors
+    /// [`BootError`]; nothing is left behind. So too when the future is dropped.
+    pub async fn boot(spec: SandboxSpec) -> Result<(Self, mpsc::Receiver<Event>), BootError> {
+        plan::boot(spec).await
+    }
+
+    /// Takes over a sandbox that an earlier daemon booted.
+    ///
+    /// # Errors
+    /// [`AdoptError`]; the caller then calls [`discard`].
+    pub async fn adopt(parent: &Path, id: &str) -> Result<(Self, mpsc::Receiver<Event>), AdoptError> {
+        let path = parent.join(id);
+        let gone = Death { report: None, status: None, last_words: None };
+        let Ok(dir) = SandboxDir::open(path.clone()) else { return Err(AdoptError::Dead(gone)) };
+        let Some(identity) = read_identity(&path.join(IDENTITY)) else {
+            return Err(AdoptError::Dead(Death::read(&dir, None)));
+        };
+        let process = match Process::adopt(&identity) {
+            Ok(Some(process)) => process,
+            Ok(None) => return Err(AdoptError::Dead(Death::read(&dir, None))),
+            Err(error) => return Err(AdoptError::Mute(error.to_string())),
+        };
+        let connected = tokio::select! {
+            biased;
+            status = process.ended() => return Err(AdoptError::Dead(Death::read(&dir, status))),
+            connected = tokio::time::timeout(ADOPT_WITHIN, Agent::connect(&dir)) => connected,
+        };
+        match connected {
+            Ok(Ok((agent, events))) => {
+                let (dir, process) = (Arc::new(dir), Arc::new(process));
+                Ok((Self { id: id.to_owned(), dir, process, control: Control::default(), agent }, events))
+            }
+            Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
+            Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
+        }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The VMM's pid, for people.
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// What its agent said of itself.
+    pub fn hello(&self) -> &Hello {
+        self.agent.hello()
+    }
+
+    /// Calls the agent.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn call(&self, call: Call) -> Result<Answer, CallError> {
+        self.agent.call(call).await
+    }
+
+    /// Asks the VMM.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn control(&self, request: &Request) -> Result<bulkhead_vmm_api::Response, ControlError> {
+        self.control.call(&self.dir, request, None).await
+    }
+
+    /// Opens a process's output from byte `from`; an earlier connection to the same stream ends.
+    pub(crate) async fn output(
+        &self,
+        process: ProcessId,
+        stream: StreamKind,
+        from: u64,
+    ) -> io::Result<OutputStream> {
+        let request = StreamOpen { process, stream, from };
+        Ok(OutputStream::new(stream::open(&self.dir, &request).await?, from))
+    }
+
+    /// Opens a process's input.
+    pub(crate) async fn input(&self, process: ProcessId) -> io::Result<InputStream> {
+        let request = StreamOpen { process, stream: StreamKind::Stdin, from: 0 };
+        Ok(InputStream::new(stream::open(&self.dir, &request).await?))
+    }
+
+    /// Resolves when the VMM has ended.
+    pub async fn ended(&self) -> Death {
+        let status = self.process.ended().await;
+        Death::read(&self.dir, status)
+    }
+
+    /// Kills the VMM. [`Sandbox::ended`] tells when it is done.
+    pub fn kill(&self) {
+        self.process.kill();
+    }
+
+    /// Powers the guest off in order, so that its disk is whole, and removes every trace. A guest that is not
+    /// off within `grace` is killed.
+    pub async fn shut_down(&self, grace: Duration) {
+        let off = async {
+            // The answer is the connection's end; the process's end is what counts.
+            let _ = self.agent.call(Call::Shutdown).await;
+            self.process.ended().await;
+        };
+        if tokio::time::timeout(grace, off).await.is_err() {
+            tracing::warn!(sandbox = self.id, "a guest did not power off in time and is killed");
+        }
+        self.destroy().await;
+    }
+
+    /// Kills the VMM and removes every trace. Nothing is flushed: for a guest whose disk nobody will read.
+    pub async fn destroy(&self) {
+        self.process.kill();
+        self.process.ended().await;
+        if let Err(error) = self.dir.remove() {
+            tracing::error!(path = %self.dir.path().display(), %error, "a sandbox's directory stays behind");
+        }
+    }
+}
+
+/// Kills a sandbox by its directory alone and removes it.
+pub async fn discard(parent: &Path, id: &str) {
+    let path = parent.join(id);
+    if let Some(identity) = read_identity(&path.join(IDENTITY)) {
+        match Process::adopt(&identity) {
+            Ok(Some(process)) => {
+                process.kill();
+                process.ended().await;
+            }
+            Ok(None) => {}
+            Err(error) => tracing::error!(sandbox = id, %error, "an old sandbox cannot be looked at"),
+        }
+    }
+    if let Err(error) = dir::remove(&path) {
+        tracing::error!(path = %path.display(), %error, "an old sandbox's directory stays behind");
+    }
+}
+
+/// Discards every sandbox below `parent` that is not in `keep`: what a daemon that died in mid-boot left.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub async fn sweep(parent: &Path, keep: &HashSet<String>) -> io::Result<()> {
+    for entry in std::fs::read_dir(parent)? {
+        let name = entry?.file_name();
+        let Some(id) = name.to_str() else { continue };
+        if !keep.contains(id) {
+            tracing::info!(sandbox = id, "an old sandbox is discarded");
+            discard(parent, id).await;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

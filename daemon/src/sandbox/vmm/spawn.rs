@@ -1,0 +1,216 @@
+//! Starts a VMM: its whole configuration in a sealed memory file, every resource an inherited descriptor.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::process::CommandExt,
+    },
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use bulkhead_vmm_api::{DeviceConfig, VERSION, VmConfig};
+use rustix::{
+    fs::{MemfdFlags, SealFlags},
+    net::SocketType,
+};
+
+use super::process::{Identity, Process, boot_id};
+use crate::sandbox::dir::{CONTROL, IDENTITY, LOG, REPORT, SandboxDir, VSOCK};
+
+/// What a new VMM gets.
+pub(crate) struct Launch<'a> {
+    /// The VMM's executable.
+    pub(crate) program: &'a Path,
+    /// Shown in its logs.
+    pub(crate) name: &'a str,
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u32,
+    pub(crate) kernel: File,
+    pub(crate) initramfs: File,
+    pub(crate) cmdline: String,
+    /// With the listener's number still to be filled in.
+    pub(crate) devices: DeviceConfig,
+}
+
+/// Spawns a VMM whose sockets and files are in `dir`. It is in a session of its own, so that signals meant
+/// for the daemon's group or terminal do not reach it, and it outlives the daemon.
+///
+/// Before it executes the VMM the child itself writes down who it is, so that there is no moment at which a
+/// daemon could die and leave a VMM that its successor cannot find.
+pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process> {
+    let control = dir.listen(CONTROL, SocketType::SEQPACKET)?;
+    let vsock = dir.listen(VSOCK, SocketType::STREAM)?;
+    let report = dir.new_file(REPORT)?;
+    let log = dir.new_file(LOG)?;
+    let mut identity = dir.new_file(IDENTITY)?;
+    writeln!(identity, "{}", boot_id()?)?;
+
+    let mut devices = launch.devices;
+    if let Some(device) = &mut devices.vsock {
+        device.listener = vsock.as_raw_fd();
+    }
+    let config = VmConfig {
+        version: VERSION,
+        name: launch.name.to_owned(),
+        vcpus: launch.vcpus,
+        memory_mib: launch.memory_mib,
+        kernel: launch.kernel.as_raw_fd(),
+        initramfs: Some(launch.initramfs.as_raw_fd()),
+        cmdline: launch.cmdline,
+        control: control.as_raw_fd(),
+        report: report.as_raw_fd(),
+        console: None,
+        devices,
+    };
+    let config = memory_file(&serde_json::to_vec(&config)?)?;
+
+    let mut command = Command::new(launch.program);
+    command.arg("--config-fd").arg(config.as_raw_fd().to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).env_clear();
+    let inherited = [
+        config.as_raw_fd(),
+        launch.kernel.as_raw_fd(),
+        launch.initramfs.as_raw_fd(),
+        control.as_raw_fd(),
+        report.as_raw_fd(),
+        vsock.as_raw_fd(),
+    ];
+    let identity_fd = identity.as_raw_fd();
+    // SAFETY: between fork and exec the closure makes only async-signal-safe system calls (see
+    // `in_the_child`), allocates nothing and takes no lock; the descriptors it names are open in this
+    // function until the spawn has returned.
+    unsafe { command.pre_exec(move || in_the_child(identity_fd, &inherited)) };
+    let child = command.spawn()?;
+    let process = Process::of_child(child.id());
+
+    identity.rewind()?;
+    let mut text = String::new();
+    identity.read_to_string(&mut text)?;
+    let process = process?;
+    if Identity::parse(&text).is_none_or(|identity| identity.pid != process.pid()) {
+        process.kill();
+        return Err(io::Error::other("the VMM's identity was not written"));
+    }
+    Ok(process)
+}
+
+/// Runs in the forked child, where only async-signal-safe calls may be made: leaves the daemon's session,
+/// writes down its identity, and lets the descriptors of the configuration survive the exec.
+fn in_the_child(identity: RawFd, inherited: &[RawFd]) -> io::Result<()> {
+    rustix::process::setsid()?;
+    // SAFETY: `open`, `read`, `write`, `close` and `fcntl` are async-signal-safe. The path is a
+    // NUL-terminated literal, the buffer is ours and as long as said, the descriptors are open.
+    unsafe {
+        let stat = libc::open(c"/proc/self/stat".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        let mut line = [0u8; 1024];
+        let length = libc::read(stat, line.as_mut_ptr().cast(), line.len());
+        libc::close(stat);
+        let Ok(length @ 1..) = usize::try_from(length) else { return Err(io::Error::last_os_error()) };
+        if usize::try_from(libc::write(identity, line.as_ptr().cast(), length)) != Ok(length) {
+            return Err(io::Error::last_os_error());
+        }
+        for &fd in inherited {
+            if libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A memory file with this content that nobody can change any more.
+fn memory_file(content: &[u8]) -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(rustix::fs::memfd_create("bulkhead-vm-config", flags)?);
+    file.write_all(content)?;
+    file.rewind()?;
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    rustix::fs::fcntl_add_seals(&file, seals)?;
+    Ok(file.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use bulkhead_vmm_api::VsockConfig;
+
+    use super::*;
+    use crate::sandbox::vmm::{Death, process::read_identity};
+
+    /// A "VMM" that copies its configuration and its session id where a test can see them.
+    const SCRIPT: &str = "#!/bin/sh
+exec 2>/dev/null
+dir=\"$(dirname \"$0\")\"
+cat \"/proc/self/fd/$2\" >\"$dir/config\"
+ls /proc/$$/fd | tr '\\n' ' ' >\"$dir/fds\"
+cut -d' ' -f6 /proc/$$/stat >\"$dir/session\"; echo $$ >>\"$dir/session\"
+exit 3
+";
+
+    #[tokio::test]
+    async fn the_child_has_its_configuration_its_descriptors_and_a_session_of_its_own() {
+        let base = tempfile::tempdir().unwrap();
+        let program = base.path().join("vmm");
+        std::fs::write(&program, SCRIPT).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let dir = SandboxDir::create(base.path().join("sandbox")).unwrap();
+        let empty = || File::open("/dev/null").unwrap();
+        let launch = Launch {
+            program: &program,
+            name: "test",
+            vcpus: 1,
+            memory_mib: 128,
+            kernel: empty(),
+            initramfs: empty(),
+            cmdline: "quiet".into(),
+            devices: DeviceConfig {
+                vsock: Some(VsockConfig { cid: 3, listener: -1 }),
+                ..DeviceConfig::default()
+            },
+        };
+        let process = spawn(&dir, launch).unwrap();
+        let identity = read_identity(&dir.path().join(IDENTITY)).unwrap();
+        assert_eq!(identity.pid, process.pid());
+        let status = process.ended().await;
+        assert_eq!(status.as_deref(), Some("exit status: 3"));
+        assert!(Process::adopt(&identity).unwrap().is_none(), "a dead process is not adopted");
+
+        let config = std::fs::read(base.path().join("config")).unwrap();
+        let config: VmConfig = serde_json::from_slice(&config).unwrap();
+        let fds = std::fs::read_to_string(base.path().join("fds")).unwrap();
+        let fds: Vec<RawFd> = fds.split_whitespace().map(|fd| fd.parse().unwrap()).collect();
+        let listener = config.devices.vsock.as_ref().unwrap().listener;
+        for fd in [config.kernel, config.initramfs.unwrap(), config.control, config.report, listener] {
+            assert!(fds.contains(&fd), "descriptor {fd} of {fds:?}");
+        }
+        let session = std::fs::read_to_string(base.path().join("session")).unwrap();
+        let (session, pid) = session.trim().split_once('\n').unwrap();
+        assert_eq!(session, pid);
+
+        let death = Death::read(&dir, status);
+        assert_eq!(death.to_string(), "the VMM ended without a report (exit status: 3)");
+        assert!(!death.in_order());
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_an_error() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = SandboxDir::create(base.path().join("sandbox")).unwrap();
+        let empty = || File::open("/dev/null").unwrap();
+        let launch = Launch {
+            program: &base.path().join("nosuch"),
+            name: "test",
+            vcpus: 1,
+            memory_mib: 128,
+            kernel: empty(),
+            initramfs: empty(),
+            cmdline: String::new(),
+            devices: DeviceConfig::default(),
+        };
+        assert_eq!(spawn(&dir, launch).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+}

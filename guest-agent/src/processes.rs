@@ -1,0 +1,107 @@
+//! The processes of a container, as `/proc` tells of them.
+
+use std::fs;
+
+use bulkhead_agent_api::ProcessInfo;
+
+/// The longest command line that is told, in bytes.
+const MAX_COMMAND: usize = 4096;
+
+/// The most processes that are told: an answer has to fit a frame.
+const MAX_PROCESSES: usize = 900;
+
+/// Clock ticks a second in `/proc/<pid>/stat` (`USER_HZ`, the same on every Linux of this architecture).
+const TICKS: u64 = 100;
+
+/// Information on each pid that still exists.
+pub fn list(pids: &[i32]) -> Vec<ProcessInfo> {
+    let boot = boot_time();
+    pids.iter().take(MAX_PROCESSES).filter_map(|pid| one(*pid, boot)).collect()
+}
+
+fn boot_time() -> u64 {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    stat.lines().find_map(|line| line.strip_prefix("btime ")?.parse().ok()).unwrap_or(0)
+}
+
+fn one(pid: i32, boot: u64) -> Option<ProcessInfo> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    parse(pid, &stat, &status, &line, boot)
+}
+
+fn parse(pid: i32, stat: &str, status: &str, line: &[u8], boot: u64) -> Option<ProcessInfo> {
+    // The name is in parentheses and may contain anything, parentheses too.
+    let (head, tail) = stat.rsplit_once(')')?;
+    let (_, name) = head.split_once('(')?;
+    let fields: Vec<&str> = tail.split_whitespace().collect();
+    // Field n of proc(5) is at n - 3 here.
+    let number = |index: usize| fields.get(index - 3).and_then(|field| field.parse::<i64>().ok());
+    let ticks = |index: usize| number(index).and_then(|value| u64::try_from(value).ok());
+    let uid =
+        status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
+    let command = command(line);
+    Some(ProcessInfo {
+        pid,
+        ppid: i32::try_from(number(4)?).ok()?,
+        uid: uid?,
+        tty: terminal(number(7)?),
+        start_unix: boot.saturating_add(ticks(22)? / TICKS),
+        cpu_ms: ticks(14)?.saturating_add(ticks(15)?).saturating_mul(1000 / TICKS),
+        command: if command.is_empty() { format!("[{name}]") } else { command },
+    })
+}
+
+fn command(line: &[u8]) -> String {
+    let cut = line.get(..MAX_COMMAND).unwrap_or(line);
+    let text: Vec<u8> = cut.iter().map(|byte| if *byte == 0 { b' ' } else { *byte }).collect();
+    String::from_utf8_lossy(&text).trim_end().to_owned()
+}
+
+/// A terminal's device number as `ps` prints it.
+fn terminal(device: i64) -> String {
+    let Ok(device) = u64::try_from(device) else { return "?".into() };
+    let (major, minor) = ((device >> 8) & 0xfff, (device & 0xff) | ((device >> 12) & 0xf_ff00));
+    match major {
+        136..=143 => format!("pts/{}", minor + (major - 136) * 256),
+        _ => "?".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STAT: &str = "42 (a) (b)) S 7 42 42 34818 42 4194560 1 0 0 0 150 50 0 0 20 0 1 0 1234 0 0";
+
+    #[test]
+    fn names_with_parentheses_do_not_shift_the_fields() {
+        let info = parse(42, STAT, "Name:\tx\nUid:\t33\t0\t0\t0\n", b"sleep\x0010\0", 1000).unwrap();
+        let expected = ProcessInfo {
+            pid: 42,
+            ppid: 7,
+            uid: 33,
+            tty: "pts/2".into(),
+            start_unix: 1012,
+            cpu_ms: 2000,
+            command: "sleep 10".into(),
+        };
+        assert_eq!(info, expected);
+        assert_eq!(parse(42, STAT, "Uid:\t0", b"", 0).unwrap().command, "[a) (b)]");
+    }
+
+    #[test]
+    fn this_process_is_found_and_damage_is_not() {
+        let own = list(&[std::process::id() as i32]);
+        assert!(own[0].command.contains("bulkhead"), "{own:?}");
+        assert!(parse(1, "1 (x", "", b"", 0).is_none());
+        assert!(parse(1, "1 (x) S", "Uid: 0", b"", 0).is_none());
+        assert!(list(&[i32::MAX]).is_empty());
+    }
+
+    #[test]
+    fn only_pseudo_terminals_have_names() {
+        assert_eq!([terminal(0), terminal(-1), terminal(136 << 8 | 5)], ["?", "?", "pts/5"]);
+    }
+}

@@ -1,0 +1,350 @@
+//! A container's root filesystem, as the agent mounts it before any of the container's processes exist.
+//!
+//! ```text
+//!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer     (once a tag)
+//!   /run/bulkhead/c/<id>/disk       ext4 of the writable layer: upper/ work/
+//!   /run/bulkhead/c/<id>/files      tmpfs: contents of injected files
+//!   /run/bulkhead/c/<id>/root       overlay of the two, injected files bound over it
+//! ```
+//!
+//! All of it lies in the agent's mount namespace; a container's first process takes a copy of that
+//! namespace, makes `root` its root and drops the rest, so the layers' share and the disk's own mount are
+//! not to be reached from inside.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use bulkhead_agent_api::{Create, Disk, InjectedFile, Rootfs};
+use rustix::{
+    fs::{CWD, Mode, OFlags, ResolveFlags},
+    io::Errno,
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags},
+};
+
+use crate::error::{Context, Result, internal, invalid};
+
+/// Where virtio-fs tags are mounted; the only place that a bind mount of a spec may come from.
+pub const SHARES: &str = "/run/bulkhead/fs";
+
+const CONTAINERS: &str = "/run/bulkhead/c";
+
+/// Overlayfs takes no more (`OVL_MAX_STACK`).
+const MAX_LAYERS: usize = 500;
+
+const MAX_FILES: usize = 256;
+
+/// A mounted root filesystem.
+#[derive(Debug)]
+pub struct Mounted {
+    base: PathBuf,
+}
+
+/// Whether a disk is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskState {
+    /// It is, as this device.
+    Ready(PathBuf),
+    /// Not yet; in words, for when it never comes.
+    Missing(String),
+}
+
+/// Looks for a disk by serial and size.
+pub fn find_disk(disk: &Disk) -> DiskState {
+    let mut seen = format!("there is no disk {:?}", disk.id);
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let attribute = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+        if attribute("serial").trim_end_matches(['\0', '\n']) != disk.id {
+            continue;
+        }
+        let sectors: u64 = attribute("size").trim().parse().unwrap_or(0);
+        if sectors.saturating_mul(512) == disk.size {
+            return DiskState::Ready(Path::new("/dev").join(entry.file_name()));
+        }
+        seen = format!("the disk {:?} has {} bytes, not {}", disk.id, sectors.saturating_mul(512), disk.size);
+    }
+    DiskState::Missing(seen)
+}
+
+/// Checks what can be checked before the disk is there.
+///
+/// # Errors
+/// Of kind `Invalid`.
+pub fn validate(create: &Create) -> Result<()> {
+    check_name("container id", &create.container)?;
+    check_name("file share tag", &create.rootfs.tag)?;
+    for layer in &create.rootfs.layers {
+        check_name("layer name", layer)?;
+    }
+    if create.rootfs.layers.len() > MAX_LAYERS {
+        return Err(invalid(format!(
+            "{} layers are over the limit of {MAX_LAYERS}",
+            create.rootfs.layers.len()
+        )));
+    }
+    if create.files.len() > MAX_FILES {
+        return Err(invalid("too many files to inject"));
+    }
+    for file in &create.files {
+        let path = Path::new(&file.path);
+        if !path.is_absolute() || path.file_name().is_none() || file.path.contains('\0') {
+            return Err(invalid(format!("{:?} is not the absolute path of a file", file.path)));
+        }
+    }
+    Ok(())
+}
+
+/// Names become parts of paths.
+pub fn check_name(what: &str, name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':');
+    if name.is_empty() || name.len() > 255 || name.starts_with('.') || !name.chars().all(allowed) {
+        return Err(invalid(format!("{name:?} is not a valid {what}")));
+    }
+    Ok(())
+}
+
+impl Mounted {
+    /// Mounts everything; what was mounted is undone after an error.
+    pub fn new(container: &str, rootfs: &Rootfs, device: &Path, files: &[InjectedFile]) -> Result<Self> {
+        let base = Path::new(CONTAINERS).join(container);
+        let mounted = Self { base };
+        let result = mounted.build(rootfs, device).and_then(|()| mounted.inject(files));
+        match result {
+            Ok(()) => Ok(mounted),
+            Err(error) => {
+                let _ = mounted.unmount();
+                Err(error)
+            }
+        }
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> PathBuf {
+        self.base.join("root")
+    }
+
+    fn build(&self, rootfs: &Rootfs, device: &Path) -> Result<()> {
+        for name in ["disk", "files", "root", "empty"] {
+            let path = self.base.join(name);
+            fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
+        }
+        let disk = self.base.join("disk");
+        // The format is fixed; noinit_itable, because a sparse template's inode tables are zeros already.
+        let flags = MountFlags::NOATIME | MountFlags::NOSUID | MountFlags::NODEV;
+        rustix::mount::mount(device, &disk, "ext4", flags, c"discard,noinit_itable")
+            .context(format_args!("mount the writable layer {}", device.display()))?;
+        for (name, mode) in [("upper", 0o755), ("work", 0o700)] {
+            match rustix::fs::mkdir(disk.join(name), Mode::from_raw_mode(mode)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error).context(format_args!("mkdir {name} on the writable layer")),
+            }
+        }
+        let layers = if rootfs.layers.is_empty() {
+            vec![open_directory(CWD, &self.base.join("empty"))?]
+        } else {
+            let share = open_directory(CWD, &mount_share(&rootfs.tag)?)?;
+            rootfs
+                .layers
+                .iter()
+                .map(|layer| open_directory(&share, Path::new(layer)))
+                .collect::<Result<Vec<_>>>()?
+        };
+        mount_overlay(&layers, &disk, &self.root())
+    }
+
+    fn inject(&self, files: &[InjectedFile]) -> Result<()> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let store = self.base.join("files");
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        rustix::mount::mount("tmpfs", &store, "tmpfs", flags, c"mode=0755,size=16m")
+            .context("mount tmpfs")?;
+        let root = open_directory(CWD, &self.root())?;
+        for (index, file) in files.iter().enumerate() {
+            let source = store.join(index.to_string());
+            write_file(&source, file).context(format_args!("write {}", file.path))?;
+            let target = open_target(&root, Path::new(&file.path))
+                .context(format_args!("prepare {} in the container", file.path))?;
+            // By descriptors on both sides: nothing in the image can lead this mount elsewhere.
+            let flags = rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE
+                | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            let tree = rustix::mount::open_tree(CWD, &source, flags).context("open_tree")?;
+            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+            rustix::mount::move_mount(tree, c"", target, c"", flags)
+                .context(format_args!("mount over {}", file.path))?;
+        }
+        Ok(())
+    }
+
+    /// Flushes the disk and unmounts all. Where something is busy still, it is detached: it goes with its
+    /// last user.
+    pub fn unmount(&self) -> Result<()> {
+        let disk = self.base.join("disk");
+        if let Ok(directory) = open_directory(CWD, &disk).map(File::from) {
+            rustix::fs::syncfs(&directory).context("flush the writable layer")?;
+        }
+        let mut detached = Ok(());
+        // The root may hold mounts below it, and is busy while a mount namespace is being torn down.
+        for (path, flags) in [
+            (self.root(), UnmountFlags::DETACH),
+            (self.base.join("files"), UnmountFlags::DETACH),
+            (disk, UnmountFlags::empty()),
+        ] {
+            match rustix::mount::unmount(&path, flags | UnmountFlags::NOFOLLOW) {
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+                Err(Errno::BUSY) => {
+                    detached = rustix::mount::unmount(&path, UnmountFlags::DETACH)
+                        .context(format_args!("unmount {}", path.display()));
+                }
+                Err(error) => detached = Err(error).context(format_args!("unmount {}", path.display())),
+            }
+        }
+        if detached.is_ok() {
+            // Empty directories of a tmpfs; those that stay do no harm.
+            for name in ["disk", "files", "root", "empty", ""] {
+                let _ = fs::remove_dir(self.base.join(name));
+            }
+        }
+        detached
+    }
+}
+
+/// Mounts a virtio-fs tag, once.
+fn mount_share(tag: &str) -> Result<PathBuf> {
+    let path = Path::new(SHARES).join(tag);
+    if path.exists() {
+        return Ok(path);
+    }
+    fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
+    let flags = MountFlags::RDONLY | MountFlags::NOATIME;
+    rustix::mount::mount(tag, &path, "virtiofs", flags, None)
+        .inspect_err(|_| drop(fs::remove_dir(&path)))
+        .context(format_args!("mount the file share {tag:?}"))?;
+    Ok(path)
+}
+
+fn mount_overlay(layers: &[OwnedFd], disk: &Path, root: &Path) -> Result<()> {
+    let context = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).context("fsopen overlay")?;
+    let set = |key: &str, value: &Path| {
+        rustix::mount::fsconfig_set_string(&context, key, value)
+            .map_err(|error| internal(format!("overlay {key}: {error}{}", read_log(&context))))
+    };
+    for layer in layers {
+        // Through its descriptor: a string parameter takes 255 bytes, and a name may have as many.
+        set("lowerdir+", Path::new(&format!("/proc/self/fd/{}", layer.as_raw_fd())))?;
+    }
+    set("upperdir", &disk.join("upper"))?;
+    set("workdir", &disk.join("work"))?;
+    rustix::mount::fsconfig_create(&context)
+        .map_err(|error| internal(format!("mount the overlay: {error}{}", read_log(&context))))?;
+    let mount = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+        .context("fsmount")?;
+    rustix::mount::move_mount(&mount, c"", CWD, root, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context(format_args!("mount {}", root.display()))
+}
+
+/// What the kernel says of a failed configuration.
+fn read_log(context: &OwnedFd) -> String {
+    let mut log = String::new();
+    let mut buffer = [0; 512];
+    while let Ok(count) = rustix::io::read(context, &mut buffer) {
+        log.push_str("; ");
+        log.push_str(String::from_utf8_lossy(&buffer[..count]).trim());
+    }
+    log
+}
+
+fn open_directory(at: impl AsFd, path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::openat(at, path, flags, Mode::empty()).context(format_args!("open {}", path.display()))
+}
+
+fn write_file(path: &Path, file: &InjectedFile) -> std::io::Result<()> {
+    let mut out = File::create(path)?;
+    out.write_all(file.content.as_bytes())?;
+    let mode = Mode::from_raw_mode(file.mode & 0o7777);
+    Ok(rustix::fs::fchmod(&out, mode)?)
+}
+
+/// Opens the file that is to be mounted over, and makes it and its parents if they are missing. Nothing
+/// outside of `root` is reached, whatever links the image has.
+fn open_target(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    let open = |path: &Path, flags: OFlags, mode: Mode| {
+        rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, mode, ResolveFlags::IN_ROOT)
+    };
+    match open(relative, OFlags::PATH, Mode::empty()) {
+        Err(Errno::NOENT) => {}
+        found => return found,
+    }
+    let mut directory = PathBuf::new();
+    for part in relative.parent().into_iter().flat_map(Path::iter) {
+        let parent = open(
+            if directory.as_os_str().is_empty() { Path::new(".") } else { &directory },
+            OFlags::PATH,
+            Mode::empty(),
+        )?;
+        match rustix::fs::mkdirat(parent, part, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error),
+        }
+        directory.push(part);
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+    match open(relative, flags, Mode::from_raw_mode(0o644)) {
+        Ok(_) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error),
+    }
+    open(relative, OFlags::PATH, Mode::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn names_that_could_leave_their_directory_are_refused() {
+        for name in ["", ".", "..", ".hidden", "a/b", "a b", "a\0", &"x".repeat(256)] {
+            assert!(check_name("name", name).is_err(), "{name:?}");
+        }
+        for name in ["0123abcd", "layers", "sha256:ab", "a.b-c_d"] {
+            assert!(check_name("name", name).is_ok(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn targets_are_made_inside_whatever_links_the_image_has() {
+        let directory = tempfile::tempdir().unwrap();
+        let inside = directory.path().join("root");
+        fs::create_dir(&inside).unwrap();
+        symlink("/etc-moved", inside.join("etc")).unwrap();
+        symlink("../../outside", inside.join("up")).unwrap();
+        fs::create_dir(inside.join("etc-moved")).unwrap();
+        fs::create_dir(inside.join("outside")).unwrap();
+        let root = open_directory(CWD, &inside).unwrap();
+        open_target(&root, Path::new("/etc/hosts")).unwrap();
+        open_target(&root, Path::new("/a/b/c")).unwrap();
+        open_target(&root, Path::new("/up/file")).unwrap();
+        open_target(&root, Path::new("/../../escape")).unwrap();
+        for path in ["etc-moved/hosts", "a/b/c", "outside/file", "escape"] {
+            assert!(inside.join(path).is_file(), "{path}");
+        }
+        assert_eq!(directory.path().read_dir().unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_dangling_link_is_an_error_and_not_followed_out() {
+        let directory = tempfile::tempdir().unwrap();
+        let inside = directory.path().join("root");
+        fs::create_dir(&inside).unwrap();
+        symlink("/nowhere/file", inside.join("hosts")).unwrap();
+        let root = open_directory(CWD, &inside).unwrap();
+        assert!(open_target(&root, Path::new("/hosts")).is_err());
+    }
+}

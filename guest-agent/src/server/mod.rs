@@ -1,0 +1,355 @@
+//! The agent's one loop: everything happens here, one thing after the other.
+//!
+//! ```text
+//!   epoll ─┬─ SIGCHLD ───────▶ reap: the only place that waits for children
+//!          ├─ control ───────▶ calls ──▶ answers, at once or when a start or a disk has come
+//!          ├─ listener ──────▶ openings ──▶ a stream of a process
+//!          ├─ start channels ▶ Started or an error
+//!          ├─ stdio, streams ▶ bytes
+//!          ├─ memory.events ─▶ Oom
+//!          └─ uevents ───────▶ a disk may have come
+//! ```
+//!
+//! With one thread and one loop there is no moment in which a child has ended and nobody knows it: a
+//! process is in the table before the loop can see its end.
+
+mod calls;
+mod control;
+mod openings;
+mod shutdown;
+
+pub use shutdown::power_off;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use bulkhead_agent_api::{Answer, Event, Exit, Hello, ProcessId, StreamKind, VERSION};
+use nix::sys::{
+    signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+    signalfd::{SfdFlags, SignalFd},
+};
+use rustix::{
+    net::{AddressFamily, SocketFlags, SocketType, netlink},
+    process::{WaitOptions, WaitStatus},
+};
+
+use self::{
+    calls::PendingCreate,
+    control::{Control, Epoch},
+    openings::Openings,
+};
+use crate::{
+    child::status::{self, Message},
+    container::{Container, Phase, Process},
+    error::internal,
+    log,
+    poll::{Poller, Ready, Watched},
+    stdio::TURN,
+    transport::Transport,
+};
+
+/// How soon a container whose last processes are being killed is looked at again.
+const DYING: Duration = Duration::from_millis(2);
+
+/// Whom an event of epoll is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Key {
+    /// The signal descriptor.
+    Signals,
+    /// The listening socket for streams.
+    Listener,
+    /// The control connection.
+    Control,
+    /// The kernel's news of devices.
+    Uevents,
+    /// A stream connection whose first frame has not yet come.
+    Opening(u64),
+    /// The channel of a process that is being started.
+    Start(Rc<ProcessId>),
+    /// A process's side of a stream.
+    Source(Rc<ProcessId>, StreamKind),
+    /// The daemon's side of a stream.
+    Stream(Rc<ProcessId>, StreamKind),
+    /// A container's memory.events.
+    Memory(Rc<str>),
+}
+
+/// A start that is to be answered.
+type StartCall = (Epoch, u64);
+
+/// The agent.
+pub struct Server {
+    poller: Rc<Poller<Key>>,
+    transport: Box<dyn Transport>,
+    signals: Watched<Key>,
+    listener: Watched<Key>,
+    uevents: Option<Watched<Key>>,
+    control: Control,
+    openings: Openings,
+    containers: BTreeMap<String, Container>,
+    /// Creates that wait for their disk.
+    pending: Vec<PendingCreate>,
+    starts: BTreeMap<i32, StartCall>,
+    /// Every process that has not been reaped.
+    pids: BTreeMap<i32, Rc<ProcessId>>,
+    /// First processes that have ended before all others of their container.
+    dying: Vec<(Rc<ProcessId>, i32)>,
+    scratch: Vec<u8>,
+}
+
+impl Server {
+    /// Takes over signals and begins to listen. `started_us` is the uptime when `main` began.
+    ///
+    /// # Errors
+    /// When the kernel lacks something that is needed.
+    pub fn new(transport: Box<dyn Transport>, started_us: u64) -> io::Result<Self> {
+        let poller = Poller::new()?;
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGCHLD);
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        let signals = poller.watch(signals.as_fd().try_clone_to_owned()?, Key::Signals);
+        signals.want(true, false)?;
+        let listener = poller.watch(transport.listen()?, Key::Listener);
+        listener.want(true, false)?;
+        let uevents = watch_uevents(&poller)
+            .inspect_err(|error| log::warn(format_args!("no news of devices: {error}")))
+            .ok();
+        let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+        let hello = Hello { version: VERSION, kernel, started_us };
+        Ok(Self {
+            control: Control::new(Rc::clone(&poller), hello),
+            openings: Openings::new(Rc::clone(&poller)),
+            poller,
+            transport,
+            signals,
+            listener,
+            uevents,
+            containers: BTreeMap::new(),
+            pending: Vec::new(),
+            starts: BTreeMap::new(),
+            pids: BTreeMap::new(),
+            dying: Vec::new(),
+            scratch: vec![0; TURN],
+        })
+    }
+
+    /// Serves until the machine is told to shut down.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn run(mut self) -> io::Result<()> {
+        loop {
+            self.control.tick(self.transport.as_ref());
+            self.retry_creates();
+            self.bury();
+            for ready in self.poller.wait(self.timeout())? {
+                if self.handle(ready) {
+                    self.shut_down();
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let dying = (!self.dying.is_empty()).then(|| now + DYING);
+        let pending = self.pending.iter().map(|pending| pending.next_try()).min();
+        let next = [self.control.deadline(), dying, pending].into_iter().flatten().min()?;
+        Some(next.saturating_duration_since(now))
+    }
+
+    /// Serves one event; true when it asked for a shutdown.
+    fn handle(&mut self, ready: Ready<Key>) -> bool {
+        match ready.key {
+            Key::Signals => self.reap(),
+            Key::Listener => self.openings.accept(&self.listener, self.transport.as_ref()),
+            Key::Control => {
+                let calls = self.control.ready(ready.readable, &mut self.scratch);
+                return calls.into_iter().any(|call| self.call(call));
+            }
+            Key::Uevents => self.drain_uevents(),
+            Key::Opening(number) => self.open_stream(number),
+            Key::Start(id) => self.start_news(&id),
+            Key::Source(id, kind) => self.source_ready(&id, kind),
+            Key::Stream(id, kind) => self.stream_ready(&id, kind, ready.readable),
+            Key::Memory(container) => self.memory_news(&container),
+        }
+        false
+    }
+
+    fn find(&mut self, id: &ProcessId) -> Option<&mut Process> {
+        self.containers.get_mut(&id.container)?.process(id.exec.as_deref())
+    }
+
+    fn source_ready(&mut self, id: &ProcessId, kind: StreamKind) {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        if let Some(process) = self.find(id) {
+            match kind {
+                StreamKind::Stdin => process.input.as_mut().map(|input| input.sink_ready()),
+                StreamKind::Stdout => process.output.as_mut().map(|output| output.source_ready(&mut scratch)),
+                StreamKind::Stderr => process.errors.as_mut().map(|output| output.source_ready(&mut scratch)),
+            };
+        }
+        self.scratch = scratch;
+    }
+
+    fn stream_ready(&mut self, id: &ProcessId, kind: StreamKind, readable: bool) {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        if let Some(process) = self.find(id) {
+            match kind {
+                StreamKind::Stdin => process.input.as_mut().map(|input| input.connection_ready(&mut scratch)),
+                _ => process.kept_output(kind).map(|output| output.connection_ready(readable, &mut scratch)),
+            };
+        }
+        self.scratch = scratch;
+    }
+
+    /// Takes everything that a starting process has to say.
+    fn start_news(&mut self, id: &Rc<ProcessId>) {
+        loop {
+            let poller = Rc::clone(&self.poller);
+            let Some(process) = self.find(id) else { return };
+            let Phase::Starting(starting) = &mut process.phase else { return };
+            match status::receive(&starting.status) {
+                Message::Nothing => return,
+                Message::Executing => starting.executing = true,
+                Message::Terminal(master) => {
+                    if let Err(error) = process.take_terminal(&poller, master) {
+                        log::warn(format_args!("a terminal is lost: {error}"));
+                    }
+                }
+                Message::Failed(error) => return self.start_failed(id, error),
+                Message::Closed if !starting.executing => {
+                    return self.start_failed(id, internal("the process ended while it was being started"));
+                }
+                Message::Closed => {
+                    let pid = process.pid;
+                    process.phase = Phase::Running;
+                    return self.answer_start(pid, Ok(Answer::Started { pid }));
+                }
+            }
+        }
+    }
+
+    /// Forgets the process; its end will be that of a stranger.
+    fn start_failed(&mut self, id: &ProcessId, error: bulkhead_agent_api::AgentError) {
+        let Some(container) = self.containers.get_mut(&id.container) else { return };
+        let failed = match &id.exec {
+            Some(exec) => container.execs.remove(exec),
+            None => container.init.take(),
+        };
+        if let Some(process) = failed {
+            self.pids.remove(&process.pid);
+            self.answer_start(process.pid, Err(error));
+        }
+    }
+
+    fn answer_start(&mut self, pid: i32, result: Result<Answer, bulkhead_agent_api::AgentError>) {
+        if let Some((epoch, call)) = self.starts.remove(&pid) {
+            self.control.answer(epoch, call, result);
+        }
+    }
+
+    /// Waits for every child that has ended, ours or orphaned to us.
+    fn reap(&mut self) {
+        let mut buffer = [0; 1024];
+        while rustix::io::read(&self.signals, &mut buffer).is_ok() {}
+        self.wait_for_children();
+    }
+
+    fn wait_for_children(&mut self) {
+        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+            let pid = pid.as_raw_nonzero().get();
+            let Some(id) = self.pids.remove(&pid) else { continue };
+            // It may have begun to run, or said why it cannot, since epoll was asked.
+            self.start_news(&id);
+            if self.find(&id).is_some_and(|process| process.pid == pid) {
+                self.ended(&id, exit_code(status));
+            }
+        }
+    }
+
+    fn ended(&mut self, id: &Rc<ProcessId>, code: i32) {
+        let Some(container) = self.containers.get_mut(&id.container) else { return };
+        if id.exec.is_none() && !container.has_pid_namespace() {
+            if let Err(error) = container.cgroup.kill() {
+                log::warn(error);
+            }
+            self.dying.push((Rc::clone(id), code));
+        } else {
+            self.exited(id, code);
+        }
+    }
+
+    /// Ends first processes whose containers are empty by now.
+    fn bury(&mut self) {
+        let containers = &self.containers;
+        let alive = |id: &ProcessId| {
+            containers.get(&id.container).is_some_and(|container| container.cgroup.is_populated())
+        };
+        let (dying, dead): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.dying).into_iter().partition(|(id, _)| alive(id));
+        self.dying = dying;
+        for (id, code) in dead {
+            self.exited(&id, code);
+        }
+    }
+
+    fn exited(&mut self, id: &Rc<ProcessId>, code: i32) {
+        self.memory_news(&id.container);
+        let Some(container) = self.containers.get_mut(&id.container) else { return };
+        let oom_killed = container.oom_kills > 0;
+        let exit = Exit { code, oom_killed, unix_ns: unix_ns() };
+        let Some(process) = container.process(id.exec.as_deref()) else { return };
+        process.exited(exit, &mut self.scratch);
+        self.control.event(Event::Exited { process: ProcessId::clone(id), exit });
+    }
+
+    fn memory_news(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let kills = container.cgroup.oom_kills();
+        if kills > container.oom_kills {
+            container.oom_kills = kills;
+            self.control.event(Event::Oom { container: id.to_owned() });
+        }
+        // Reading through the watched descriptor is what ends its event.
+        let mut buffer = [0; 512];
+        let _ = rustix::io::pread(&container.memory, &mut buffer, 0);
+    }
+
+    fn drain_uevents(&mut self) {
+        let Some(uevents) = &self.uevents else { return };
+        while rustix::io::read(uevents, self.scratch.as_mut_slice()).is_ok() {}
+        for pending in &mut self.pending {
+            pending.look_now();
+        }
+    }
+}
+
+fn watch_uevents(poller: &Rc<Poller<Key>>) -> io::Result<Watched<Key>> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let protocol = Some(netlink::KOBJECT_UEVENT);
+    let socket: OwnedFd = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
+    rustix::net::bind(&socket, &netlink::SocketAddrNetlink::new(0, 1))?;
+    let watched = poller.watch(socket, Key::Uevents);
+    watched.want(true, false)?;
+    Ok(watched)
+}
+
+fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// As shells count: a signal's number after 128.
+fn exit_code(status: WaitStatus) -> i32 {
+    let signal = status.terminating_signal().map(|signal| 128 + signal);
+    status.exit_status().or(signal).unwrap_or(255)
+}

@@ -1,0 +1,63 @@
+//! Ends: of one container's processes, and of the machine.
+
+use std::time::{Duration, Instant};
+
+use rustix::system::RebootCommand;
+
+use super::Server;
+use crate::log;
+
+/// How long killed processes may take to be gone. Nothing of theirs runs any more; the kernel may still
+/// be closing their files.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+const STEP: Duration = Duration::from_millis(1);
+
+impl Server {
+    /// Kills whatever is in a container and waits until it is gone.
+    pub(super) fn empty(&mut self, container: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let Some(found) = self.containers.get(container) else { return };
+            if !found.cgroup.is_populated() {
+                break;
+            }
+            if let Err(error) = found.cgroup.kill() {
+                log::warn(error);
+            }
+            self.wait_for_children();
+            if Instant::now() > deadline {
+                log::warn(format_args!("processes of {container} do not end"));
+                break;
+            }
+            std::thread::sleep(STEP);
+        }
+        self.wait_for_children();
+        self.bury();
+    }
+
+    /// Ends everything in order. Of PID 1 it does not return: the machine is gone.
+    pub(super) fn shut_down(mut self) {
+        let containers: Vec<String> = self.containers.keys().cloned().collect();
+        for id in &containers {
+            self.empty(id);
+        }
+        for (_, container) in std::mem::take(&mut self.containers) {
+            if let Err(error) = container.destroy() {
+                log::warn(error);
+            }
+        }
+        power_off();
+    }
+}
+
+/// Flushes and ends the machine. A reset is what a microVM understands as its end: it has no firmware to
+/// power off with, and the kernel's `reboot=k` makes it a byte to the keyboard controller.
+pub fn power_off() {
+    rustix::fs::sync();
+    if std::process::id() == 1 {
+        if let Err(error) = rustix::system::reboot(RebootCommand::Restart) {
+            log::warn(format_args!("reboot: {error}"));
+        }
+    }
+}

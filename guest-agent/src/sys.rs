@@ -1,0 +1,346 @@
+//! The system calls that neither rustix nor nix wraps: all of the agent's `unsafe` that is not a signal
+//! mask. Each function is safe to call.
+
+use std::{
+    ffi::{CStr, CString},
+    io,
+    mem::size_of,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use crate::seccomp::Instruction;
+
+/// A started child.
+#[derive(Debug)]
+pub struct Child {
+    /// Its pid in this process's pid namespace.
+    pub pid: i32,
+    /// Refers to it until it is reaped, and never to another.
+    pub pidfd: OwnedFd,
+}
+
+/// `CLONE_INTO_CGROUP`, which libc lacks.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Forks with `clone3`: new namespaces by `flags` (`CLONE_NEW*`), and the child in `cgroup` from its first
+/// instruction. The child runs `body`, which ends by `execve` or by returning an exit code; it never
+/// returns to the caller.
+///
+/// # Errors
+/// Of `clone3`.
+pub fn fork_into(flags: u64, cgroup: Option<&OwnedFd>, body: impl FnOnce() -> i32) -> io::Result<Child> {
+    let mut pidfd: RawFd = -1;
+    let mut args = libc::clone_args {
+        flags: flags | libc::CLONE_PIDFD as u64,
+        pidfd: &raw mut pidfd as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: 0,
+    };
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: without a stack and without CLONE_VM this is a fork: the child has a copy of all memory and
+    // goes on here. The agent has one thread, so no lock is held by somebody who is not in the copy, and
+    // the child may allocate. `args` and `pidfd` outlive the call.
+    let pid =
+        check(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) })?;
+    if pid == 0 {
+        let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(125);
+        // SAFETY: always sound; nothing of the parent's is run at exit.
+        unsafe { libc::_exit(code) }
+    }
+    // SAFETY: the kernel has put a new descriptor there, ours alone.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Child { pid: pid as i32, pidfd })
+}
+
+/// Sends any signal by number, real-time ones too.
+///
+/// # Errors
+/// ESRCH when the process has ended, EINVAL when there is no such signal.
+pub fn pidfd_send_signal(pidfd: &OwnedFd, signal: i32) -> io::Result<()> {
+    let none: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: the kernel takes a null siginfo and reads nothing.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, none, 0) })?;
+    Ok(())
+}
+
+/// Sets and clears attributes (`MOUNT_ATTR_*`) of the mount at `path` or, with an empty path, at `fd`.
+///
+/// # Errors
+/// Of `mount_setattr`.
+pub fn mount_setattr(fd: impl AsFd, path: &CStr, recursive: bool, set: u64, clear: u64) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+    let mut flags = libc::AT_EMPTY_PATH;
+    if recursive {
+        flags |= libc::AT_RECURSIVE;
+    }
+    // SAFETY: path is a C string, attributes has the size that is given; both outlive the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd.as_fd().as_raw_fd(),
+            path.as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    })?;
+    Ok(())
+}
+
+/// Installs a seccomp filter on this thread, for good.
+///
+/// # Errors
+/// EACCES without CAP_SYS_ADMIN or no_new_privs, EINVAL for a program that the kernel rejects.
+pub fn install_seccomp(program: &[Instruction], flags: u64) -> io::Result<()> {
+    #[repr(C)]
+    struct Program {
+        length: u16,
+        instructions: *const Instruction,
+    }
+    let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = Program { length, instructions: program.as_ptr() };
+    // SAFETY: Program is `struct sock_fprog`, Instruction `struct sock_filter`; length counts what the
+    // pointer leads to.
+    check(unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
+    })?;
+    Ok(())
+}
+
+/// An instruction of eBPF, `struct bpf_insn`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BpfInstruction {
+    /// Operation.
+    pub code: u8,
+    /// Destination register in the low half, source in the high one.
+    pub registers: u8,
+    /// Jump or memory offset.
+    pub offset: i16,
+    /// Constant.
+    pub immediate: i32,
+}
+
+const BPF_PROG_LOAD: u32 = 5;
+const BPF_PROG_ATTACH: u32 = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// Loads a device program and attaches it to a cgroup for the cgroup's life.
+///
+/// # Errors
+/// Of `bpf`.
+pub fn attach_device_program(cgroup: &OwnedFd, program: &[BpfInstruction]) -> io::Result<()> {
+    /// The head of `union bpf_attr` for BPF_PROG_LOAD.
+    #[repr(C)]
+    struct Load {
+        program_type: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
+    }
+    /// The same for BPF_PROG_ATTACH.
+    #[repr(C)]
+    struct Attach {
+        target: u32,
+        program: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let load = Load {
+        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        count: u32::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        instructions: program.as_ptr() as u64,
+        // No function of the kernel is called that asks for a licence.
+        license: c"Apache-2.0".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+    };
+    // SAFETY: Load begins as the kernel's structure does and its size is given; what it points to lives on.
+    let fd =
+        check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) })?;
+    // SAFETY: the kernel has made this descriptor for us.
+    let program = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+    let attach = Attach {
+        target: cgroup.as_raw_fd() as u32,
+        program: program.as_raw_fd() as u32,
+        attach_type: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: as above.
+    check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>()) })?;
+    Ok(())
+}
+
+/// Marks every descriptor from 3 on to be closed by `execve`, whoever forgot to.
+///
+/// # Errors
+/// Of `close_range`.
+pub fn close_on_exec_from_3() -> io::Result<()> {
+    // SAFETY: nothing is closed here, only a flag is set.
+    check(unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) })?;
+    Ok(())
+}
+
+/// Sets this process's execution domain.
+///
+/// # Errors
+/// Of `personality`.
+pub fn set_personality(persona: u64) -> io::Result<()> {
+    // SAFETY: takes a number and gives a number.
+    check(libc::c_long::from(unsafe { libc::personality(persona) }))?;
+    Ok(())
+}
+
+/// Brings the loopback interface of this process's network namespace up.
+///
+/// # Errors
+/// Of the ioctl.
+pub fn loopback_up() -> io::Result<()> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    // SAFETY: ifreq is plain data, for which zeros are a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which lives on.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into())?;
+    Ok(())
+}
+
+/// `SO_VM_SOCKETS_CONNECT_TIMEOUT` for 64-bit time, which libc lacks.
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 8;
+
+/// A vsock stream socket that does not block.
+///
+/// # Errors
+/// Of `socket`.
+pub fn vsock_socket() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: takes numbers.
+    let fd = check(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) }.into())?;
+    // SAFETY: a new descriptor, ours alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Begins to connect; the kernel's limit of two seconds is raised to `patience`.
+///
+/// # Errors
+/// Of `connect`, but not EINPROGRESS.
+pub fn vsock_connect(socket: &OwnedFd, cid: u32, port: u32, patience: std::time::Duration) -> io::Result<()> {
+    let time = libc::timeval { tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX), tv_usec: 0 };
+    // SAFETY: the option is a timeval; its size is given and it lives on.
+    check(
+        unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::AF_VSOCK,
+                SO_VM_SOCKETS_CONNECT_TIMEOUT,
+                (&raw const time).cast(),
+                size_of::<libc::timeval>() as libc::socklen_t,
+            )
+        }
+        .into(),
+    )?;
+    let address = vsock_address(cid, port);
+    // SAFETY: the address is a sockaddr_vm of the size given.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), address_size()) };
+    match check(result.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Binds to a port for every peer and listens.
+///
+/// # Errors
+/// Of `bind` and `listen`.
+pub fn vsock_listen(socket: &OwnedFd, port: u32) -> io::Result<()> {
+    let address = vsock_address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: the address is a sockaddr_vm of the size given.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), address_size()) }.into())?;
+    // SAFETY: takes numbers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), 128) }.into())?;
+    Ok(())
+}
+
+/// Who is at the other end of a vsock connection.
+///
+/// # Errors
+/// Of `getpeername`.
+pub fn vsock_peer_cid(socket: impl AsFd) -> io::Result<u32> {
+    let mut address = vsock_address(0, 0);
+    let mut size = address_size();
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `size` bytes.
+    check(unsafe { libc::getpeername(fd, (&raw mut address).cast(), &raw mut size) }.into())?;
+    Ok(address.svm_cid)
+}
+
+fn vsock_address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: sockaddr_vm is plain data, for which zeros are a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    address
+}
+
+fn address_size() -> libc::socklen_t {
+    size_of::<libc::sockaddr_vm>() as libc::socklen_t
+}
+
+/// Gives this process the signal state that a program expects: nothing blocked, nothing ignored.
+///
+/// # Errors
+/// Of `sigprocmask` and `sigaction`.
+pub fn reset_signals() -> io::Result<()> {
+    use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
+    // SAFETY: the default disposition runs no code of ours. (Rust ignores SIGPIPE from the start.)
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    Ok(())
+}
+
+/// `dup2`: makes `number` another name of `fd`, inherited by `execve`.
+///
+/// # Errors
+/// Of `dup2`.
+pub fn duplicate_to(fd: &OwnedFd, number: RawFd) -> io::Result<()> {
+    // SAFETY: used in a child for 0, 1 and 2, which no object owns.
+    check(unsafe { libc::dup2(fd.as_raw_fd(), number) }.into())?;
+    Ok(())
+}
+
+/// Executes an open file; returns only when that failed.
+pub fn exec_descriptor(file: &OwnedFd, args: &[CString], environment: &[CString]) -> io::Error {
+    let flags = nix::fcntl::AtFlags::AT_EMPTY_PATH;
+    match nix::unistd::execveat(file, c"", args, environment, flags) {
+        Ok(never) => match never {},
+        Err(error) => error.into(),
+    }
+}
