@@ -1,6 +1,7 @@
 //! `bulkheadd`: the Docker Engine API over microVMs. `api` → `engine` → `sandbox`; `main.rs` is the process.
 
 pub mod api;
+pub mod check;
 pub mod config;
 pub mod engine;
 pub mod layout;

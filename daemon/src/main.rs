@@ -1,1 +1,146 @@
-fn main() {}
+//! `bulkheadd`: the process. Flags, log, pid file, engine, sockets, signals.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use anyhow::Context;
+use bulkhead_daemon::{
+    api::{server, version},
+    check,
+    config::{Config, Options},
+    engine::Engine,
+};
+use clap::Parser;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+/// Serves the Docker Engine API; every container runs in a microVM of its own.
+#[derive(Parser)]
+#[command(name = "bulkheadd", version = version::DAEMON, args_conflicts_with_subcommands = false)]
+struct Flags {
+    #[command(flatten)]
+    options: Options,
+    /// Configuration file
+    #[arg(long, value_name = "FILE", global = true)]
+    config_file: Option<PathBuf>,
+    /// Check the configuration and exit
+    #[arg(long)]
+    validate: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Say whether containers can run on this machine, and what to do if not (exit code 1)
+    Check {
+        /// For programs
+        #[arg(long)]
+        json: bool,
+        /// KVM alone
+        #[arg(long)]
+        kvm: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    match run(&flags) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("bulkheadd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
+    let config = Config::load(&flags.options, flags.config_file.as_deref())?;
+    if flags.validate {
+        println!("configuration OK");
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(Command::Check { json, kvm }) = flags.command {
+        let report = check::run(&config, kvm);
+        let text = if json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { report.text() };
+        std::io::stdout().write_all(text.as_bytes())?;
+        return Ok(if report.usable { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    tracing_subscriber::fmt()
+        .with_env_filter(log_filter(&config))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("bulkheadd").build()?;
+    runtime.block_on(daemon(Arc::new(config)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is logged: our own crates at the chosen level, others only when it matters. `RUST_LOG` overrules.
+fn log_filter(config: &Config) -> tracing_subscriber::EnvFilter {
+    let default = format!(
+        "warn,bulkhead_daemon={level},bulkhead_rootfs={level},bulkheadd={level}",
+        level = config.log_level
+    );
+    tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into())
+}
+
+async fn daemon(config: Arc<Config>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    // Bound first, so that a second daemon ends before it touches anything; clients wait in the backlog.
+    let listeners = server::bind(&config)?;
+    let engine = Engine::open(Arc::clone(&config)).await.context("the engine cannot be started")?;
+    let _pidfile = PidFile::create(&config.pidfile)?;
+    let hosts: Vec<_> = config.hosts.iter().map(ToString::to_string).collect();
+    tracing::info!(version = version::DAEMON, hosts = hosts.join(" "), "API listen on");
+
+    let (stop, stopped) = watch::channel(false);
+    let serving = tokio::spawn(server::serve(Arc::clone(&engine), listeners, stopped));
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("terminated"),
+        _ = interrupt.recv() => tracing::info!("interrupted"),
+    }
+    stop.send_replace(true);
+    serving.await??;
+    engine.close().await;
+    Ok(())
+}
+
+/// The daemon's pid in a file, removed at the end.
+struct PidFile(PathBuf);
+
+impl PidFile {
+    fn create(path: &Path) -> anyhow::Result<Self> {
+        if let Some(pid) = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<i32>().ok())
+            && pid != i32::try_from(std::process::id())?
+            && is_daemon(pid)
+        {
+            anyhow::bail!("process with PID {pid} is still running: see {}", path.display());
+        }
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        std::fs::write(path, std::process::id().to_string())
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+/// Whether a process of that number is one of ours: after a crash the number may be another's.
+fn is_daemon(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "bulkheadd")
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

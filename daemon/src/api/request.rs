@@ -106,7 +106,9 @@ fn require_json(headers: &HeaderMap) -> Result<()> {
     } else if content_type.is_empty() {
         Err(Error::invalid("malformed Content-Type header (): mime: no media type"))
     } else {
-        Err(Error::invalid(format!("unsupported Content-Type header ({content_type}): must be 'application/json'")))
+        Err(Error::invalid(format!(
+            "unsupported Content-Type header ({content_type}): must be 'application/json'"
+        )))
     }
 }
 
@@ -138,7 +140,7 @@ impl Query {
     }
 
     /// Every value.
-    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+    pub fn all<'a, 'n>(&'a self, name: &'n str) -> impl Iterator<Item = &'a str> + use<'a, 'n> {
         self.0.iter().filter(move |(have, _)| have == name).map(|(_, value)| value.as_str())
     }
 
@@ -153,7 +155,9 @@ impl Query {
     /// Invalid.
     pub fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>> {
         self.non_empty(name)
-            .map(|text| text.parse().map_err(|_| Error::invalid(format!("invalid value for {name}: {text:?}"))))
+            .map(|text| {
+                text.parse().map_err(|_| Error::invalid(format!("invalid value for {name}: {text:?}")))
+            })
             .transpose()
     }
 
@@ -220,8 +224,15 @@ mod tests {
     #[test]
     fn booleans() {
         for (text, expected) in [
-            ("", false), ("0", false), ("no", false), ("False", false), (" none ", false), ("1", true),
-            ("true", true), ("yes", true), ("anything", true),
+            ("", false),
+            ("0", false),
+            ("no", false),
+            ("False", false),
+            (" none ", false),
+            ("1", true),
+            ("true", true),
+            ("yes", true),
+            ("anything", true),
         ] {
             assert_eq!(is_true(text), expected, "{text:?}");
         }
@@ -236,7 +247,8 @@ mod tests {
         assert_eq!(query.all("type").collect::<Vec<_>>(), ["a", "b c"]);
         assert_eq!(query.get("name"), Some("/xé"));
         assert_eq!((query.get("empty"), query.non_empty("empty")), (Some(""), None));
-        assert_eq!((query.number::<i64>("t"), query.number::<i64>("none")), (Ok(Some(3)), Ok(None)));
+        assert_eq!(query.number::<i64>("t").unwrap(), Some(3));
+        assert_eq!(query.number::<i64>("none").unwrap(), None);
         assert!(query.number::<i64>("name").is_err());
         for wrong in ["a=%", "a=%1", "a=%zz", "a=%+1", "a=%ff"] {
             assert!(Query::parse(wrong).is_err(), "{wrong}");
@@ -245,7 +257,8 @@ mod tests {
 
     #[test]
     fn times() {
-        let time = |text: &str| timestamp(text).map(|time| time.as_nanosecond()).map_err(|error| error.message);
+        let time =
+            |text: &str| timestamp(text).map(|time| time.as_nanosecond()).map_err(|error| error.message);
         assert_eq!(time("5"), Ok(5_000_000_000));
         assert_eq!(time("5.5"), Ok(5_500_000_000));
         assert_eq!(time("1700000000.000000001"), Ok(1_700_000_000_000_000_001));
@@ -276,4 +289,3 @@ mod tests {
         }
     }
 }
-

@@ -74,7 +74,8 @@ pub fn streamed<S>(content_type: &'static str, pieces: S) -> Response<Body>
 where
     S: Stream<Item = Result<Bytes>> + Send + 'static,
 {
-    let mut response = Response::new(StreamBody::new(pieces.map(|piece| piece.map(Frame::data))).boxed_unsync());
+    let mut response =
+        Response::new(StreamBody::new(pieces.map(|piece| piece.map(Frame::data))).boxed_unsync());
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }

@@ -39,23 +39,24 @@ pub struct Route {
     pub handler: fn(Call) -> Handled,
 }
 
-/// A table of routes: `METHOD "/path" [since 1.NN] [while_connected] => handler,`.
-macro_rules! routes {
-    ($($method:ident $path:literal $(since $major:literal . $minor:literal)? $([$lifetime:ident])? => $handler:expr),* $(,)?) => {
+/// A table of routes: `METHOD "/path" => handler,`, with `since NN` for operations that came with API 1.NN,
+/// and `[WhileConnected]`.
+macro_rules! table {
+    ($($method:ident $path:literal $(since $minor:literal)? $([$lifetime:ident])? => $handler:expr),* $(,)?) => {
         &[$($crate::api::router::Route {
             method: ::http::Method::$method,
             path: $path,
-            since: $crate::api::router::routes!(@since $($major $minor)?),
-            lifetime: $crate::api::router::routes!(@lifetime $($lifetime)?),
+            since: $crate::api::router::table!(@since $($minor)?),
+            lifetime: $crate::api::router::table!(@lifetime $($lifetime)?),
             handler: |call| Box::pin(async move { $handler(call).await.map(Into::into) }),
         }),*]
     };
     (@since) => { $crate::api::version::MINIMUM };
-    (@since $major:literal $minor:literal) => { $crate::api::version::ApiVersion::new($major, $minor) };
+    (@since $minor:literal) => { $crate::api::version::ApiVersion::new(1, $minor) };
     (@lifetime) => { $crate::api::router::Lifetime::ToEnd };
     (@lifetime $lifetime:ident) => { $crate::api::router::Lifetime::$lifetime };
 }
-pub(in crate::api) use routes;
+pub(in crate::api) use table;
 
 /// A request's route.
 pub struct Found {
@@ -105,14 +106,17 @@ pub fn find(method: &Method, path: &str) -> Result<Found> {
 /// `v1.41`: a `v`, digits and dots.
 fn is_version(segment: &str) -> bool {
     segment.strip_prefix('v').is_some_and(|rest| {
-        rest.starts_with(|c: char| c.is_ascii_digit()) && rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
+        rest.starts_with(|c: char| c.is_ascii_digit())
+            && rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
     })
 }
 
 fn matches(pattern: &[&str], path: &[String], params: &mut Vec<String>) -> bool {
     let Some((first, pattern)) = pattern.split_first() else { return path.is_empty() };
     if !first.starts_with('{') {
-        return path.split_first().is_some_and(|(have, path)| have == first && matches(pattern, path, params));
+        return path
+            .split_first()
+            .is_some_and(|(have, path)| have == first && matches(pattern, path, params));
     }
     // A wildcard leaves at least one segment for each that follows in the pattern.
     let most = path.len().saturating_sub(pattern.len());

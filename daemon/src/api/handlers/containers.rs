@@ -8,18 +8,21 @@ use crate::{
     api::{
         request::{Call, invalid_json},
         response::{Body, Reply, json, json_with, no_content, status, streamed},
-        router::{Route, routes},
+        router::{Route, table},
         stream::{Hijack, detach::DetachKeys, media_type},
         types::container::{CreateRequest, WaitResponse},
         version::ApiVersion,
     },
-    engine::{AttachOptions, Error, Result, WaitCondition, container::ListOptions},
+    engine::{
+        AttachOptions, Error, Result, WaitCondition,
+        container::{LIST_FILTERS, ListOptions},
+    },
 };
 
-pub(super) const ROUTES: &[Route] = routes! {
+pub(super) const ROUTES: &[Route] = table! {
     GET "/containers/json" => list,
     POST "/containers/create" => create,
-    POST "/containers/prune" since 1.25 => prune,
+    POST "/containers/prune" since 25 => prune,
     GET "/containers/{name}/json" => inspect,
     GET "/containers/{name}/top" => top,
     POST "/containers/{name}/start" => start,
@@ -33,17 +36,15 @@ pub(super) const ROUTES: &[Route] = routes! {
     DELETE "/containers/{name}" => remove,
 };
 
-/// Keys that a list of containers can be filtered by.
-const LIST_FILTERS: [&str; 16] = [
-    "ancestor", "before", "exited", "expose", "health", "id", "isolation", "is-task", "label", "name", "network",
-    "publish", "since", "status", "volume", "until",
-];
-
 async fn list(call: Call) -> Result<Response<Body>> {
     let options = ListOptions {
         all: call.query.boolean("all", false),
         // -1 is what old clients send for "no limit".
-        limit: call.query.number::<i64>("limit")?.and_then(|limit| usize::try_from(limit).ok()).filter(|n| *n > 0),
+        limit: call
+            .query
+            .number::<i64>("limit")?
+            .and_then(|limit| usize::try_from(limit).ok())
+            .filter(|n| *n > 0),
         size: call.query.boolean("size", false),
         filters: call.filters(&LIST_FILTERS)?,
     };
@@ -94,7 +95,8 @@ async fn top(call: Call) -> Result<Response<Body>> {
 
 async fn start(call: Call) -> Result<Response<Body>> {
     // The shortest JSON object with a field has 7 bytes; a body of unknown length may be longer.
-    let length = call.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let length =
+        call.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     let chunked = call.headers().contains_key(http::header::TRANSFER_ENCODING);
     if chunked || length.is_some_and(|length| length > 7) {
         return Err(Error::invalid(
@@ -200,7 +202,8 @@ async fn prune(call: Call) -> Result<Response<Body>> {
 pub(super) fn pieces<T: Send + 'static>(
     receiver: tokio::sync::mpsc::Receiver<T>,
 ) -> impl futures_util::Stream<Item = T> + Send + 'static {
-    stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|item| (item, receiver)) }).fuse()
+    stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|item| (item, receiver)) })
+        .fuse()
 }
 
 #[cfg(test)]

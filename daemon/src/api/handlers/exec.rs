@@ -7,7 +7,7 @@ use crate::{
     api::{
         request::Call,
         response::{Body, Reply, json, json_with, status},
-        router::{Route, routes},
+        router::{Route, table},
         stream::{Hijack, detach::DetachKeys, media_type},
         types::exec::{CreateRequest, CreateResponse, StartRequest},
         version::ApiVersion,
@@ -15,7 +15,7 @@ use crate::{
     engine::{ErrorKind, Result},
 };
 
-pub(super) const ROUTES: &[Route] = routes! {
+pub(super) const ROUTES: &[Route] = table! {
     POST "/containers/{name}/exec" => create,
     POST "/exec/{id}/start" => start,
     POST "/exec/{id}/resize" => resize,
@@ -48,7 +48,9 @@ async fn start(mut call: Call) -> Result<Reply> {
             Ok(Reply::Hijack(Hijack::stdio(call.headers(), media_type, attachment, Some(keys))))
         }
         Ok(None) => Ok(status(StatusCode::OK).into()),
-        Err(error) if detach || matches!(error.kind, ErrorKind::Conflict | ErrorKind::Unavailable) => Err(error),
+        Err(error) if detach || matches!(error.kind, ErrorKind::Conflict | ErrorKind::Unavailable) => {
+            Err(error)
+        }
         // What goes wrong in starting is told in the stream: there the CLI looks for it.
         Err(error) => {
             let media_type = media_type(terminal, call.version);

@@ -8,7 +8,7 @@ use crate::{
     api::{
         request::Call,
         response::{Body, json as json_response},
-        router::{Route, refuse, routes},
+        router::{Route, refuse, table},
     },
     engine::{Error, Result},
 };
@@ -40,7 +40,7 @@ refusals! {
     plugin => "plugins are",
 }
 
-pub(super) const ROUTES: &[Route] = routes! {
+pub(super) const ROUTES: &[Route] = table! {
     GET "/containers/{name}/changes" => changes,
     GET "/containers/{name}/export" => export,
     GET "/containers/{name}/stats" => stats,

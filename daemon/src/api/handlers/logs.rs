@@ -9,7 +9,7 @@ use crate::{
     api::{
         request::Call,
         response::{Body, streamed},
-        router::{Route, routes},
+        router::{Route, table},
         stream::{media_type, stdcopy},
     },
     engine::{
@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-pub(super) const ROUTES: &[Route] = routes! {
+pub(super) const ROUTES: &[Route] = table! {
     GET "/containers/{name}/logs" [WhileConnected] => logs,
 };
 

@@ -56,13 +56,13 @@ struct Handover {
 }
 
 /// Serves a connection to its end.
-pub async fn serve(engine: Arc<Engine>, socket: Socket, mut stop: watch::Receiver<bool>) {
+pub(super) async fn serve(engine: Arc<Engine>, socket: Socket, mut stop: watch::Receiver<bool>) {
     let handover = Arc::new(Handover::default());
     let gate = Gate { stream: socket.stream, handover: Arc::clone(&handover) };
     let for_requests = Arc::clone(&handover);
     let service = service_fn(move |request: Request<Incoming>| {
         let (engine, handover) = (Arc::clone(&engine), Arc::clone(&for_requests));
-        async move { Ok::<_, Infallible>(respond(engine, request, &handover).await) }
+        Box::pin(async move { Ok::<_, Infallible>(respond(engine, request, &handover).await) })
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -148,7 +148,8 @@ async fn handle(engine: Arc<Engine>, request: Request<Incoming>) -> Result<Reply
     let handled = (found.route.handler)(call);
     // A bug in one request is that request's error.
     let handled = AssertUnwindSafe(handled).catch_unwind();
-    let handled = async { handled.await.unwrap_or_else(|_| Err(Error::internal("the daemon failed: see its log"))) };
+    let handled =
+        async { handled.await.unwrap_or_else(|_| Err(Error::internal("the daemon failed: see its log"))) };
     match found.route.lifetime {
         Lifetime::WhileConnected => handled.await,
         // hyper drops this future when the client goes; the task goes on.
@@ -166,13 +167,21 @@ struct Gate {
 }
 
 impl AsyncRead for Gate {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(context, buf)
     }
 }
 
 impl AsyncWrite for Gate {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         if self.handover.swallow.load(Ordering::Acquire) {
             return Poll::Ready(Ok(buf.len()));
         }

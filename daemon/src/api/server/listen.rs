@@ -76,7 +76,7 @@ impl Listener {
 }
 
 /// Whether a connection is closed in both directions, or broken.
-pub fn has_gone(socket: &OwnedFd) -> bool {
+pub(super) fn has_gone(socket: &OwnedFd) -> bool {
     // No events asked for: errors and hang-ups are told anyway.
     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
@@ -87,8 +87,9 @@ pub fn has_gone(socket: &OwnedFd) -> bool {
 ///
 /// # Errors
 /// With the address in the text.
-pub fn open(host: &Host, config: &Config, tls: Option<&TlsAcceptor>) -> io::Result<Vec<Listener>> {
-    let told = |error: io::Error| io::Error::new(error.kind(), format!("can't create socket {host}: {error}"));
+pub(super) fn open(host: &Host, config: &Config, tls: Option<&TlsAcceptor>) -> io::Result<Vec<Listener>> {
+    let told =
+        |error: io::Error| io::Error::new(error.kind(), format!("can't create socket {host}: {error}"));
     match host {
         Host::Unix(path) => Ok(vec![unix(path, config).map_err(told)?]),
         Host::Tcp(address) => {
@@ -195,7 +196,9 @@ fn from_systemd(name: Option<&str>, tls: Option<&TlsAcceptor>) -> io::Result<Vec
         }
     }
     if listeners.is_empty() {
-        return Err(io::Error::other("no sockets found via socket activation: make sure the service was started by systemd"));
+        return Err(io::Error::other(
+            "no sockets found via socket activation: make sure the service was started by systemd",
+        ));
     }
     Ok(listeners)
 }

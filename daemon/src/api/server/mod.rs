@@ -64,7 +64,8 @@ pub async fn serve(engine: Arc<Engine>, listeners: Vec<Listener>, stop: watch::R
     let (alive, mut all_gone) = tokio::sync::mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();
     for listener in listeners {
-        let (engine, limit, stop, alive) = (Arc::clone(&engine), Arc::clone(&limit), stop.clone(), alive.clone());
+        let (engine, limit, stop, alive) =
+            (Arc::clone(&engine), Arc::clone(&limit), stop.clone(), alive.clone());
         tasks.spawn(accept(engine, listener, limit, stop, alive));
     }
     drop(alive);

@@ -29,7 +29,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// A file cannot be read, or is not what it should be.
-pub fn acceptor(tls: &Tls) -> io::Result<Option<TlsAcceptor>> {
+pub(super) fn acceptor(tls: &Tls) -> io::Result<Option<TlsAcceptor>> {
     let Tls::On { cert, key, client_ca } = tls else { return Ok(None) };
     let told = |path: &std::path::Path, error: &dyn std::fmt::Display| {
         io::Error::other(format!("TLS: {}: {error}", path.display()))
@@ -65,7 +65,7 @@ pub fn acceptor(tls: &Tls) -> io::Result<Option<TlsAcceptor>> {
 type Handshake = Pin<Box<dyn Future<Output = io::Result<TlsStream<TcpStream>>> + Send>>;
 
 /// A connection whose handshake happens when it is first used: in its own task, not in the listener's.
-pub struct Lazy(State);
+pub(super) struct Lazy(State);
 
 enum State {
     Handshake(Handshake),
@@ -74,7 +74,7 @@ enum State {
 
 impl Lazy {
     /// A connection that was just accepted.
-    pub fn new(tls: &TlsAcceptor, stream: TcpStream) -> Self {
+    pub(super) fn new(tls: &TlsAcceptor, stream: TcpStream) -> Self {
         let handshake = tokio::time::timeout(HANDSHAKE, tls.accept(stream));
         Self(State::Handshake(Box::pin(async { handshake.await.map_err(io::Error::from)? })))
     }
@@ -92,13 +92,21 @@ impl Lazy {
 }
 
 impl AsyncRead for Lazy {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         ready!(self.ready(context))?.poll_read(context, buf)
     }
 }
 
 impl AsyncWrite for Lazy {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         ready!(self.ready(context))?.poll_write(context, buf)
     }
 

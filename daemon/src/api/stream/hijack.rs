@@ -108,10 +108,14 @@ impl Hijack {
 fn head(request: &HeaderMap, media_type: &str) -> Vec<u8> {
     let upgrade = request.get(UPGRADE).is_some()
         && request.get_all(CONNECTION).iter().any(|value| {
-            value.to_str().is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("upgrade")))
+            value
+                .to_str()
+                .is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("upgrade")))
         });
     let first = if upgrade {
-        format!("HTTP/1.1 101 UPGRADED\r\nContent-Type: {media_type}\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n")
+        format!(
+            "HTTP/1.1 101 UPGRADED\r\nContent-Type: {media_type}\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
+        )
     } else {
         format!("HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\n")
     };
@@ -124,24 +128,31 @@ fn head(request: &HeaderMap, media_type: &str) -> Vec<u8> {
 }
 
 /// Carries a process's stdio until it is done, the client has gone, or the user detached.
-async fn serve<R, W>(early: Bytes, mut reader: R, mut writer: W, attachment: Attachment, detach: Option<DetachKeys>)
-where
+async fn serve<R, W>(
+    early: Bytes,
+    mut reader: R,
+    mut writer: W,
+    attachment: Attachment,
+    detach: Option<DetachKeys>,
+) where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
     let Attachment { terminal, stdin, output } = attachment;
     let detach = detach.filter(|_| terminal);
-    let input = carry_input(early, &mut reader, stdin, detach);
-    let output = carry_output(output, &mut writer, terminal);
-    tokio::pin!(input, output);
-    let ended = tokio::select! {
-        ended = &mut output => ended,
-        left = &mut input => match left {
-            // The input has ended; the output goes on.
-            Input::Ended => output.await,
-            Input::Detached => OutputEnd::Done,
-            Input::Broken => return,
-        },
+    let ended = {
+        let input = carry_input(early, &mut reader, stdin, detach);
+        let output = carry_output(output, &mut writer, terminal);
+        tokio::pin!(input, output);
+        tokio::select! {
+            ended = &mut output => ended,
+            left = &mut input => match left {
+                // The input has ended; the output goes on.
+                Input::Ended => output.await,
+                Input::Detached => OutputEnd::Done,
+                Input::Broken => OutputEnd::Gone,
+            },
+        }
     };
     if ended == OutputEnd::Done && writer.shutdown().await.is_ok() {
         linger(&mut reader).await;
@@ -304,12 +315,15 @@ mod tests {
     #[tokio::test]
     async fn heads_are_those_of_dockerd() {
         let first_lines = |head: String| head.lines().take(4).map(str::to_owned).collect::<Vec<_>>();
-        assert_eq!(first_lines(attach(false, b"", true).head().await), [
-            "HTTP/1.1 101 UPGRADED",
-            "Content-Type: application/vnd.docker.raw-stream",
-            "Connection: Upgrade",
-            "Upgrade: tcp",
-        ]);
+        assert_eq!(
+            first_lines(attach(false, b"", true).head().await),
+            [
+                "HTTP/1.1 101 UPGRADED",
+                "Content-Type: application/vnd.docker.raw-stream",
+                "Connection: Upgrade",
+                "Upgrade: tcp",
+            ]
+        );
         let plain = attach(false, b"", false).head().await;
         assert!(plain.starts_with("HTTP/1.1 200 OK\r\n") && !plain.contains("Upgrade"), "{plain}");
         assert!(!plain.to_lowercase().contains("content-length"), "{plain}");

@@ -1,0 +1,236 @@
+//! bulkheadd with directories of its own.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::docker::Docker;
+use crate::host::{Forward, Host, Scratch};
+use crate::http::Client;
+use crate::registry::spawn_logged;
+
+/// Names the directory of the built programs in the environment of tests.
+pub const BUNDLE_VARIABLE: &str = "BULKHEAD_BUNDLE";
+
+/// How a daemon is started.
+#[derive(Debug, Clone, Default)]
+pub struct DaemonOptions {
+    /// A registry in the host that stands for Docker Hub and needs no TLS.
+    pub registry: Option<String>,
+    /// More arguments.
+    pub arguments: Vec<String>,
+    /// A command that runs the daemon, e.g. in a mount namespace of its own.
+    pub wrapper: Vec<String>,
+    /// Puts the data root on a file system of this many MiB.
+    pub data_limit_mib: Option<u32>,
+}
+
+/// A daemon that runs while this lives, and, dropped or not, leaves nothing behind.
+#[derive(Debug)]
+pub struct Daemon {
+    host: Host,
+    options: DaemonOptions,
+    bundle: PathBuf,
+    scratch: Scratch,
+    exec_root: String,
+    forward: Forward,
+    process: Option<Child>,
+}
+
+impl Daemon {
+    /// Starts one and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not, with its log.
+    pub fn start(host: &Host, options: DaemonOptions) -> Result<Daemon> {
+        let bundle =
+            env::var_os(BUNDLE_VARIABLE).context("no directory of built programs: `cargo xtask test e2e`")?;
+        Daemon::start_from(host, Path::new(&bundle), options)
+    }
+
+    /// Starts the one of the bundle directory.
+    ///
+    /// # Errors
+    /// When it does not answer, with its log.
+    pub fn start_from(host: &Host, bundle: &Path, options: DaemonOptions) -> Result<Daemon> {
+        let scratch = host.scratch()?;
+        let exec_root = host.sh("mktemp -d /run/bulkhead-XXXXXX", &[])?;
+        host.sh("mkdir \"$1\"", &[&scratch.join("data")])?;
+        if let Some(limit) = options.data_limit_mib {
+            host.sh(
+                "mount -t tmpfs -o \"size=$2m\" tmpfs \"$1\"",
+                &[&scratch.join("data"), &limit.to_string()],
+            )?;
+        }
+        let forward = host.forward(&format!("{exec_root}/d.sock"))?;
+        let bundle = bundle.to_owned();
+        let mut daemon =
+            Daemon { host: host.clone(), options, bundle, scratch, exec_root, forward, process: None };
+        daemon.start_again()?;
+        Ok(daemon)
+    }
+
+    /// Starts it on the directories of before, after [`Daemon::kill`] or [`Daemon::stop`].
+    ///
+    /// # Errors
+    /// When it does not answer, with its log.
+    pub fn start_again(&mut self) -> Result<()> {
+        let mut words = self.options.wrapper.clone();
+        words.push(self.bundle.join("bulkheadd").display().to_string());
+        let file = |name: &str| self.bundle.join(name).display().to_string();
+        words.extend(["--data-root".into(), self.data_root(), "--exec-root".into(), self.exec_root.clone()]);
+        words.extend([
+            "--host".into(),
+            format!("unix://{}/d.sock", self.exec_root),
+            "--pidfile".into(),
+            self.pidfile(),
+        ]);
+        words.extend(["--vmm".into(), file("bulkhead-vmm"), "--kernel".into(), file("vmlinux")]);
+        words.extend(["--initramfs".into(), file("initramfs.cpio"), "--debug".into()]);
+        if let Some(registry) = &self.options.registry {
+            words.extend(["--registry-mirror".into(), format!("http://{registry}")]);
+            words.extend(["--insecure-registry".into(), registry.clone()]);
+        }
+        words.extend(self.options.arguments.iter().cloned());
+        let (program, arguments) = words.split_first().context("no program")?;
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let mut process = spawn_logged(&self.host, &self.log_path(), program, &arguments)?;
+        let answers = self.wait_until_it_answers(&mut process);
+        self.process = Some(process);
+        answers
+    }
+
+    /// The CLI here.
+    #[must_use]
+    pub fn docker(&self) -> Docker {
+        Docker::new(self.forward.address())
+    }
+
+    /// Its API.
+    #[must_use]
+    pub fn api(&self) -> Client {
+        Client::new(self.forward.address())
+    }
+
+    /// Its socket here.
+    #[must_use]
+    pub fn socket(&self) -> &str {
+        self.forward.address()
+    }
+
+    /// Its socket in the host.
+    #[must_use]
+    pub fn inner_socket(&self) -> String {
+        format!("{}/d.sock", self.exec_root)
+    }
+
+    /// Its data root, in the host.
+    #[must_use]
+    pub fn data_root(&self) -> String {
+        self.scratch.join("data")
+    }
+
+    /// Its log so far.
+    ///
+    /// # Errors
+    /// When the host is gone.
+    pub fn log(&self) -> Result<String> {
+        self.host.sh("cat \"$1\"", &[&self.log_path()])
+    }
+
+    /// SIGKILL: what runs in microVMs goes on.
+    ///
+    /// # Errors
+    /// When it had ended before.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal("KILL")?;
+        self.wait()
+    }
+
+    /// SIGTERM, and its end.
+    ///
+    /// # Errors
+    /// When it had ended before.
+    pub fn stop(&mut self) -> Result<()> {
+        self.signal("TERM")?;
+        self.wait()
+    }
+
+    /// What is left of containers: VMM processes, sandbox and container directories, unfinished downloads. Each a
+    /// line.
+    ///
+    /// # Errors
+    /// When the host is gone.
+    pub fn leftovers(&self) -> Result<String> {
+        let script = r#"
+            for p in /proc/[0-9]*; do
+              read -r comm 2>/dev/null <"$p/comm" || continue
+              [ "$comm" = bulkhead-vmm ] || continue
+              if ls -l "$p/fd" 2>/dev/null | grep -qF "$1/"; then echo "process ${p#/proc/}"; fi
+            done
+            for d in "$1"/s "$2"/containers "$2"/tmp; do
+              [ -d "$d" ] || continue
+              find "$d" -mindepth 1 -maxdepth 1
+            done"#;
+        self.host.sh(script, &[&self.exec_root, &self.data_root()])
+    }
+
+    fn wait_until_it_answers(&self, process: &mut Child) -> Result<()> {
+        loop {
+            if self.api().request("GET", "/_ping", &[], b"").is_ok_and(|answer| answer.head.status == 200) {
+                return Ok(());
+            }
+            if let Some(status) = process.try_wait()? {
+                bail!("bulkheadd ended: {status}\n{}", self.log().unwrap_or_default());
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
+        self.host.sh("kill -s \"$1\" \"$(cat \"$2\")\"", &[name, &self.pidfile()]).map(drop)
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        self.process.take().context("the daemon does not run")?.wait()?;
+        Ok(())
+    }
+
+    fn pidfile(&self) -> String {
+        format!("{}/d.pid", self.exec_root)
+    }
+
+    fn log_path(&self) -> String {
+        self.scratch.join("log")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let log = self.log().unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("--- end of the daemon's log");
+            for line in lines.get(lines.len().saturating_sub(60)..).unwrap_or_default() {
+                eprintln!("{line}");
+            }
+        }
+        if let Some(mut process) = self.process.take() {
+            let _ = self.signal("KILL");
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        let kill_all = r#"
+            for p in /proc/[0-9]*; do
+              read -r comm 2>/dev/null <"$p/comm" || continue
+              [ "$comm" = bulkhead-vmm ] || continue
+              if ls -l "$p/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "${p#/proc/}"; fi
+            done
+            rm -rf "$1""#;
+        let _ = self.host.sh(kill_all, &[&self.exec_root]);
+    }
+}

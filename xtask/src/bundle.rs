@@ -1,0 +1,115 @@
+//! Builds everything a host runs into one directory, where each part finds the others: `target/bulkhead/`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::kernel;
+use crate::sh;
+use crate::tree::Tree;
+
+const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+#[derive(Args)]
+pub(crate) struct BuildArgs {
+    /// Build as it is installed: slower to build, smaller and faster.
+    #[arg(long)]
+    dist: bool,
+}
+
+/// The built programs and images.
+#[derive(Debug, Clone)]
+pub(crate) struct Bundle {
+    dir: PathBuf,
+}
+
+impl Bundle {
+    /// The directory that holds them.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(crate) fn daemon(&self) -> PathBuf {
+        self.dir.join("bulkheadd")
+    }
+
+    pub(crate) fn vmm(&self) -> PathBuf {
+        self.dir.join("bulkhead-vmm")
+    }
+
+    pub(crate) fn kernel(&self) -> PathBuf {
+        self.dir.join("vmlinux")
+    }
+
+    pub(crate) fn initramfs(&self) -> PathBuf {
+        self.dir.join("initramfs.cpio")
+    }
+}
+
+pub(crate) fn run(tree: &Tree, args: &BuildArgs) -> Result<()> {
+    let bundle = build(tree, if args.dist { "dist" } else { "release" })?;
+    println!("{}", bundle.dir().display());
+    Ok(())
+}
+
+/// Builds with the Cargo profile, and collects.
+pub(crate) fn build(tree: &Tree, profile: &str) -> Result<Bundle> {
+    let bundle = Bundle { dir: tree.target().join("bulkhead") };
+    fs::create_dir_all(bundle.dir())?;
+    let mut programs = cargo(tree);
+    programs.args([
+        "build",
+        "--profile",
+        profile,
+        "-p",
+        "bulkhead-daemon",
+        "-p",
+        "bulkhead-vmm",
+        "-p",
+        "bulkhead-rootfs",
+    ]);
+    sh::run(&mut programs)?;
+    let agent = build_agent(tree)?;
+    let built = tree.target().join(profile);
+    for program in ["bulkheadd", "bulkhead-vmm", "bulkhead-rootfs"] {
+        place(&built.join(program), &bundle.dir().join(program))?;
+    }
+    sh::run(
+        Command::new(built.join("bulkhead-rootfs"))
+            .args(["initramfs", "--agent"])
+            .arg(agent)
+            .arg("--out")
+            .arg(bundle.initramfs()),
+    )?;
+    place(&kernel::ensure(tree, kernel::Set::Guest)?, &bundle.kernel())?;
+    Ok(bundle)
+}
+
+/// A static executable with no interpreter: it is the only file in its initramfs. `--target` is what makes the
+/// flag apply to the agent and not to the programs that build it.
+fn build_agent(tree: &Tree) -> Result<PathBuf> {
+    let mut agent = cargo(tree);
+    agent.args(["build", "--profile", "agent", "--target", AGENT_TARGET, "-p", "bulkhead-agent"]);
+    agent.args(["--config", &format!("target.{AGENT_TARGET}.rustflags=['-Ctarget-feature=+crt-static']")]);
+    sh::run(&mut agent)?;
+    Ok(tree.target().join(AGENT_TARGET).join("agent/bulkhead-agent"))
+}
+
+/// Puts a file into the bundle under a new inode, so that one that runs, or is mapped, stays as it was.
+fn place(from: &Path, to: &Path) -> Result<()> {
+    let new = to.with_extension("new");
+    fs::copy(from, &new).with_context(|| format!("copy {}", from.display()))?;
+    fs::rename(&new, to).with_context(|| format!("put {} in place", to.display()))
+}
+
+/// Cargo in the tree.
+pub(crate) fn cargo(tree: &Tree) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(tree.root()).env("CARGO_TARGET_DIR", tree.target());
+    // Set by the cargo that runs xtask; cargo would pass them on as if they were the caller's wish.
+    cargo.env_remove("CARGO_MANIFEST_DIR").env_remove("CARGO_PKG_NAME").env_remove("RUSTFLAGS");
+    cargo
+}

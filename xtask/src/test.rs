@@ -1,0 +1,152 @@
+//! Every check and test. Lints and unit tests need neither root nor KVM; end-to-end tests get a daemon, a registry
+//! and real clients.
+
+use std::process::Command;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use bulkhead_tests::daemon::BUNDLE_VARIABLE;
+use bulkhead_tests::suite::SuiteOwner;
+use clap::{Args, ValueEnum};
+
+use crate::bundle::{self, Bundle, cargo};
+use crate::deps;
+use crate::sh;
+use crate::tidy;
+use crate::tree::Tree;
+use crate::venue::{self, Place, Venue};
+
+/// For one daemon with its registry and a dozen microVMs.
+const MEMORY_MIB: u32 = 6144;
+
+#[derive(Args, Default)]
+pub(crate) struct TestArgs {
+    /// Which part. Default: all of them.
+    #[arg(value_enum)]
+    part: Option<Part>,
+    /// Only tests whose name contains one of these.
+    filter: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Formatting, clippy, licences, boundaries.
+    Lint,
+    /// What needs neither root nor KVM.
+    Unit,
+    /// Real clients against a real daemon.
+    E2e,
+}
+
+pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
+    let parts = args.part.map_or_else(|| vec![Part::Lint, Part::Unit, Part::E2e], |part| vec![part]);
+    if args.part != Some(Part::Lint) && args.part != Some(Part::Unit) {
+        deps::ensure()?;
+    }
+    for part in parts {
+        let start = Instant::now();
+        match part {
+            Part::Lint => lint(tree),
+            Part::Unit => unit(tree, &args.filter),
+            Part::E2e => end_to_end(tree, &args.filter),
+        }?;
+        println!("{part:?}: passed in {} s", start.elapsed().as_secs());
+    }
+    Ok(())
+}
+
+fn lint(tree: &Tree) -> Result<()> {
+    sh::run(cargo(tree).args(["fmt", "--all", "--check"]))?;
+    tidy::run(tree)?;
+    if sh::output(cargo(tree).args(["deny", "--version"])).is_ok() {
+        sh::run(cargo(tree).args([
+            "deny",
+            "--offline",
+            "--log-level",
+            "error",
+            "check",
+            "licenses",
+            "bans",
+            "sources",
+        ]))?;
+    } else {
+        println!("cargo-deny is not installed: licences are not checked");
+    }
+    sh::run(cargo(tree).args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+}
+
+fn unit(tree: &Tree, filter: &[String]) -> Result<()> {
+    let mut tests = cargo(tree);
+    if has_nextest(tree) {
+        tests.args(["nextest", "run", "--workspace", "--status-level", "fail", "--no-tests", "pass"]);
+    } else {
+        // Without nextest the end-to-end tests are left out by target, not by its filter.
+        tests.args(["test", "--quiet", "--workspace", "--lib", "--bins"]);
+    }
+    sh::run(tests.args(filter))
+}
+
+fn end_to_end(tree: &Tree, filter: &[String]) -> Result<()> {
+    let bundle = bundle::build(tree, "release")?;
+    sh::run(test_command(tree).arg("--no-run"))?;
+    let venue = venue::choose(&bundle)?;
+    println!("end-to-end tests run on {}", venue.describe());
+    // An emulated host keeps one CPU busy and no more: with two CPUs, two hosts share the tests.
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let shares =
+        if venue == Venue::TestHost && filter.is_empty() && has_nextest(tree) { cpus.clamp(1, 2) } else { 1 };
+    thread::scope(|scope| {
+        let bundle = &bundle;
+        let run = |share| scope.spawn(move || run_share(tree, bundle, venue, filter, (share, shares)));
+        let runs: Vec<_> = (1..=shares).map(run).collect();
+        runs.into_iter()
+            .try_for_each(|run| run.join().unwrap_or_else(|_| bail!("a share of the tests panicked")))
+    })
+}
+
+/// Runs the tests of one share of several, in a host of its own.
+fn run_share(
+    tree: &Tree,
+    bundle: &Bundle,
+    venue: Venue,
+    filter: &[String],
+    (share, of): (usize, usize),
+) -> Result<()> {
+    let place = venue.open(tree, &format!("e2e-{share}"), MEMORY_MIB)?;
+    let suite = SuiteOwner::start(&place.host, bundle.dir()).with_context(|| console(&place))?;
+    let mut tests = test_command(tree);
+    if of > 1 {
+        tests.args(["--partition", &format!("count:{share}/{of}")]);
+    }
+    tests.args(filter).env(BUNDLE_VARIABLE, bundle.dir()).envs([place.host.to_env()?, suite.to_env()?]);
+    if let Err(failed) = sh::run(&mut tests) {
+        let log = tree.target().join(format!("e2e-{share}.log"));
+        std::fs::write(&log, suite.daemon_log().unwrap_or_default())?;
+        bail!("{failed}; the shared daemon's log: {}", log.display());
+    }
+    suite.finish()
+}
+
+fn test_command(tree: &Tree) -> Command {
+    let mut command = cargo(tree);
+    if has_nextest(tree) {
+        command.args(["nextest", "run", "--profile", "e2e", "-p", "bulkhead-tests"]);
+    } else {
+        command.args(["test", "-p", "bulkhead-tests", "--tests"]);
+    }
+    command
+}
+
+fn has_nextest(tree: &Tree) -> bool {
+    sh::output(cargo(tree).args(["nextest", "--version"])).is_ok()
+}
+
+fn console(place: &Place) -> String {
+    match place.console() {
+        Some(console) if !console.is_empty() => {
+            format!("start of the suite; console of the test host:\n{console}")
+        }
+        _ => "start of the suite".to_owned(),
+    }
+}
