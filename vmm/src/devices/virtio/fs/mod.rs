@@ -10,7 +10,8 @@
 //! * [`wire`]: the protocol's structures, byte by byte.
 //! * `memory`: a chain's buffers; READ goes from the file straight into them.
 //! * `dispatch`: from a request to an operation and back.
-//! * `server`: shares, node ids, open files. The root directory is made up and lists the shares.
+//! * `server`: the operations, on node ids and open files. The root directory is made up and lists the
+//!   shares (`shares`).
 //! * `backend`, `layer`: what a share's files look like. A further kind of share is a further backend.
 //! * `state`: how all this is saved.
 //!
@@ -44,12 +45,13 @@ mod inodes;
 mod layer;
 mod memory;
 mod server;
+mod shares;
 mod state;
 #[cfg(test)]
 mod tests;
 pub mod wire;
 
-pub use server::ShareError;
+pub use shares::ShareError;
 
 use server::Server;
 

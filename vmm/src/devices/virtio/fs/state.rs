@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     super::device::DeviceError,
     inodes::{Inodes, Node, ShareId},
-    server::{Server, Share},
+    server::Server,
+    shares::Share,
 };
 
 /// Changes whenever [`SavedServer`] does.

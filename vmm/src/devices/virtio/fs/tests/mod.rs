@@ -13,7 +13,8 @@ use tempfile::TempDir;
 use super::{
     backend::{S_IFDIR, S_IFLNK, S_IFMT},
     dispatch::{self, MAX_BODY, Reply, Request, Sink},
-    server::{Server, ShareError},
+    server::Server,
+    shares::ShareError,
     state,
     wire::{self, Wire, encode, opcode},
 };
