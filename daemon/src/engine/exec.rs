@@ -319,8 +319,8 @@ async fn begin(exec: &Arc<Exec>, workload: &Arc<Workload>, stdio: Stdio) -> Resu
         ];
         for (wanted, kind, stream) in streams {
             if wanted {
-                let output = workload.sandbox.output(process.clone(), kind, 0).await?;
-                outputs.spawn(pump::output(output, stream, 0, None, Arc::clone(&exec.hub)));
+                let output = workload.sandbox.output(process.clone(), kind, Some(0)).await?;
+                outputs.spawn(pump::output(output, stream, None, Arc::clone(&exec.hub)));
             }
         }
         if stdio.stdin
@@ -382,8 +382,8 @@ pub(crate) fn take_over(workload: &Arc<Workload>, container: &str, execs: Vec<(S
                     [(StreamKind::Stdout, Stream::Stdout), (StreamKind::Stderr, Stream::Stderr)]
                 {
                     // It may not have this stream.
-                    if let Ok(output) = workload.sandbox.output(process.clone(), kind, 0).await {
-                        outputs.spawn(pump::output(output, stream, 0, None, Arc::clone(&hub)));
+                    if let Ok(output) = workload.sandbox.output(process.clone(), kind, None).await {
+                        outputs.spawn(pump::output(output, stream, None, Arc::clone(&hub)));
                     }
                 }
                 let _ = exit.await;

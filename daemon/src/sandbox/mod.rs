@@ -214,21 +214,22 @@ impl Sandbox {
         self.control.call(&self.dir, request, None).await
     }
 
-    /// Opens a process's output from byte `from`; an earlier connection to the same stream ends.
+    /// Opens a process's output from byte `from`, or from the oldest that the agent still holds; an earlier connection to the same stream ends.
     pub(crate) async fn output(
         &self,
         process: ProcessId,
         stream: StreamKind,
-        from: u64,
+        from: Option<u64>,
     ) -> io::Result<OutputStream> {
         let request = StreamOpen { process, stream, from };
-        Ok(OutputStream::new(stream::open(&self.dir, &request).await?, from))
+        let (stream, from) = stream::open(&self.dir, &request).await?;
+        Ok(OutputStream::new(stream, from))
     }
 
     /// Opens a process's input.
     pub(crate) async fn input(&self, process: ProcessId) -> io::Result<InputStream> {
-        let request = StreamOpen { process, stream: StreamKind::Stdin, from: 0 };
-        Ok(InputStream::new(stream::open(&self.dir, &request).await?))
+        let request = StreamOpen { process, stream: StreamKind::Stdin, from: None };
+        Ok(InputStream::new(stream::open(&self.dir, &request).await?.0))
     }
 
     /// Resolves when the VMM has ended.

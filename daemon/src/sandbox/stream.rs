@@ -21,14 +21,14 @@ const CHUNK: usize = 32 * 1024;
 /// acknowledgement costs the guest an interrupt; well below the window, so that it never stops for it.
 const ACKNOWLEDGE_EVERY: u64 = OUTPUT_WINDOW as u64 / 8;
 
-/// Opens one stream of a process.
-pub(super) async fn open(dir: &SandboxDir, open: &StreamOpen) -> io::Result<UnixStream> {
+/// Opens one stream of a process. Answers the offset at which an output begins too.
+pub(super) async fn open(dir: &SandboxDir, open: &StreamOpen) -> io::Result<(UnixStream, u64)> {
     let mut stream = vsock::connect(dir, STREAM_PORT).await?;
-    greet(&mut stream, open).await?;
-    Ok(stream)
+    let from = greet(&mut stream, open).await?;
+    Ok((stream, from))
 }
 
-async fn greet(stream: &mut UnixStream, open: &StreamOpen) -> io::Result<()> {
+async fn greet(stream: &mut UnixStream, open: &StreamOpen) -> io::Result<u64> {
     let frame = frame::encode(open).map_err(io::Error::other)?;
     stream.write_all(&frame).await?;
     // No byte beyond the frame may be taken: the process's output follows it.
@@ -40,7 +40,7 @@ async fn greet(stream: &mut UnixStream, open: &StreamOpen) -> io::Result<()> {
     stream.read_exact(&mut body).await?;
     let ready: StreamReady = serde_json::from_slice(&body)?;
     match ready.error {
-        None => Ok(()),
+        None => Ok(ready.from),
         Some(error) => Err(io::Error::other(format!("the agent refuses a stream: {error}"))),
     }
 }
@@ -51,6 +51,7 @@ pub(crate) struct OutputStream {
     reader: OwnedReadHalf,
     writer: OwnedWriteHalf,
     buffer: BytesMut,
+    taken: u64,
     acknowledged: u64,
 }
 
@@ -58,14 +59,20 @@ impl OutputStream {
     /// Takes an opened stream that begins at byte `from` of the process's output.
     pub(crate) fn new(stream: UnixStream, from: u64) -> Self {
         let (reader, writer) = stream.into_split();
-        Self { reader, writer, buffer: BytesMut::new(), acknowledged: from }
+        Self { reader, writer, buffer: BytesMut::new(), taken: from, acknowledged: from }
     }
 
     /// The next chunk; None when the process's output has ended.
     pub(crate) async fn next(&mut self) -> io::Result<Option<Bytes>> {
         self.buffer.reserve(CHUNK);
         let read = (&mut self.reader).take(CHUNK as u64).read_buf(&mut self.buffer).await?;
+        self.taken += read as u64;
         Ok((read > 0).then(|| self.buffer.split().freeze()))
+    }
+
+    /// How many bytes of the process's output were taken, those before this connection included.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// Tells the agent that the first `safe` bytes need not be held any longer, when enough are new.
@@ -112,7 +119,7 @@ mod tests {
 
     fn request() -> StreamOpen {
         let process = ProcessId { container: "c".into(), exec: None };
-        StreamOpen { process, stream: StreamKind::Stdout, from: 10 }
+        StreamOpen { process, stream: StreamKind::Stdout, from: Some(10) }
     }
 
     async fn read_open(theirs: &mut UnixStream) -> StreamOpen {
@@ -125,10 +132,10 @@ mod tests {
     #[tokio::test]
     async fn output_that_comes_with_the_greeting_is_not_lost_and_is_acknowledged_in_steps() {
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut early = frame::encode(&StreamReady { error: None }).unwrap();
+        let mut early = frame::encode(&StreamReady { error: None, from: 10 }).unwrap();
         early.extend(b"hello");
         theirs.write_all(&early).await.unwrap();
-        greet(&mut ours, &request()).await.unwrap();
+        assert_eq!(greet(&mut ours, &request()).await.unwrap(), 10);
         assert_eq!(read_open(&mut theirs).await, request());
         let mut output = OutputStream::new(ours, 10);
         assert_eq!(output.next().await.unwrap().unwrap(), "hello");
@@ -143,7 +150,10 @@ mod tests {
     async fn a_refused_stream_is_an_error_with_the_agents_words() {
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         let error = AgentError { kind: ErrorKind::NotFound, message: "no process".into() };
-        theirs.write_all(&frame::encode(&StreamReady { error: Some(error) }).unwrap()).await.unwrap();
+        theirs
+            .write_all(&frame::encode(&StreamReady { error: Some(error), from: 0 }).unwrap())
+            .await
+            .unwrap();
         let error = greet(&mut ours, &request()).await.unwrap_err();
         assert_eq!(error.to_string(), "the agent refuses a stream: no process");
     }

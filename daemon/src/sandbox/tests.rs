@@ -56,14 +56,14 @@ async fn a_running_sandbox_is_adopted_used_and_shut_down_without_a_trace() {
     assert_eq!(sandbox.pid(), i32::try_from(child.id()).unwrap());
 
     let process = ProcessId { container: "c".into(), exec: None };
-    let (output, mut far) = tokio::join!(sandbox.output(process, StreamKind::Stdout, 7), async {
+    let (output, mut far) = tokio::join!(sandbox.output(process, StreamKind::Stdout, Some(7)), async {
         let (line, mut stream) = accept(&vsock).await;
         assert_eq!(line, "CONNECT 1025\n");
         let length = stream.read_u32_le().await.unwrap();
         let mut body = vec![0; length as usize];
         stream.read_exact(&mut body).await.unwrap();
-        assert_eq!(serde_json::from_slice::<StreamOpen>(&body).unwrap().from, 7);
-        let ready = bulkhead_agent_api::StreamReady { error: None };
+        assert_eq!(serde_json::from_slice::<StreamOpen>(&body).unwrap().from, Some(7));
+        let ready = bulkhead_agent_api::StreamReady { error: None, from: 7 };
         stream.write_all(&bulkhead_agent_api::frame::encode(&ready).unwrap()).await.unwrap();
         stream
     });

@@ -375,9 +375,10 @@ pub struct StreamOpen {
     pub process: ProcessId,
     /// Which.
     pub stream: StreamKind,
-    /// For output: how many bytes of it the daemon has safely; 0 for input.
+    /// For output: how many bytes of it the daemon has safely; None: it does not know (it keeps none), and
+    /// takes what the agent still holds. Ignored for input.
     #[serde(default)]
-    pub from: u64,
+    pub from: Option<u64>,
 }
 
 /// The agent's answer to [`StreamOpen`]; after an error it closes the connection. A second connection to
@@ -386,6 +387,9 @@ pub struct StreamOpen {
 pub struct StreamReady {
     /// None: raw bytes follow.
     pub error: Option<AgentError>,
+    /// For output: the offset of the first byte that follows.
+    #[serde(default)]
+    pub from: u64,
 }
 
 /// A stdio stream.

@@ -99,8 +99,12 @@ impl Server {
     pub(super) fn open_stream(&mut self, number: u64) {
         let Some(Opened { connection, open, early }) = self.openings.read(number) else { return };
         let checked = self.check(&open);
-        let failed = checked.is_err();
-        let sent = frame::encode(&StreamReady { error: checked.err() }).is_ok_and(|frame| {
+        let (from, error) = match checked {
+            Ok(from) => (from, None),
+            Err(error) => (0, Some(error)),
+        };
+        let failed = error.is_some();
+        let sent = frame::encode(&StreamReady { error, from }).is_ok_and(|frame| {
             // The first bytes on a fresh connection: they fit, or the peer is not to be reached.
             rustix::net::send(&connection, &frame, SendFlags::NOSIGNAL) == Ok(frame.len())
         });
@@ -108,18 +112,19 @@ impl Server {
             hang_up(&connection);
             return;
         }
-        if let Err(error) = self.attach(&connection, &open, &early) {
+        if let Err(error) = self.attach(&connection, &open, from, &early) {
             log::warn(format_args!("a stream connection: {error}"));
             hang_up(&connection);
         }
     }
 
-    fn check(&mut self, open: &StreamOpen) -> Result<(), AgentError> {
+    /// Answers where an output goes on.
+    fn check(&mut self, open: &StreamOpen) -> Result<u64, AgentError> {
         let process = self.find(&open.process).ok_or_else(|| not_found("there is no such process"))?;
         let none =
             || AgentError { kind: ErrorKind::Conflict, message: "the process has no such stream".into() };
         match open.stream {
-            StreamKind::Stdin => process.input.as_ref().map(|_| ()).ok_or_else(none),
+            StreamKind::Stdin => process.input.as_ref().map(|_| 0).ok_or_else(none),
             kind => {
                 let output = process.kept_output(kind).ok_or_else(none)?;
                 output.connect(open.from).map_err(|error| conflict(error.to_string()))
@@ -127,14 +132,20 @@ impl Server {
         }
     }
 
-    fn attach(&mut self, connection: &Watched<Key>, open: &StreamOpen, early: &[u8]) -> std::io::Result<()> {
+    fn attach(
+        &mut self,
+        connection: &Watched<Key>,
+        open: &StreamOpen,
+        from: u64,
+        early: &[u8],
+    ) -> std::io::Result<()> {
         let fd = connection.as_fd().try_clone_to_owned()?;
         let key = Key::Stream(Rc::new(open.process.clone()), open.stream);
         let connection = self.poller.watch(fd, key);
         if let Some(process) = self.find(&open.process) {
             match open.stream {
                 StreamKind::Stdin => process.input.as_mut().map(|input| input.attach(connection, early)),
-                kind => process.kept_output(kind).map(|output| output.attach(open.from, connection, early)),
+                kind => process.kept_output(kind).map(|output| output.attach(from, connection, early)),
             };
         }
         Ok(())

@@ -59,12 +59,15 @@ impl<K> Output<K> {
         Self { keep: false, ..Self::new(source) }
     }
 
-    /// Prepares for a connection that is to be fed from offset `from`.
+    /// Prepares for a connection that is to be fed from offset `from`, or from the oldest byte that is held.
+    /// Answers the offset.
     ///
     /// # Errors
     /// [`OutOfWindow`]; an earlier connection stays.
-    pub fn connect(&mut self, from: u64) -> Result<(), OutOfWindow> {
-        self.window.resume(from)
+    pub fn connect(&mut self, from: Option<u64>) -> Result<u64, OutOfWindow> {
+        let from = from.unwrap_or(self.window.base());
+        self.window.resume(from)?;
+        Ok(from)
     }
 
     /// The second half of [`Output::connect`], after the peer was told that it succeeded; `early` is what it
@@ -266,7 +269,7 @@ mod tests {
             let (ours, theirs) = UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
             theirs.set_nonblocking(true).unwrap();
-            self.output.connect(from).unwrap();
+            assert_eq!(self.output.connect(Some(from)).unwrap(), from);
             self.output.attach(from, self.poller.watch(OwnedFd::from(ours), 'c'), &[]);
             theirs
         }

@@ -70,6 +70,11 @@ impl Window {
         Ok(())
     }
 
+    /// The offset of the oldest byte that is held.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
     /// Begins a connection at `offset`, which acknowledges everything before it.
     ///
     /// # Errors

@@ -18,14 +18,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// Takes one output stream to its end. What is in the log is acknowledged to the agent, and then handed to
 /// the clients; without a log, what was handed on is.
-pub(crate) async fn output(
-    mut output: OutputStream,
-    stream: Stream,
-    from: u64,
-    log: Option<Arc<Log>>,
-    hub: Arc<Hub>,
-) {
-    let mut taken = from;
+pub(crate) async fn output(mut output: OutputStream, stream: Stream, log: Option<Arc<Log>>, hub: Arc<Hub>) {
     loop {
         let next = tokio::select! {
             biased;
@@ -42,10 +35,9 @@ pub(crate) async fn output(
                 break;
             }
         };
-        taken += bytes.len() as u64;
         let safe = match &log {
             Some(log) => append(log, stream, &bytes).await,
-            None => Some(taken),
+            None => Some(output.taken()),
         };
         hub.deliver(stream, &bytes).await;
         if let Some(safe) = safe
@@ -129,7 +121,6 @@ mod tests {
         let pump = tokio::spawn(output(
             OutputStream::new(ours, 0),
             Stream::Stdout,
-            0,
             Some(Arc::clone(&log)),
             Arc::clone(&hub),
         ));

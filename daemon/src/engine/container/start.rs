@@ -62,7 +62,7 @@ pub(crate) async fn start(
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
     let at = Timestamp::now();
-    let watch = connect(&workload, stdio, Durable::default(), hub, events, None)
+    let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
     Ok(Started { workload, watch, log_start, at })
@@ -94,7 +94,7 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
             None => return Err(Error::internal("its workload was never started")),
         };
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
-        let watch = connect(&workload, stdio(record), durable, hub, events, exit).await?;
+        let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, &record.id, state.execs);
         Ok((workload, watch))
     }
@@ -198,26 +198,31 @@ fn stdio(record: &Record) -> Stdio {
     }
 }
 
+/// What the log has; None when the log keeps nothing.
+fn kept(record: &Record, durable: Durable) -> Option<Durable> {
+    (record.host_config.log_config.kind != "none").then_some(durable)
+}
+
 /// Opens the streams and starts their pumps.
 async fn connect(
     workload: &Arc<Workload>,
     stdio: Stdio,
-    durable: Durable,
+    kept: Option<Durable>,
     hub: &Arc<Hub>,
     events: mpsc::Receiver<Event>,
     exit: Option<AgentExit>,
 ) -> std::io::Result<Watch> {
     let sandbox = &workload.sandbox;
     let streams = [
-        (stdio.stdout, StreamKind::Stdout, Stream::Stdout, durable.stdout),
-        (stdio.stderr, StreamKind::Stderr, Stream::Stderr, durable.stderr),
+        (stdio.stdout, StreamKind::Stdout, Stream::Stdout, kept.map(|kept| kept.stdout)),
+        (stdio.stderr, StreamKind::Stderr, Stream::Stderr, kept.map(|kept| kept.stderr)),
     ];
     let mut outputs = JoinSet::new();
     for (wanted, kind, stream, from) in streams {
         if wanted {
             let output = sandbox.output(workload.init(), kind, from).await?;
-            let log = Some(Arc::clone(&workload.log));
-            outputs.spawn(pump::output(output, stream, from, log, Arc::clone(hub)));
+            let log = kept.map(|_| Arc::clone(&workload.log));
+            outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
         }
     }
     let mut inputs = JoinSet::new();
