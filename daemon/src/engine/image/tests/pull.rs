@@ -46,7 +46,7 @@ async fn a_pulled_image_is_there_with_its_layers_and_names() {
 
     let inspect = here.images.inspect(&name, None).unwrap();
     assert_eq!(inspect.id, image.id().to_string());
-    assert_eq!(inspect.repo_tags, [name.clone()]);
+    assert_eq!(inspect.repo_tags, std::slice::from_ref(&name));
     assert_eq!(inspect.repo_digests, [format!("{repository}@{digest}")]);
     assert_eq!(inspect.root_fs.layers.len(), 2);
     assert_eq!(inspect.size, 11);
@@ -188,7 +188,7 @@ async fn tokens_are_fetched_with_the_clients_credentials() {
     let error = here.pull_as(&name, Some(login("wrong")), None).await.unwrap_err();
     assert!(error.message.ends_with("unauthorized: incorrect username or password"), "{}", error.message);
     here.pull_as(&name, Some(login("pass word")), None).await.unwrap();
-    assert_eq!(here.tags(), [name.clone()]);
+    assert_eq!(here.tags(), std::slice::from_ref(&name));
     assert!(
         registry.state().log.iter().filter(|line| line.contains("Basic")).all(|line| line.contains("/token"))
     );
