@@ -1,7 +1,7 @@
 //! `bulkheadd`: the process. Flags, log, pid file, engine, sockets, signals.
 
 use std::{
-    io::Write,
+    io::{IsTerminal, Write},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -74,6 +74,7 @@ fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     }
     tracing_subscriber::fmt()
         .with_env_filter(log_filter(&config))
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .with_target(false)
         .init();
