@@ -29,7 +29,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use bulkhead_vmm_api::ShareKind;
 
 use super::{
-    common::{self, Wake},
+    common::{self, TURN, Wake},
     device::{
         Activation, DeviceError, DeviceType, Resources, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
@@ -125,7 +125,7 @@ impl Fs {
     fn serve(&mut self, queue: usize) -> Result<(), DeviceError> {
         let (Some(active), Some(wake)) = (&mut self.active, self.wakes.get(queue)) else { return Ok(()) };
         let server = &mut self.server;
-        common::take_turn(active, queue, wake, |chain, memory| {
+        common::take_turn(active, queue, TURN, wake, |chain, memory| {
             // A chain that is malformed, or too short for a request, is dropped: zero bytes written.
             Buffers::of(chain).map_or(0, |buffers| memory::serve(server, memory, &buffers))
         })
