@@ -54,10 +54,10 @@ async fn push(_: Call) -> Result<Response<Body>> {
 
 async fn list(call: Call) -> Result<Response<Body>> {
     let mut filters = call.filters(&LIST_FILTERS)?;
-    if call.version < ApiVersion::new(1, 41) {
-        if let Some(pattern) = call.query.non_empty("filter") {
-            filters.insert("reference", pattern);
-        }
+    if call.version < ApiVersion::new(1, 41)
+        && let Some(pattern) = call.query.non_empty("filter")
+    {
+        filters.insert("reference", pattern);
     }
     let options = ListOptions {
         all: call.query.boolean("all", false),
@@ -157,7 +157,9 @@ async fn pull(call: &Call, image: &str) -> Result<Response<Body>> {
     match messages.recv().await {
         // Nothing was promised yet: the error is the answer.
         Some(Err(error)) => Err(error),
-        Some(Ok(first)) => Ok(streamed(JSON, stream::iter([Ok(Bytes::from(first.line()))]).chain(lines(messages)))),
+        Some(Ok(first)) => {
+            Ok(streamed(JSON, stream::iter([Ok(Bytes::from(first.line()))]).chain(lines(messages))))
+        }
         None => Err(Error::internal("the pull ended without a word")),
     }
 }
@@ -170,7 +172,10 @@ async fn import(call: Call) -> Result<Response<Body>> {
     let request = ImportRequest {
         reference: repository_and_tag(&call)?,
         platform: call.query.non_empty("platform").map(Platform::parse).transpose()?,
-        message: call.query.non_empty("message").map_or_else(|| format!("Imported from {source}"), str::to_owned),
+        message: call
+            .query
+            .non_empty("message")
+            .map_or_else(|| format!("Imported from {source}"), str::to_owned),
         changes: call.query.all("changes").map(str::to_owned).collect(),
     };
     let Call { engine, body, .. } = call;
@@ -291,7 +296,10 @@ mod tests {
         in_version(&mut old, ApiVersion::new(1, 24));
         in_version(&mut new, ApiVersion::new(1, 50));
         assert_eq!((old.virtual_size, old.containers), (5, -1));
-        assert_eq!((old.repo_tags, old.repo_digests), (vec!["<none>:<none>".into()], vec!["<none>@<none>".into()]));
+        assert_eq!(
+            (old.repo_tags, old.repo_digests),
+            (vec!["<none>:<none>".into()], vec!["<none>@<none>".into()])
+        );
         assert_eq!((new.virtual_size, new.repo_tags.len()), (0, 0));
     }
 

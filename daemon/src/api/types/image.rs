@@ -184,7 +184,7 @@ pub struct DeleteItem {
 
 impl DeleteItem {
     /// An image or a layer that is gone.
-    pub fn deleted(id: impl ToString) -> Self {
+    pub fn deleted(id: &impl ToString) -> Self {
         Self { deleted: id.to_string(), untagged: String::new() }
     }
 

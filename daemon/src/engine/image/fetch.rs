@@ -128,7 +128,7 @@ async fn transfer(
     });
     // Whichever ends first: all bytes were handed over, or the unpacker wants no more.
     let mut hasher = Sha256::new();
-    let mut throttle = Throttle::new();
+    let mut throttle = Throttle::default();
     let mut stopped = None;
     while let Some(chunk) = blob.next().await? {
         hasher.update(&chunk);

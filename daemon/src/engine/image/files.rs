@@ -75,7 +75,7 @@ impl Files {
             .and_then(|()| file.sync_all())
             .and_then(|()| fs::rename(temporary.path(), &target))
             .and_then(|()| self.sync(folder))
-            .map_err(|error| at(&target, "write", error))
+            .map_err(|error| at(&target, "write", &error))
     }
 
     /// Reads a file of at most `cap` bytes; None if there is none.
@@ -87,12 +87,12 @@ impl Files {
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(at(&path, "open", error)),
+            Err(error) => return Err(at(&path, "open", &error)),
         };
         let mut bytes = Vec::new();
-        file.take(cap as u64 + 1).read_to_end(&mut bytes).map_err(|error| at(&path, "read", error))?;
+        file.take(cap as u64 + 1).read_to_end(&mut bytes).map_err(|error| at(&path, "read", &error))?;
         if bytes.len() > cap {
-            return Err(at(&path, "read", io::Error::other(format!("it has more than {cap} bytes"))));
+            return Err(at(&path, "read", &io::Error::other(format!("it has more than {cap} bytes"))));
         }
         Ok(Some(bytes))
     }
@@ -106,7 +106,7 @@ impl Files {
         match fs::remove_file(&path) {
             Ok(()) => self.sync(folder),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(at(&path, "remove", error)),
+            Err(error) => Err(at(&path, "remove", &error)),
         }
     }
 
@@ -145,7 +145,7 @@ impl Files {
             .write(true)
             .create_new(true)
             .open(&path)
-            .map_err(|error| at(&path, "open", error))?;
+            .map_err(|error| at(&path, "open", &error))?;
         Ok((file, Temporary(path)))
     }
 
@@ -177,10 +177,10 @@ impl Drop for Temporary {
 }
 
 /// As Docker words it: `write /path: no space left on device`. The kind stays.
-fn at(path: &Path, action: &str, error: io::Error) -> io::Error {
+fn at(path: &Path, action: &str, error: &io::Error) -> io::Error {
     io::Error::new(
         error.kind(),
-        format!("{action} {}: {}", path.display(), super::errors::describe_io(&error)),
+        format!("{action} {}: {}", path.display(), super::errors::describe_io(error)),
     )
 }
 

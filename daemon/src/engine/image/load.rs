@@ -131,7 +131,7 @@ impl Load<'_> {
         let mut nameless = String::new();
         for image in found {
             let named = !image.names.is_empty();
-            let Some(id) = self.image(image)? else { continue };
+            let Some(id) = self.image(&image)? else { continue };
             if !named {
                 nameless.push_str(&format!("Loaded image ID: {id}\n"));
             }
@@ -171,7 +171,7 @@ impl Load<'_> {
         for _ in 0..MAX_NESTING {
             match Manifest::parse(&raw).map_err(bad)? {
                 Manifest::Index(entries) => {
-                    raw = self.blob(choose(&entries, &platform).map_err(bad)?, MAX_MANIFEST)?
+                    raw = self.blob(choose(&entries, &platform).map_err(bad)?, MAX_MANIFEST)?;
                 }
                 Manifest::Image(manifest) => {
                     return Ok(Found {
@@ -187,7 +187,7 @@ impl Load<'_> {
     }
 
     /// Brings one image in; None if it is for another platform than asked for.
-    fn image(&self, found: Found) -> Result<Option<Digest>> {
+    fn image(&self, found: &Found) -> Result<Option<Digest>> {
         let config = ImageConfig::parse(&found.config)?;
         if self.platform.as_ref().is_some_and(|wanted| !wanted.accepts(&config.platform())) {
             return Ok(None);
@@ -233,7 +233,7 @@ impl Load<'_> {
             total: part.size(),
             part,
             current: 0,
-            throttle: Throttle::new(),
+            throttle: Throttle::default(),
             id: Digest::from_bytes(*diff_id.as_bytes()).short(),
             progress: (!self.quiet).then_some(self.progress),
         };
@@ -277,10 +277,10 @@ impl io::Read for Counted<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.part.read(buffer)?;
         self.current += count as u64;
-        if let Some(progress) = self.progress {
-            if self.throttle.ready() || self.current == self.total {
-                progress.send_blocking(Message::counts(&self.id, "Loading layer", self.current, self.total));
-            }
+        if let Some(progress) = self.progress
+            && (self.throttle.ready() || self.current == self.total)
+        {
+            progress.send_blocking(Message::counts(&self.id, "Loading layer", self.current, self.total));
         }
         Ok(count)
     }

@@ -52,7 +52,7 @@ impl Platform {
         };
         let shown = || text.chars().take(100).collect();
         let parts: Vec<&str> = text.split('/').collect();
-        if !parts.iter().all(|part| word(&part)) {
+        if !parts.iter().all(word) {
             return Err(PlatformError::Format(shown()));
         }
         match parts[..] {

@@ -141,16 +141,11 @@ impl Progress {
     }
 }
 
-/// Lets counts through ten times a second.
-#[derive(Debug)]
+/// Lets counts through ten times a second, the first at once.
+#[derive(Debug, Default)]
 pub struct Throttle(Option<Instant>);
 
 impl Throttle {
-    /// The first count passes.
-    pub const fn new() -> Self {
-        Self(None)
-    }
-
     /// Whether it is time again.
     pub fn ready(&mut self) -> bool {
         let now = Instant::now();

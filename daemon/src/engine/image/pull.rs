@@ -172,7 +172,8 @@ impl ImageStore {
             (Some(digest), _) => digest.to_string(),
             (None, tag) => tag.unwrap_or_default().to_owned(),
         };
-        let from = format!("Pulling from {}", reference.repository().familiar());
+        // Here, and here only, Docker names the path at the registry.
+        let from = format!("Pulling from {}", reference.repository().path());
         progress.send(Message::status_of(shown, from)).await;
         let (raw, config, pin) = self.pull_image(session, &resolved.manifest, progress, unpacking).await?;
         progress.send(Message::status(format!("Digest: {}", resolved.digest))).await;

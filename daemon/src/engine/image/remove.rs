@@ -72,15 +72,16 @@ pub(super) fn remove(
     let by_id = id.to_string().starts_with(name) || id.hex().starts_with(name);
     let mut quiet = false;
     if !by_id {
-        if !options.force && of_one_repository(&names) {
-            if let Some(container) = containers.iter().find(|container| container.image == id) {
-                return Err(Error::conflict(format!(
-                    "conflict: unable to remove repository reference \"{name}\" (must force) - container {} is \
+        if !options.force
+            && of_one_repository(&names)
+            && let Some(container) = containers.iter().find(|container| container.image == id)
+        {
+            return Err(Error::conflict(format!(
+                "conflict: unable to remove repository reference \"{name}\" (must force) - container {} is \
                      using its referenced image {}",
-                    short(&container.id),
-                    id.short()
-                )));
-            }
+                short(&container.id),
+                id.short()
+            )));
         }
         if removal.untag(&id, &Reference::parse(name)?.or_latest())? > 0 {
             return Ok(removal.items);
@@ -191,7 +192,7 @@ impl Removal<'_> {
             self.untag_all(&id, &names)?;
             let removed = self.store.remove(&id)?;
             (self.announce)("delete", &id);
-            self.items.push(DeleteItem::deleted(id));
+            self.items.push(DeleteItem::deleted(&id));
             self.items.extend(removed.iter().map(DeleteItem::deleted));
             match parent {
                 Some(parent) if !options.keep_parents && self.store.catalog().get(&parent).is_some() => {

@@ -233,14 +233,14 @@ impl TestRegistry {
             return token(&state, &auth, request.uri().query().unwrap_or(""));
         }
         let below = path.strip_prefix("/v2/").unwrap_or("");
-        if !below.is_empty() {
-            if let Some((status, retry)) = state.manners.refuse.pop_front() {
-                let mut response = error(status, "TOOMANYREQUESTS", "slow down");
-                if let Some(retry) = retry {
-                    response.headers_mut().insert(header::RETRY_AFTER, retry.parse().unwrap());
-                }
-                return response;
+        if !below.is_empty()
+            && let Some((status, retry)) = state.manners.refuse.pop_front()
+        {
+            let mut response = error(status, "TOOMANYREQUESTS", "slow down");
+            if let Some(retry) = retry {
+                response.headers_mut().insert(header::RETRY_AFTER, retry.parse().unwrap());
             }
+            return response;
         }
         if let Some(refusal) = self.refusal(&state, &auth) {
             return refusal;
@@ -271,7 +271,7 @@ impl TestRegistry {
             return response;
         }
         match state.blobs.get(digest).cloned() {
-            Some(bytes) => blob(&mut state.manners, bytes, &range),
+            Some(bytes) => blob(&mut state.manners, &bytes, &range),
             None => error(404, "BLOB_UNKNOWN", "blob unknown to registry"),
         }
     }
@@ -311,7 +311,7 @@ fn token(state: &State, auth: &str, query: &str) -> Response<Body> {
     plain(StatusCode::OK, r#"{"token":"secret-token","expires_in":300}"#)
 }
 
-fn blob(manners: &mut Manners, bytes: Bytes, range: &str) -> Response<Body> {
+fn blob(manners: &mut Manners, bytes: &Bytes, range: &str) -> Response<Body> {
     let start = range.strip_prefix("bytes=").and_then(|range| range.strip_suffix('-')?.parse::<usize>().ok());
     let start = start.filter(|_| !manners.ignore_range).unwrap_or(0);
     let total = bytes.len();

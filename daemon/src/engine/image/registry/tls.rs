@@ -22,7 +22,7 @@ pub(super) fn verified(directory: Option<&Path>) -> Arc<ClientConfig> {
         match CertificateDer::pem_file_iter(&file) {
             Ok(found) => drop(roots.add_parsable_certificates(found.filter_map(Result::ok))),
             Err(error) => {
-                tracing::warn!(file = %file.display(), %error, "a registry's certificate could not be read")
+                tracing::warn!(file = %file.display(), %error, "a registry's certificate could not be read");
             }
         }
     }

@@ -9,11 +9,11 @@ fn streams(messages: &[Value]) -> String {
 }
 
 async fn load(here: &Fixture, archive: Vec<u8>) -> Result<Vec<Value>> {
-    finish(here.images.load(body(archive), None, true)).await
+    finish(here.images.load(body(&archive), None, true)).await
 }
 
 /// As `docker save` writes it, `layers` as they are to lie in it.
-fn docker_archive(image: &TestImage, tags: Value, layers: &[Vec<u8>]) -> Vec<u8> {
+fn docker_archive(image: &TestImage, tags: &Value, layers: &[Vec<u8>]) -> Vec<u8> {
     let names: Vec<_> = (0..layers.len()).map(|number| format!("{number}/layer.tar")).collect();
     let manifest =
         serde_json::json!([{"Config": "config.json", "RepoTags": tags, "Layers": names}]).to_string();
@@ -30,7 +30,7 @@ async fn docker_archives_are_loaded() {
     let image = TestImage::new(&[FILES]);
     for (layer, packed) in [(tar_of(FILES), false), (gzip(&tar_of(FILES)), true)] {
         let here = Fixture::new();
-        let archive = docker_archive(&image, serde_json::json!(["busybox:1", "other/name:2"]), &[layer]);
+        let archive = docker_archive(&image, &serde_json::json!(["busybox:1", "other/name:2"]), &[layer]);
         let archive = if packed { gzip(&archive) } else { archive };
         let messages = load(&here, archive).await.unwrap();
         assert_eq!(streams(&messages), "Loaded image: busybox:1\nLoaded image: other/name:2\n");
@@ -43,7 +43,7 @@ async fn docker_archives_are_loaded() {
 #[tokio::test]
 async fn an_image_without_a_name_is_told_by_its_id() {
     let (here, image) = (Fixture::new(), TestImage::new(&[FILES]));
-    let messages = load(&here, docker_archive(&image, Value::Null, &[tar_of(FILES)])).await.unwrap();
+    let messages = load(&here, docker_archive(&image, &Value::Null, &[tar_of(FILES)])).await.unwrap();
     assert_eq!(streams(&messages), format!("Loaded image ID: {}\n", image.id()));
 }
 
@@ -77,7 +77,7 @@ async fn oci_layouts_are_loaded() {
 async fn bad_archives_are_refused_and_leave_nothing() {
     let image = TestImage::new(&[FILES]);
     let tags = serde_json::json!(["x:1"]);
-    let good = docker_archive(&image, tags.clone(), &[tar_of(FILES)]);
+    let good = docker_archive(&image, &tags, &[tar_of(FILES)]);
     for (archive, part) in [
         (b"no archive".to_vec(), "no manifest.json"),
         (good[..good.len() / 2].to_vec(), "EOF"),
@@ -85,9 +85,9 @@ async fn bad_archives_are_refused_and_leave_nothing() {
         (tar_of(&[("manifest.json", b"{}")]), ""),
         (tar_of(&[("manifest.json", br#"[{"Config":"../../../etc/passwd"}]"#)]), "no such file"),
         (tar_of(&[("repositories", b"{}")]), "before 1.10"),
-        (docker_archive(&image, tags.clone(), &[]), "layers length mismatch: expected 0, got 1"),
-        (docker_archive(&image, tags.clone(), &[tar_of(&[("b", b"two")])]), "invalid diffID for layer 0"),
-        (docker_archive(&image, serde_json::json!(["Bad"]), &[tar_of(FILES)]), "invalid tag \"Bad\""),
+        (docker_archive(&image, &tags, &[]), "layers length mismatch: expected 0, got 1"),
+        (docker_archive(&image, &tags, &[tar_of(&[("b", b"two")])]), "invalid diffID for layer 0"),
+        (docker_archive(&image, &serde_json::json!(["Bad"]), &[tar_of(FILES)]), "invalid tag \"Bad\""),
     ] {
         let here = Fixture::new();
         let error = load(&here, archive).await.unwrap_err();
@@ -115,7 +115,7 @@ async fn a_tar_is_imported_as_an_image_of_one_layer() {
         changes: vec!["CMD [\"sh\"]".into(), "ENV A=b".into()],
         ..ImportRequest::default()
     };
-    let id = here.images.import(request.clone(), body(gzip(&tar_of(FILES)))).await.unwrap();
+    let id = here.images.import(request.clone(), body(&gzip(&tar_of(FILES)))).await.unwrap();
     let inspect = here.images.inspect("busybox:latest", None).unwrap();
     assert_eq!((inspect.id.as_str(), inspect.comment.as_str()), (id.to_string().as_str(), "Imported from -"));
     assert_eq!((inspect.config.cmd, inspect.config.env), (Some(vec!["sh".into()]), Some(vec!["A=b".into()])));
@@ -128,6 +128,6 @@ async fn a_tar_is_imported_as_an_image_of_one_layer() {
     assert_eq!(history[0].tags, Some(vec!["busybox:latest".to_owned()]));
 
     let bad = ImportRequest { changes: vec!["RUN x".into()], ..request };
-    let error = here.images.import(bad, body(vec![])).await.unwrap_err();
+    let error = here.images.import(bad, body(&[])).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Invalid);
 }

@@ -64,7 +64,7 @@ impl Fixture {
     async fn import(&self, name: &str, files: &[(&str, &[u8])]) -> Digest {
         let request =
             ImportRequest { reference: Some(Reference::parse(name).unwrap()), ..ImportRequest::default() };
-        self.images.import(request, body(registry::testing::tar_of(files))).await.unwrap()
+        self.images.import(request, body(&registry::testing::tar_of(files))).await.unwrap()
     }
 
     fn tags(&self) -> Vec<String> {
@@ -127,7 +127,7 @@ async fn finish(mut messages: Messages) -> Result<Vec<Value>> {
     Ok(all)
 }
 
-fn body(bytes: Vec<u8>) -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> + Send + 'static {
+fn body(bytes: &[u8]) -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
     let chunks: Vec<_> = bytes.chunks(4096).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
     futures_util::stream::iter(chunks)
 }

@@ -17,10 +17,7 @@ async fn a_pulled_image_is_there_with_its_layers_and_names() {
     let messages = here.pull(&name).await.unwrap();
     let told = statuses(&messages);
     let repository = registry.name("a/b");
-    assert_eq!(
-        (told[0], messages[0]["id"].as_str()),
-        (format!("Pulling from {repository}").as_str(), Some("1"))
-    );
+    assert_eq!((told[0], messages[0]["id"].as_str()), ("Pulling from a/b", Some("1")));
     assert_eq!(
         told[told.len() - 2..],
         [format!("Digest: {digest}"), format!("Status: Downloaded newer image for {name}")]
@@ -46,7 +43,7 @@ async fn a_pulled_image_is_there_with_its_layers_and_names() {
 
     let inspect = here.images.inspect(&name, None).unwrap();
     assert_eq!(inspect.id, image.id().to_string());
-    assert_eq!(inspect.repo_tags, [name.clone()]);
+    assert_eq!(inspect.repo_tags, std::slice::from_ref(&name));
     assert_eq!(inspect.repo_digests, [format!("{repository}@{digest}")]);
     assert_eq!(inspect.root_fs.layers.len(), 2);
     assert_eq!(inspect.size, 11);
@@ -188,7 +185,7 @@ async fn tokens_are_fetched_with_the_clients_credentials() {
     let error = here.pull_as(&name, Some(login("wrong")), None).await.unwrap_err();
     assert!(error.message.ends_with("unauthorized: incorrect username or password"), "{}", error.message);
     here.pull_as(&name, Some(login("pass word")), None).await.unwrap();
-    assert_eq!(here.tags(), [name.clone()]);
+    assert_eq!(here.tags(), std::slice::from_ref(&name));
     assert!(
         registry.state().log.iter().filter(|line| line.contains("Basic")).all(|line| line.contains("/token"))
     );
@@ -374,7 +371,7 @@ async fn the_hubs_images_come_from_a_mirror_without_credentials() {
     registry.state().manners.tokens = Some((String::new(), String::new()));
     let login = Credentials { username: "u".into(), password: "p".into(), ..Credentials::default() };
     let messages = here.pull_as("busybox:latest", Some(login), None).await.unwrap();
-    assert_eq!(statuses(&messages)[0], "Pulling from library/busybox".replace("library/", ""));
+    assert_eq!(statuses(&messages)[0], "Pulling from library/busybox");
     assert_eq!(here.tags(), ["busybox:latest"]);
     assert_eq!(registry.seen("Basic"), 0);
 }

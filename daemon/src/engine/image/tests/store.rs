@@ -182,7 +182,7 @@ async fn lists_are_filtered() {
         changes: vec!["LABEL x=y".into()],
         ..ImportRequest::default()
     };
-    here.images.import(request, body(registry::testing::tar_of(&[("f", b"2")]))).await.unwrap();
+    here.images.import(request, body(&registry::testing::tar_of(&[("f", b"2")]))).await.unwrap();
     for (filters, names) in [
         (&[][..], &["a:1", "b/c:2"][..]),
         (&[("reference", "a")], &["a:1"]),
