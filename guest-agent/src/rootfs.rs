@@ -16,6 +16,7 @@ use std::{
     io::Write,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use bulkhead_agent_api::{Create, Disk, InjectedFile, Rootfs};
@@ -37,10 +38,15 @@ const MAX_LAYERS: usize = 500;
 
 const MAX_FILES: usize = 256;
 
+/// How long an unmounted disk may stay in use.
+const RELEASE: Duration = Duration::from_secs(2);
+
 /// A mounted root filesystem.
 #[derive(Debug)]
 pub struct Mounted {
     base: PathBuf,
+    /// What the kernel knows of the mounted disk; gone when the last mount of it is.
+    live: PathBuf,
 }
 
 /// Whether a disk is there.
@@ -110,7 +116,8 @@ impl Mounted {
     /// Mounts everything; what was mounted is undone after an error.
     pub fn new(container: &str, rootfs: &Rootfs, device: &Path, files: &[InjectedFile]) -> Result<Self> {
         let base = Path::new(CONTAINERS).join(container);
-        let mounted = Self { base };
+        let live = Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
+        let mounted = Self { base, live };
         let result = mounted.build(rootfs, device).and_then(|()| mounted.inject(files));
         match result {
             Ok(()) => Ok(mounted),
@@ -203,6 +210,7 @@ impl Mounted {
                 Err(error) => detached = Err(error).context(format_args!("unmount {}", path.display())),
             }
         }
+        self.wait_until_released();
         if detached.is_ok() {
             // Empty directories of a tmpfs; those that stay do no harm.
             for name in ["disk", "files", "root", "empty", ""] {
@@ -210,6 +218,17 @@ impl Mounted {
             }
         }
         detached
+    }
+}
+
+impl Mounted {
+    /// A mount namespace that is being torn down keeps the disk in use for a moment after its last process
+    /// was reaped; the disk must not be taken away before it is written for the last time.
+    fn wait_until_released(&self) {
+        let deadline = Instant::now() + RELEASE;
+        while self.live.exists() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 

@@ -27,8 +27,8 @@ impl Checked {
     /// # Errors
     /// Of kind `Invalid`, naming what cannot be honoured.
     pub fn new(spec: Spec) -> Result<Self> {
-        check_unsupported(&spec)?;
         check_process(process(&spec)?)?;
+        check_unsupported(&spec)?;
         let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         let seccomp = profile.map(seccomp::compile).transpose()?;
         let annotation = |name: &str| spec.annotations().as_ref().and_then(|all| all.get(name)).cloned();

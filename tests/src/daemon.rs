@@ -142,6 +142,13 @@ impl Daemon {
         self.host.sh("cat \"$1\"", &[&self.log_path()])
     }
 
+    fn log_tail(&self) -> String {
+        let log = self.log().unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = lines.get(lines.len().saturating_sub(60)..).unwrap_or_default();
+        format!("--- end of the daemon's log\n{}", tail.join("\n"))
+    }
+
     /// SIGKILL: what runs in microVMs goes on.
     ///
     /// # Errors
@@ -167,10 +174,8 @@ impl Daemon {
     /// When the host is gone.
     pub fn leftovers(&self) -> Result<String> {
         let script = r#"
-            for p in /proc/[0-9]*; do
-              read -r comm 2>/dev/null <"$p/comm" || continue
-              [ "$comm" = bulkhead-vmm ] || continue
-              if ls -l "$p/fd" 2>/dev/null | grep -qF "$1/"; then echo "process ${p#/proc/}"; fi
+            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/bulkhead-vmm.*|\1|p'); do
+              if ls -l "/proc/$p/fd" 2>/dev/null | grep -qF "$1/"; then echo "process $p"; fi
             done
             for d in "$1"/s "$2"/containers "$2"/tmp; do
               [ -d "$d" ] || continue
@@ -209,15 +214,27 @@ impl Daemon {
     }
 }
 
+/// Runs a test with a daemon of its own; an error comes with the end of the daemon's log, and a success must leave
+/// nothing behind.
+///
+/// # Errors
+/// The test's, or what is left.
+pub fn with_daemon(options: DaemonOptions, test: impl FnOnce(&mut Daemon) -> Result<()>) -> Result<()> {
+    let mut daemon = Daemon::start(&Host::from_env()?, options)?;
+    if let Err(error) = test(&mut daemon) {
+        return Err(error.context(daemon.log_tail()));
+    }
+    let left = daemon.leftovers()?;
+    if !left.is_empty() {
+        bail!("left behind:\n{left}\n{}", daemon.log_tail());
+    }
+    Ok(())
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if thread::panicking() {
-            let log = self.log().unwrap_or_default();
-            let lines: Vec<&str> = log.lines().collect();
-            eprintln!("--- end of the daemon's log");
-            for line in lines.get(lines.len().saturating_sub(60)..).unwrap_or_default() {
-                eprintln!("{line}");
-            }
+            eprintln!("{}", self.log_tail());
         }
         if let Some(mut process) = self.process.take() {
             let _ = self.signal("KILL");
@@ -225,10 +242,8 @@ impl Drop for Daemon {
             let _ = process.wait();
         }
         let kill_all = r#"
-            for p in /proc/[0-9]*; do
-              read -r comm 2>/dev/null <"$p/comm" || continue
-              [ "$comm" = bulkhead-vmm ] || continue
-              if ls -l "$p/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "${p#/proc/}"; fi
+            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/bulkhead-vmm.*|\1|p'); do
+              if ls -l "/proc/$p/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "$p"; fi
             done
             rm -rf "$1""#;
         let _ = self.host.sh(kill_all, &[&self.exec_root]);

@@ -18,7 +18,7 @@ pub mod registry;
 pub mod suite;
 pub mod terminal;
 
-pub use daemon::{Daemon, DaemonOptions};
+pub use daemon::{Daemon, DaemonOptions, with_daemon};
 pub use docker::{Docker, Output};
 pub use host::Host;
 pub use registry::Registry;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::kernel;
@@ -27,6 +27,17 @@ pub(crate) struct Bundle {
 }
 
 impl Bundle {
+    /// The one that an earlier build left.
+    pub(crate) fn existing(tree: &Tree) -> Result<Bundle> {
+        let bundle = Bundle { dir: tree.target().join("bulkhead") };
+        for file in [bundle.daemon(), bundle.vmm(), bundle.kernel(), bundle.initramfs()] {
+            if !file.is_file() {
+                bail!("{} is not there: `cargo xtask build` makes it", file.display());
+            }
+        }
+        Ok(bundle)
+    }
+
     /// The directory that holds them.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir

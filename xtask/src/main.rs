@@ -1,5 +1,6 @@
 //! `cargo xtask`: every chore of the project, typed. `cargo xtask help` lists them.
 
+mod bench;
 mod bundle;
 mod demo;
 mod deps;
@@ -37,6 +38,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Every check and test: lints, unit tests, end-to-end tests.
     Test(test::TestArgs),
+    /// Measure beside dockerd and QEMU; writes target/bench/results.json.
+    Bench(bench::BenchArgs),
     /// What CI runs: packages, then every check and test.
     Ci,
     /// Install what the project needs of Debian.
@@ -51,6 +54,9 @@ enum Command {
     Host(host::HostArgs),
     /// Build the kernels that kernel-config/ describes; cached outside the tree.
     Kernel(kernel::KernelArgs),
+    /// The part of the benchmark that runs in the host.
+    #[command(hide = true)]
+    BenchProbe(bench::probe::ProbeArgs),
     /// What the test host runs as PID 1.
     #[command(hide = true)]
     HostInit(host::init::InitArgs),
@@ -79,6 +85,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Demo(args) => demo::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
         Command::Test(args) => test::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
+        Command::BenchProbe(args) => bench::probe::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Ci => test::run(&tree()?, &test::TestArgs::default()).map(|()| ExitCode::SUCCESS),
         Command::Deps(args) => deps::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Build(args) => bundle::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),

@@ -27,6 +27,9 @@ pub(crate) struct TestArgs {
     part: Option<Part>,
     /// Only tests whose name contains one of these.
     filter: Vec<String>,
+    /// Run end-to-end tests on what lies in target/bulkhead/, without building it anew.
+    #[arg(long)]
+    built: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -49,7 +52,7 @@ pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
         match part {
             Part::Lint => lint(tree),
             Part::Unit => unit(tree, &args.filter),
-            Part::E2e => end_to_end(tree, &args.filter),
+            Part::E2e => end_to_end(tree, args),
         }?;
         println!("{part:?}: passed in {} s", start.elapsed().as_secs());
     }
@@ -87,8 +90,9 @@ fn unit(tree: &Tree, filter: &[String]) -> Result<()> {
     sh::run(tests.args(filter))
 }
 
-fn end_to_end(tree: &Tree, filter: &[String]) -> Result<()> {
-    let bundle = bundle::build(tree, "release")?;
+fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
+    let filter = args.filter.as_slice();
+    let bundle = if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
     sh::run(test_command(tree).arg("--no-run"))?;
     let venue = venue::choose(&bundle)?;
     println!("end-to-end tests run on {}", venue.describe());

@@ -12,6 +12,7 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::Path,
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use bulkhead_rootfs::{disk, layers::LayerStore};
@@ -27,6 +28,9 @@ use super::{
 };
 use crate::{config::Config, layout::Layout, sandbox};
 
+/// How long sandboxes that are nobody's may take to power off.
+const SWEEP_WITHIN: Duration = Duration::from_secs(10);
+
 pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let events = Arc::new(Events::default());
     let (images, records) = tokio::task::spawn_blocking({
@@ -41,7 +45,9 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
     let sandboxes = shared.layout().sandboxes();
-    sandbox::sweep(&sandboxes, &kept).await.map_err(|error| failed("look through", &sandboxes, &error))?;
+    sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN)
+        .await
+        .map_err(|error| failed("look through", &sandboxes, &error))?;
 
     let weak = Arc::downgrade(&shared);
     shared.images.connect(Arc::new(move || containers_in_use(&weak))).await;

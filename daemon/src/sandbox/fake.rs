@@ -1,12 +1,99 @@
-//! A guest agent for tests: the far end of a control connection and of streams, driven by hand.
+//! A microVM for tests: a process that sleeps in the VMM's place, its sockets and its agent driven by hand.
 
-use bulkhead_agent_api::{AgentError, Answer, FromAgent, Hello, ToAgent, VERSION, frame};
+use std::{
+    os::fd::OwnedFd,
+    path::Path,
+    process::{Child, Command},
+};
+
+use bulkhead_agent_api::{
+    AgentError, Answer, Event, FromAgent, Hello, StreamOpen, StreamReady, ToAgent, VERSION, frame,
+};
 use bytes::{Buf, BytesMut};
+use rustix::net::SocketType;
 use serde::Serialize;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::UnixStream,
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::mpsc,
 };
+
+use super::{
+    Sandbox,
+    dir::{CONTROL, IDENTITY, SandboxDir, VSOCK},
+    vmm::process::boot_id,
+};
+
+/// A sandbox's directory, with sockets and a process of its identity.
+pub(crate) struct FakeMachine {
+    vsock: UnixListener,
+    _control: OwnedFd,
+    pub(crate) process: Child,
+}
+
+impl FakeMachine {
+    pub(crate) fn start(parent: &Path, id: &str) -> Self {
+        let dir = SandboxDir::create(parent.join(id)).unwrap();
+        let vsock = dir.listen(VSOCK, SocketType::STREAM).unwrap();
+        let control = dir.listen(CONTROL, SocketType::SEQPACKET).unwrap();
+        let process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.id())).unwrap();
+        std::fs::write(dir.path().join(IDENTITY), format!("{}\n{stat}", boot_id().unwrap())).unwrap();
+        let vsock = std::os::unix::net::UnixListener::from(vsock);
+        vsock.set_nonblocking(true).unwrap();
+        Self { vsock: UnixListener::from_std(vsock).unwrap(), _control: control, process }
+    }
+
+    /// Takes the next connection to the vsock socket and answers its first line.
+    async fn accept(&self) -> (String, UnixStream) {
+        let (mut stream, _) = self.vsock.accept().await.unwrap();
+        let mut line = String::new();
+        BufReader::with_capacity(1, &mut stream).read_line(&mut line).await.unwrap();
+        stream.write_all(b"OK 1024\n").await.unwrap();
+        (line, stream)
+    }
+
+    /// Lets a daemon adopt it.
+    pub(crate) async fn adopted(
+        &self,
+        parent: &Path,
+        id: &str,
+    ) -> (Sandbox, mpsc::Receiver<Event>, FakeAgent) {
+        let (adopted, agent) = tokio::join!(Sandbox::adopt(parent, id), self.agent());
+        let (sandbox, events) = adopted.unwrap();
+        (sandbox, events, agent)
+    }
+
+    /// Lets the agent connect to a daemon that waits for it.
+    pub(crate) async fn agent(&self) -> FakeAgent {
+        let (line, stream) = self.accept().await;
+        assert_eq!(line, "LISTEN 1024\n");
+        let mut agent = FakeAgent::new(stream);
+        agent.send(&hello()).await;
+        agent
+    }
+
+    /// Takes the next stream that the daemon opens; an output begins where it is wanted from.
+    pub(crate) async fn stream(&self) -> (StreamOpen, UnixStream) {
+        let (line, mut stream) = self.accept().await;
+        assert_eq!(line, "CONNECT 1025\n");
+        let length = stream.read_u32_le().await.unwrap();
+        let mut body = vec![0; length as usize];
+        stream.read_exact(&mut body).await.unwrap();
+        let open: StreamOpen = serde_json::from_slice(&body).unwrap();
+        let ready = StreamReady { error: None, from: open.from.unwrap_or(0) };
+        stream.write_all(&frame::encode(&ready).unwrap()).await.unwrap();
+        (open, stream)
+    }
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        // It may have been killed and reaped by the test.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
 
 /// A good greeting.
 pub(crate) fn hello() -> Hello {

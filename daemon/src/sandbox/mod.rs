@@ -285,19 +285,30 @@ pub async fn discard(parent: &Path, id: &str) {
     }
 }
 
-/// Discards every sandbox below `parent` that is not in `keep`: what a daemon that died in mid-boot left.
+/// Ends every sandbox below `parent` that is not in `keep`: what a daemon that died left half booted or half
+/// ended. A guest that answers is powered off in order, so that its disk is whole; all within `grace`.
 ///
 /// # Errors
 /// When the directory cannot be read.
-pub async fn sweep(parent: &Path, keep: &HashSet<String>) -> io::Result<()> {
+pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io::Result<()> {
+    let mut tasks = tokio::task::JoinSet::new();
     for entry in std::fs::read_dir(parent)? {
         let name = entry?.file_name();
-        let Some(id) = name.to_str() else { continue };
-        if !keep.contains(id) {
-            tracing::info!(sandbox = id, "an old sandbox is discarded");
-            discard(parent, id).await;
-        }
+        let Some(id) = name.to_str().filter(|id| !keep.contains(*id)) else { continue };
+        tracing::info!(sandbox = id, "an old sandbox is ended");
+        let (parent, id) = (parent.to_owned(), id.to_owned());
+        tasks.spawn(async move {
+            let in_order = async {
+                if let Ok((sandbox, _events)) = Sandbox::adopt(&parent, &id).await {
+                    sandbox.shut_down(grace).await;
+                }
+            };
+            // Whatever is still there is killed below.
+            let _ = tokio::time::timeout(grace, in_order).await;
+            discard(&parent, &id).await;
+        });
     }
+    tasks.join_all().await;
     Ok(())
 }
 

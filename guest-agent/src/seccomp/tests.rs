@@ -111,11 +111,7 @@ fn a_profile_of_every_call_and_a_hundred_rules_fits_the_kernel() {
     names.sort_unstable();
     let filter = compile(&profile(vec![
         allow(&names[100..]),
-        rule(
-            &names[..100],
-            LinuxSeccompAction::ScmpActAllow,
-            vec![arg(2, Operator::ScmpCmpMaskedEq, 7, 1)],
-        ),
+        rule(&names[..100], LinuxSeccompAction::ScmpActAllow, vec![arg(2, Operator::ScmpCmpMaskedEq, 7, 1)]),
     ]));
     assert!(filter.unwrap().program.len() <= MAX_PROGRAM);
 }

@@ -225,3 +225,136 @@ pub(crate) async fn kill(workload: &Workload) {
         workload.sandbox.kill();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_agent_api::{FromAgent, StreamKind};
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::{
+        engine::{
+            AttachOptions,
+            container::{hub::Kind, pump},
+            logs::Stream,
+        },
+        sandbox::fake::{FakeAgent, FakeMachine},
+    };
+
+    struct Bench {
+        base: tempfile::TempDir,
+        machine: FakeMachine,
+        agent: FakeAgent,
+        workload: Arc<Workload>,
+        hub: Arc<Hub>,
+        watch: Watch,
+        /// The guest's end of stdout.
+        stdout: tokio::net::UnixStream,
+    }
+
+    /// A container `c` with a stdout.
+    async fn bench() -> Bench {
+        let base = tempfile::tempdir().unwrap();
+        let machine = FakeMachine::start(base.path(), "s1");
+        let (sandbox, events, agent) = machine.adopted(base.path(), "s1").await;
+        let (log, _) = Log::begin("json-file", &base.path().join("log")).unwrap();
+        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), "c"));
+        let hub = Arc::new(Hub::new(Kind { terminal: false, stdin: false, stdin_once: false }));
+        let opened = workload.sandbox.output(workload.init(), StreamKind::Stdout, Some(0));
+        let (output, (_, stdout)) = tokio::join!(opened, machine.stream());
+        let mut outputs = JoinSet::new();
+        let log = Some(Arc::clone(&workload.log));
+        outputs.spawn(pump::output(output.unwrap(), Stream::Stdout, log, Arc::clone(&hub)));
+        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None };
+        Bench { base, machine, agent, workload, hub, watch, stdout }
+    }
+
+    fn exited(exec: Option<&str>, code: i32) -> FromAgent {
+        let process = ProcessId { container: "c".into(), exec: exec.map(str::to_owned) };
+        FromAgent::Event(Event::Exited { process, exit: AgentExit { code, oom_killed: false, unix_ns: 7 } })
+    }
+
+    #[tokio::test]
+    async fn an_exit_is_told_only_when_its_output_was_taken() {
+        let Bench { mut agent, workload, hub, watch, mut stdout, machine: _machine, base: _base } =
+            bench().await;
+        let both = AttachOptions { stream: true, stdout: true, stderr: true, ..AttachOptions::default() };
+        let mut client = hub.attach(both);
+        let mut over = Box::pin(workload.watch(watch, &hub, || {}));
+        agent.send(&exited(None, 7)).await;
+        tokio::select! {
+            biased;
+            _ = &mut over => panic!("there is output still to come"),
+            () = workload.exited() => {}
+        }
+        stdout.write_all(b"last words").await.unwrap();
+        drop(stdout);
+        let exit = over.await;
+        assert_eq!((exit.code, exit.error.as_str(), exit.at.as_nanosecond()), (7, "", 7));
+        assert_eq!(client.output.recv().await.unwrap().bytes, "last words");
+        assert!(client.output.recv().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_dead_vmm_is_137_with_its_reason() {
+        let Bench { base, mut machine, agent, workload, hub, watch, stdout } = bench().await;
+        let report =
+            r#"{"reason":{"kind":"guest_panic","message":"Kernel panic"},"console":"","uptime_us":1}"#;
+        std::fs::write(base.path().join("s1/report.json"), report).unwrap();
+        let exec = workload.expect_exec("e1").unwrap();
+        machine.process.kill().unwrap();
+        drop((agent, stdout));
+        let exit = workload.watch(watch, &hub, || {}).await;
+        assert_eq!(exit.code, 137);
+        assert!(exit.error.contains("Kernel panic"), "{}", exit.error);
+        assert!(exec.await.is_err(), "an exec goes with its container");
+        assert!(workload.expect_exec("e2").is_none());
+    }
+
+    #[tokio::test]
+    async fn events_reach_execs_and_those_of_strangers_nobody() {
+        let Bench { mut agent, workload, hub, watch, stdout, machine: _machine, base: _base } = bench().await;
+        let exec = workload.expect_exec("e1").unwrap();
+        let stranger = ProcessId { container: "other".into(), exec: None };
+        let exit = AgentExit { code: 1, oom_killed: false, unix_ns: 0 };
+        agent.send(&FromAgent::Event(Event::Exited { process: stranger, exit })).await;
+        agent.send(&exited(Some("nosuch"), 2)).await;
+        agent.send(&exited(Some("e1"), 3)).await;
+        agent.send(&FromAgent::Event(Event::Oom { container: "c".into() })).await;
+        agent.send(&exited(None, 4)).await;
+        drop(stdout);
+        let mut ooms = 0;
+        let exit = workload.watch(watch, &hub, || ooms += 1).await;
+        assert_eq!((exit.code, exec.await.unwrap().code, ooms), (4, 3, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_hangs_up_takes_its_vmm_along() {
+        let Bench { agent, workload, hub, watch, stdout, machine: _machine, base: _base } = bench().await;
+        drop((agent, stdout));
+        let exit = workload.watch(watch, &hub, || {}).await;
+        assert_eq!(exit.code, 137);
+    }
+
+    #[tokio::test]
+    async fn stop_signals_waits_and_then_kills() {
+        let Bench { mut agent, workload, hub, watch, stdout, machine: _machine, base: _base } = bench().await;
+        let over = tokio::spawn({
+            let workload = Arc::clone(&workload);
+            async move { workload.watch(watch, &hub, || {}).await }
+        });
+        let stopping = tokio::spawn({
+            let workload = Arc::clone(&workload);
+            async move { stop(&workload, 15, Some(Duration::from_millis(1))).await }
+        });
+        for expected in [15, 9] {
+            let call = agent.next_call().await.unwrap();
+            assert_eq!(call.call, Call::Signal { process: workload.init(), signal: expected });
+            agent.answer(call.id, Ok(Answer::Done)).await;
+        }
+        agent.send(&exited(None, 137)).await;
+        stopping.await.unwrap();
+        drop(stdout);
+        assert_eq!(over.await.unwrap().code, 137);
+    }
+}

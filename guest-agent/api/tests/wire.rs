@@ -1,0 +1,133 @@
+//! The wire is frozen: every kind of message stands in `wire.txt` as it is sent. An agent of an older
+//! daemon must go on understanding a newer one, so lines are added there and never changed; a change that
+//! this test shows is a new version.
+
+use bulkhead_agent_api::{
+    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit, FromAgent, Hello,
+    InjectedFile, ProcessId, ProcessInfo, ProcessState, Rootfs, Stdio, StreamKind, StreamOpen, StreamReady,
+    ToAgent,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+const FROZEN: &str = include_str!("wire.txt");
+
+/// Messages in the order of the file: what it says of each, and whether it reads back as the same.
+#[derive(Default)]
+struct Wire {
+    lines: String,
+}
+
+impl Wire {
+    fn message<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(&mut self, message: &T) {
+        let text = serde_json::to_string(message).unwrap();
+        assert_eq!(&serde_json::from_str::<T>(&text).unwrap(), message, "{text}");
+        self.lines.push_str(&text);
+        self.lines.push('\n');
+    }
+}
+
+fn init() -> ProcessId {
+    ProcessId { container: "c1".into(), exec: None }
+}
+
+fn exec() -> ProcessId {
+    ProcessId { container: "c1".into(), exec: Some("e1".into()) }
+}
+
+fn calls() -> Vec<Call> {
+    let spec = r#"{"ociVersion":"1.2.0","process":{"user":{"uid":0,"gid":0},"cwd":"/"}}"#;
+    let process = r#"{"user":{"uid":0,"gid":0,"username":"web:audio"},"args":["a"],"cwd":"/"}"#;
+    let stdio = Stdio { terminal: true, size: Some((24, 80)), stdin: true, stdout: true, stderr: false };
+    vec![
+        Call::Create(Box::new(Create {
+            container: "c1".into(),
+            rootfs: Rootfs {
+                tag: "layers".into(),
+                layers: vec!["top".into(), "base".into()],
+                disk: Disk { id: "disk0".into(), size: 1 << 30 },
+            },
+            spec: Box::new(serde_json::from_str(spec).unwrap()),
+            files: vec![InjectedFile { path: "/etc/hosts".into(), content: "x\n".into(), mode: 0o644 }],
+        })),
+        Call::Start { container: "c1".into(), stdio: Stdio::default() },
+        Call::Exec { process: exec(), spec: Box::new(serde_json::from_str(process).unwrap()), stdio },
+        Call::Signal { process: init(), signal: 15 },
+        Call::Resize { process: exec(), rows: 24, columns: 80 },
+        Call::CloseStdin { process: init() },
+        Call::State,
+        Call::Processes { container: "c1".into() },
+        Call::Delete { process: init() },
+        Call::SetClock { unix_ns: 1_800_000_000_000_000_001 },
+        Call::Shutdown,
+    ]
+}
+
+fn from_agent() -> Vec<FromAgent> {
+    let exit = Exit { code: 137, oom_killed: true, unix_ns: 1_800_000_000_000_000_001 };
+    let process = ProcessInfo {
+        pid: 7,
+        ppid: 1,
+        uid: 33,
+        tty: "?".into(),
+        start_unix: 1_800_000_000,
+        cpu_ms: 12,
+        command: "sleep 1".into(),
+    };
+    let container = ContainerState {
+        container: "c1".into(),
+        init: Some(ProcessState::Running { pid: 5 }),
+        execs: vec![("e1".into(), ProcessState::Exited(exit))],
+    };
+    let answers = [
+        Answer::Done,
+        Answer::Started { pid: 5 },
+        Answer::State { containers: vec![container] },
+        Answer::Processes { processes: vec![process] },
+    ];
+    let kinds = [
+        ErrorKind::NotFound,
+        ErrorKind::NotExecutable,
+        ErrorKind::Conflict,
+        ErrorKind::Invalid,
+        ErrorKind::Internal,
+    ];
+    let answer = |result| FromAgent::Answer { id: 9, result };
+    let mut messages: Vec<FromAgent> = answers.map(|given| answer(Ok(given))).into();
+    messages.extend(kinds.map(|kind| answer(Err(AgentError { kind, message: "why".into() }))));
+    messages.push(FromAgent::Event(Event::Exited { process: init(), exit }));
+    messages.push(FromAgent::Event(Event::Oom { container: "c1".into() }));
+    messages
+}
+
+#[test]
+fn every_message_is_as_it_was() {
+    let mut wire = Wire::default();
+    wire.message(&Hello { version: 1, kernel: "6.12.0".into(), started_us: 250_000 });
+    for call in calls() {
+        wire.message(&ToAgent { id: 9, call });
+    }
+    for message in from_agent() {
+        wire.message(&message);
+    }
+    for stream in [StreamKind::Stdin, StreamKind::Stdout, StreamKind::Stderr] {
+        wire.message(&StreamOpen { process: exec(), stream, from: 4096 });
+    }
+    wire.message(&StreamReady { error: None });
+    wire.message(&StreamReady {
+        error: Some(AgentError { kind: ErrorKind::Conflict, message: "why".into() }),
+    });
+    for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
+        assert_eq!(now, frozen);
+    }
+    assert_eq!(wire.lines, FROZEN, "messages were added: put them into wire.txt");
+}
+
+#[test]
+fn unknown_fields_of_a_newer_peer_are_ignored() {
+    let call: ToAgent =
+        serde_json::from_str(r#"{"id":1,"new":true,"call":{"call":"state","more":[1]}}"#).unwrap();
+    assert_eq!(call, ToAgent { id: 1, call: Call::State });
+    let open: StreamOpen =
+        serde_json::from_str(r#"{"process":{"container":"c"},"stream":"stdout","new":{}}"#).unwrap();
+    assert_eq!(open.from, 0);
+}

@@ -1,0 +1,396 @@
+//! A real machine around the agent: a VMM process, a layer, a disk, and the daemon's side of the wire.
+
+use std::{
+    collections::VecDeque,
+    fs::{self, File},
+    io::{IoSlice, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use bulkhead_agent_api::{
+    AgentError, Answer, CONTROL_PORT, Call, Event, Exit, FromAgent, Hello, ProcessId, STREAM_PORT,
+    StreamKind, StreamOpen, StreamReady, ToAgent, frame,
+};
+use bulkhead_rootfs::{disk, layers};
+use bulkhead_vmm_api as vmm;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketAddrUnix, SocketFlags, SocketType,
+};
+
+/// What a run needs from outside; the names are those of environment variables.
+pub(crate) struct Needs {
+    pub(crate) vmm: PathBuf,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) busybox: PathBuf,
+}
+
+impl Needs {
+    /// None, and the reason, when something is missing.
+    pub(crate) fn from_environment() -> Result<Self, String> {
+        let file = |name: &str| -> Result<PathBuf, String> {
+            let path = std::env::var_os(name).ok_or(format!("{name} is not set"))?;
+            let path = PathBuf::from(path);
+            if path.is_file() { Ok(path) } else { Err(format!("{name}: {} is not a file", path.display())) }
+        };
+        Ok(Self {
+            vmm: file("BULKHEAD_VMM")?,
+            kernel: file("BULKHEAD_KERNEL")?,
+            initramfs: file("BULKHEAD_INITRAMFS")?,
+            busybox: std::env::var_os("BULKHEAD_BUSYBOX")
+                .map_or_else(|| "/bin/busybox".into(), PathBuf::from),
+        })
+    }
+}
+
+pub(crate) const DISK: &str = "disk0";
+pub(crate) const DISK_SIZE: u64 = 256 << 20;
+pub(crate) const TAG: &str = "layers";
+
+/// A running machine.
+pub(crate) struct Machine {
+    directory: PathBuf,
+    vmm: Child,
+    control: OwnedFd,
+    agent: UnixStream,
+    incoming: Vec<u8>,
+    events: VecDeque<Event>,
+    next: u64,
+    pub(crate) hello: Hello,
+    pub(crate) layer: String,
+    killed: bool,
+}
+
+impl Machine {
+    /// Boots, attaches the layer, and waits for the agent. The disk comes by [`Machine::attach_disk`].
+    pub(crate) fn boot(needs: &Needs, directory: &Path) -> Self {
+        let store = layers::LayerStore::open(directory.join("layers")).expect("layer store");
+        let info = store.import(&archive(needs)[..], &layers::Limits::default()).expect("layer");
+        disk::template(&directory.join("template"), DISK_SIZE).expect("template");
+        disk::clone(&directory.join("template"), &directory.join("disk")).expect("disk");
+
+        let control_path = directory.join("control");
+        let vsock_path = directory.join("vsock");
+        let control = listen_seqpacket(&control_path);
+        let vsock: OwnedFd = UnixListener::bind(&vsock_path).expect("vsock socket").into();
+        let open = |path: &Path| OwnedFd::from(File::open(path).expect("open"));
+        let (kernel, initramfs) = (open(&needs.kernel), open(&needs.initramfs));
+        let report: OwnedFd = File::create(directory.join("report")).expect("report").into();
+        let console: OwnedFd = File::create(directory.join("console")).expect("console").into();
+        let number = |fd: &OwnedFd| {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).expect("inherit");
+            fd.as_raw_fd()
+        };
+        let config = vmm::VmConfig {
+            version: vmm::VERSION,
+            name: "agent-test".into(),
+            vcpus: 1,
+            memory_mib: 128,
+            kernel: number(&kernel),
+            initramfs: Some(number(&initramfs)),
+            cmdline: "console=ttyS0 quiet panic=-1 reboot=k mitigations=off rdinit=/init".into(),
+            control: number(&control),
+            report: number(&report),
+            console: Some(number(&console)),
+            devices: vmm::DeviceConfig {
+                block: vec![vmm::BlockConfig { id: DISK.into() }],
+                fs: vec![vmm::FsConfig { tag: TAG.into() }],
+                vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
+                net: vec![],
+                rng: true,
+            },
+        };
+        let config_path = directory.join("config");
+        fs::write(&config_path, serde_json::to_vec(&config).expect("json")).expect("config");
+        let config = open(&config_path);
+        let vmm = Command::new(&needs.vmm)
+            .arg("--config-fd")
+            .arg(number(&config).to_string())
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("VMM");
+        let control = connect_seqpacket(&control_path);
+        let mut machine = Self {
+            directory: directory.to_owned(),
+            vmm,
+            control,
+            agent: listen_control(directory),
+            incoming: Vec::new(),
+            events: VecDeque::new(),
+            next: 0,
+            hello: Hello { version: 0, kernel: String::new(), started_us: 0 },
+            layer: info.diff_id.hex(),
+            killed: false,
+        };
+        machine.hello = machine.frame();
+        let root = store.open_root(&info.diff_id).expect("layer root");
+        let share = vmm::Request::AttachShare {
+            tag: TAG.into(),
+            name: machine.layer.clone(),
+            kind: vmm::ShareKind::Layer,
+        };
+        machine.request(&share, Some(&root));
+        machine
+    }
+
+    /// Puts the disk into its slot.
+    pub(crate) fn attach_disk(&self) {
+        let path = self.directory.join("disk");
+        let file: OwnedFd = File::options().read(true).write(true).open(path).expect("disk").into();
+        self.request(&vmm::Request::AttachDisk { id: DISK.into(), read_only: false }, Some(&file));
+    }
+
+    fn request(&self, request: &vmm::Request, descriptor: Option<&OwnedFd>) {
+        let text = serde_json::to_vec(request).expect("json");
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let descriptors: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
+        if !descriptors.is_empty() {
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        }
+        rustix::net::sendmsg(&self.control, &[IoSlice::new(&text)], &mut ancillary, SendFlags::empty())
+            .expect("send");
+        let mut buffer = vec![0; vmm::MAX_MESSAGE];
+        let mut none = RecvAncillaryBuffer::new(&mut []);
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let received =
+            rustix::net::recvmsg(&self.control, &mut parts, &mut none, RecvFlags::empty()).expect("receive");
+        let response: vmm::Response = serde_json::from_slice(&buffer[..received.bytes]).expect("response");
+        assert_eq!(response, vmm::Response::Ok, "{request:?}");
+    }
+
+    /// Hangs up and listens anew, as a restarted daemon does.
+    pub(crate) fn reconnect(&mut self) {
+        self.agent.shutdown(std::net::Shutdown::Both).expect("hang up");
+        self.agent = listen_control(&self.directory);
+        self.incoming.clear();
+        self.events.clear();
+        self.hello = self.frame();
+    }
+
+    fn frame<T: serde::de::DeserializeOwned>(&mut self) -> T {
+        loop {
+            if let Some((message, used)) = frame::decode(&self.incoming).expect("frame") {
+                self.incoming.drain(..used);
+                return message;
+            }
+            let mut buffer = [0; 65536];
+            let count = self.agent.read(&mut buffer).expect("read");
+            assert!(count > 0, "the agent hung up; console:\n{}", self.console());
+            self.incoming.extend(&buffer[..count]);
+        }
+    }
+
+    pub(crate) fn console(&self) -> String {
+        fs::read(self.directory.join("console"))
+            .map_or_else(|_| String::new(), |text| String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Calls without waiting for the answer.
+    pub(crate) fn send(&mut self, call: Call) -> u64 {
+        self.next += 1;
+        let message = frame::encode(&ToAgent { id: self.next, call }).expect("frame");
+        self.agent.write_all(&message).expect("write");
+        self.next
+    }
+
+    /// The answer to a call; events on the way are kept.
+    pub(crate) fn answer(&mut self, call: u64) -> Result<Answer, AgentError> {
+        loop {
+            match self.frame() {
+                FromAgent::Answer { id, result } if id == call => return result,
+                FromAgent::Answer { id, .. } => panic!("an answer to {id}"),
+                FromAgent::Event(event) => self.events.push_back(event),
+            }
+        }
+    }
+
+    pub(crate) fn call(&mut self, call: Call) -> Result<Answer, AgentError> {
+        let id = self.send(call);
+        self.answer(id)
+    }
+
+    /// The next event that fits.
+    pub(crate) fn event<T>(&mut self, fits: impl Fn(&Event) -> Option<T>) -> T {
+        loop {
+            if let Some((index, found)) =
+                self.events.iter().enumerate().find_map(|(index, event)| Some((index, fits(event)?)))
+            {
+                self.events.remove(index);
+                return found;
+            }
+            match self.frame() {
+                FromAgent::Event(event) => self.events.push_back(event),
+                FromAgent::Answer { id, .. } => panic!("an answer to {id}"),
+            }
+        }
+    }
+
+    pub(crate) fn exit(&mut self, process: &ProcessId) -> Exit {
+        self.event(|event| match event {
+            Event::Exited { process: of, exit } if of == process => Some(*exit),
+            _ => None,
+        })
+    }
+
+    /// Lets go of events that nobody has asked for.
+    pub(crate) fn forget(&mut self, container: &str) {
+        self.events.retain(|event| match event {
+            Event::Exited { process, .. } => process.container != container,
+            Event::Oom { container: of } => of != container,
+        });
+    }
+
+    /// Opens a stream.
+    pub(crate) fn stream(
+        &self,
+        process: &ProcessId,
+        stream: StreamKind,
+        from: u64,
+    ) -> Result<UnixStream, AgentError> {
+        let mut connection = UnixStream::connect(self.directory.join("vsock")).expect("connect");
+        writeln!(connection, "CONNECT {STREAM_PORT}").expect("write");
+        assert!(line(&mut connection).starts_with("OK "));
+        let open = StreamOpen { process: process.clone(), stream, from };
+        connection.write_all(&frame::encode(&open).expect("frame")).expect("write");
+        let mut header = [0; 4];
+        connection.read_exact(&mut header).expect("read");
+        let mut body = vec![0; u32::from_le_bytes(header) as usize];
+        connection.read_exact(&mut body).expect("read");
+        let ready: StreamReady = serde_json::from_slice(&body).expect("StreamReady");
+        ready.error.map_or(Ok(connection), Err)
+    }
+
+    /// Everything of an output stream, acknowledged as it comes.
+    pub(crate) fn read_all(&self, process: &ProcessId, stream: StreamKind) -> Vec<u8> {
+        let mut connection = self.stream(process, stream, 0).expect("stream");
+        let mut all = Vec::new();
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            match connection.read(&mut buffer).expect("read") {
+                0 => return all,
+                count => all.extend(&buffer[..count]),
+            }
+            // The agent may have ended the stream meanwhile.
+            let _ = connection.write_all(&(all.len() as u64).to_le_bytes());
+        }
+    }
+
+    /// Shuts down and gives the VMM's report.
+    pub(crate) fn shut_down(mut self) -> vmm::Report {
+        self.send(Call::Shutdown);
+        self.vmm.wait().expect("wait");
+        self.killed = true;
+        serde_json::from_slice(&fs::read(self.directory.join("report")).expect("report")).expect("report")
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if !self.killed {
+            eprintln!("--- console\n{}---", self.console());
+            let _ = self.vmm.kill();
+            let _ = self.vmm.wait();
+        }
+    }
+}
+
+fn listen_control(directory: &Path) -> UnixStream {
+    let mut connection = UnixStream::connect(directory.join("vsock")).expect("connect");
+    writeln!(connection, "LISTEN {CONTROL_PORT}").expect("write");
+    assert!(line(&mut connection).starts_with("OK "));
+    connection
+}
+
+fn line(connection: &mut UnixStream) -> String {
+    let mut text = Vec::new();
+    let mut byte = [0];
+    while byte != *b"\n" {
+        connection.read_exact(&mut byte).expect("the VMM hung up");
+        text.push(byte[0]);
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+fn listen_seqpacket(path: &Path) -> OwnedFd {
+    let socket = seqpacket();
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).expect("path")).expect("bind");
+    rustix::net::listen(&socket, 4).expect("listen");
+    socket
+}
+
+fn connect_seqpacket(path: &Path) -> OwnedFd {
+    let socket = seqpacket();
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path).expect("path")).expect("connect");
+    socket
+}
+
+fn seqpacket() -> OwnedFd {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .expect("socket")
+}
+
+/// A small image: busybox, its names, and files for the tests.
+fn archive(needs: &Needs) -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut entry = |path: &str, mode: u32, data: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_mode(mode);
+        header.set_entry_type(if path.ends_with('/') {
+            tar::EntryType::Directory
+        } else {
+            tar::EntryType::Regular
+        });
+        tar.append_data(&mut header, path, data).expect("tar");
+    };
+    for directory in ["bin/", "etc/", "proc/", "sys/", "dev/", "tmp/"] {
+        entry(directory, 0o755, &[]);
+    }
+    entry("bin/busybox", 0o755, &fs::read(&needs.busybox).expect("busybox"));
+    entry("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n");
+    entry("etc/group", 0o644, b"root:x:0:\nweb:x:34:\naudio:x:29:web\n");
+    entry("bin/garbage", 0o755, b"\x7fELFgarbage");
+    entry("bin/orphan", 0o755, b"#!/nosuch/interpreter\n");
+    for applet in [
+        "sh",
+        "cat",
+        "echo",
+        "id",
+        "ls",
+        "sleep",
+        "stat",
+        "head",
+        "sha256sum",
+        "hostname",
+        "env",
+        "stty",
+        "ps",
+        "mount",
+        "kill",
+        "touch",
+        "mknod",
+        "dd",
+        "grep",
+        "true",
+        "readlink",
+        "nproc",
+        "tail",
+        "yes",
+        "wc",
+        "test",
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        tar.append_link(&mut header, format!("bin/{applet}"), "/bin/busybox").expect("tar");
+    }
+    tar.into_inner().expect("tar")
+}

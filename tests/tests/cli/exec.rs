@@ -1,0 +1,121 @@
+//! More processes in a running container.
+
+use bulkhead_tests::terminal::Terminal;
+
+use crate::{Test, docker};
+
+const SLEEP: &[&str] = &["busybox", "sleep", "1000"];
+
+#[test]
+fn exec_i_passes_stdin_and_its_end() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(SLEEP)?;
+    let output = docker
+        .run_with(&["exec", "-i", container.name(), "sh", "-c", "cat; echo end"], b"text\n".to_vec())?;
+    assert_eq!(output.ok()?, "text\nend");
+    Ok(())
+}
+
+#[test]
+fn exec_s_code_is_its_program_s() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(SLEEP)?;
+    let code =
+        |words: &[&str]| docker.run(&[&["exec", container.name()], words].concat()).map(|output| output.code);
+    assert_eq!(code(&["sh", "-c", "exit 9"])?, 9);
+    assert_eq!(code(&["no-such-program"])?, 127);
+    assert_eq!(code(&["/etc/not-executable"])?, 126);
+    assert_eq!(docker.inspect(container.name(), "{{.State.Running}}")?, "true");
+    Ok(())
+}
+
+#[test]
+fn exec_sees_the_container_and_its_own_flags() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(&["-e", "OUTER=1", "-w", "/etc", "busybox", "sleep", "1000"])?;
+    assert_eq!(container.exec(&["sh", "-c", "echo $OUTER; pwd; id -u"])?, "1\n/etc\n0");
+    let name = container.name();
+    let words = [
+        "exec",
+        "-e",
+        "INNER=2",
+        "-w",
+        "/bin",
+        "-u",
+        "nobody",
+        name,
+        "sh",
+        "-c",
+        "echo $OUTER$INNER; pwd; id -u",
+    ];
+    assert_eq!(docker.ok(&words)?, "12\n/bin\n65534");
+    assert!(container.exec(&["ps"])?.contains("sleep 1000"));
+    Ok(())
+}
+
+#[test]
+fn exec_it_is_a_terminal_that_follows_the_window_s_size() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(SLEEP)?;
+    let mut terminal = Terminal::start(docker.command(&["exec", "-it", container.name(), "sh"]), 30, 90)?;
+    // The prompt shows that the shell is there, hence that the first size has been sent.
+    terminal.read_until("# ")?;
+    terminal.type_text("tty\n")?;
+    terminal.read_until("/dev/pts/")?;
+    terminal.read_until("# ")?;
+    // The CLI sends a new size on its own time: the shell waits for it.
+    terminal.resize(41, 101)?;
+    terminal.type_text("until [ \"$(stty size)\" = '41 101' ]; do sleep 0.1; done; echo size-$((40+1))\n")?;
+    terminal.read_until("size-41")?;
+    terminal.type_text("exit 4\n")?;
+    assert_eq!(terminal.wait()?, 4);
+    Ok(())
+}
+
+#[test]
+fn run_it_is_a_terminal_and_its_code_comes_back() -> Test {
+    let docker = docker()?;
+    let mut terminal = Terminal::start(docker.command(&["run", "-it", "--rm", "busybox", "sh"]), 24, 80)?;
+    terminal.read_until("# ")?;
+    terminal.type_text("[ -t 0 ] && [ -t 1 ] && echo ter''minal\n")?;
+    terminal.read_until("terminal")?;
+    terminal.type_text("exit 6\n")?;
+    assert_eq!(terminal.wait()?, 6);
+    Ok(())
+}
+
+#[test]
+fn many_execs_at_once_do_not_mix() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(SLEEP)?;
+    std::thread::scope(|scope| {
+        let run = |number: usize| {
+            let (docker, name) = (&docker, container.name());
+            scope.spawn(move || docker.ok(&["exec", name, "sh", "-c", &format!("sleep 0.1; echo {number}")]))
+        };
+        let runs: Vec<_> = (0..10).map(run).collect();
+        for (number, run) in runs.into_iter().enumerate() {
+            assert_eq!(run.join().expect("no panic")?, number.to_string());
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn exec_in_a_stopped_container_is_refused() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(&["busybox", "true"])?;
+    container.docker(&["wait"])?;
+    let output = docker.run(&["exec", container.name(), "true"])?;
+    assert_ne!(output.code, 0);
+    assert!(output.stderr.contains("is not running"), "{}", output.stderr);
+    Ok(())
+}
+
+#[test]
+fn orphans_are_reaped_and_do_not_change_the_workload_s_code() -> Test {
+    let docker = docker()?;
+    let script = "for i in 1 2 3 4 5 6 7 8; do (sh -c 'sleep 0.1; exit 3' &) ; done; sleep 1; exit 11";
+    assert_eq!(docker.run(&["run", "--rm", "busybox", "sh", "-c", script])?.code, 11);
+    Ok(())
+}

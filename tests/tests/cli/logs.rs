@@ -1,0 +1,55 @@
+//! What a container said, later and as it comes.
+
+use std::io::{BufRead, BufReader};
+
+use anyhow::Context;
+
+use crate::{Test, docker};
+
+#[test]
+fn logs_of_an_ended_container_are_whole_and_apart() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(&["busybox", "sh", "-c", "echo one; echo two >&2; printf three"])?;
+    container.docker(&["wait"])?;
+    let output = docker.run(&["logs", container.name()])?;
+    assert_eq!((output.text().as_str(), output.stderr.as_str()), ("one\nthree", "two\n"));
+    Ok(())
+}
+
+#[test]
+fn tail_gives_the_last_lines() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(&["busybox", "seq", "1", "1000"])?;
+    container.docker(&["wait"])?;
+    assert_eq!(docker.ok(&["logs", "--tail", "3", container.name()])?, "998\n999\n1000");
+    assert_eq!(docker.ok(&["logs", "--tail", "0", container.name()])?, "");
+    Ok(())
+}
+
+#[test]
+fn timestamps_are_given_and_since_starts_at_one_of_them() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(&["busybox", "sh", "-c", "echo one; sleep 2; echo two"])?;
+    container.docker(&["wait"])?;
+    let stamped = docker.ok(&["logs", "-t", container.name()])?;
+    let lines: Vec<(&str, &str)> = stamped.lines().filter_map(|line| line.split_once(' ')).collect();
+    assert_eq!(lines.iter().map(|(_, text)| *text).collect::<Vec<_>>(), ["one", "two"], "{stamped}");
+    assert!(lines[0].0 < lines[1].0 && lines[0].0.ends_with('Z'), "{stamped}");
+    assert_eq!(docker.ok(&["logs", "--since", lines[1].0, container.name()])?, "two");
+    Ok(())
+}
+
+#[test]
+fn follow_shows_lines_as_they_come_and_ends_with_the_container() -> Test {
+    let docker = docker()?;
+    let script = "echo first; while [ ! -e /go ]; do sleep 0.1; done; echo last";
+    let container = docker.run_detached(&["busybox", "sh", "-c", script])?;
+    let mut child = docker.spawn(&["logs", "-f", container.name()])?;
+    let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
+    assert_eq!(lines.next().context("no line")??, "first");
+    container.exec(&["touch", "/go"])?;
+    assert_eq!(lines.next().context("no line")??, "last");
+    assert!(lines.next().is_none());
+    assert!(child.wait()?.success());
+    Ok(())
+}

@@ -1,0 +1,17 @@
+//! What people type: the real docker CLI on the shared daemon.
+
+mod exec;
+mod exit_codes;
+mod flags;
+mod images;
+mod logs;
+mod soak;
+mod streams;
+mod writes;
+
+/// An error fails the test, with its whole story.
+type Test = anyhow::Result<()>;
+
+fn docker() -> anyhow::Result<bulkhead_tests::Docker> {
+    Ok(bulkhead_tests::Suite::from_env()?.docker())
+}

@@ -1,0 +1,36 @@
+//! A line printed in a workload's last millisecond is never lost, whatever else goes on.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use anyhow::bail;
+
+use crate::{Test, docker};
+
+const RUNS: u32 = 200;
+const AT_A_TIME: u32 = 8;
+
+#[test]
+fn two_hundred_short_workloads_eight_at_a_time_lose_no_line() -> Test {
+    let docker = docker()?;
+    let next = AtomicU32::new(0);
+    let worker = || -> Test {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= RUNS {
+                return Ok(());
+            }
+            let line = format!("line {number}");
+            let output = docker.run(&["run", "--rm", "busybox", "echo", &line])?;
+            if output.code != 0 || output.text() != format!("{line}\n") {
+                bail!("run {number}: exit code {}, {:?}, {}", output.code, output.text(), output.stderr);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a worker panicked")))
+    })
+}
