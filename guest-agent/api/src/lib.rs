@@ -21,7 +21,9 @@
 //! * Exits: [`Event::Exited`] is sent when it happens; [`Call::State`] tells it again.
 //! * Input: the end of a stdin *connection* does not end the workload's input, since the daemon may have
 //!   died; [`Call::CloseStdin`] does. To end the input in order: shut down the writing side of the stdin
-//!   connection, then call. When the workload has closed its end, the agent closes the connection.
+//!   connection, then call. The agent closes the connection when it has taken everything from it, or when
+//!   the workload has closed its end. A connection that is replaced by a second is dropped with what was
+//!   not yet taken from it.
 //!
 //! **What the runtime spec leaves open** is settled by names in this crate: whose passwd file knows a
 //! user's name ([`USER`]), which groups are added ([`GROUP_ADD_ANNOTATION`]), who is PID 1

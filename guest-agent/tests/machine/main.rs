@@ -278,7 +278,9 @@ fn stdin_to_its_end(machine: &mut Machine) {
     let data: Vec<u8> = (0..8_000_000u32).map(|index| (index * 7 % 251) as u8).collect();
     let mut stdin = machine.stream(&process, StreamKind::Stdin, 0).unwrap();
     stdin.write_all(&data[..4_000_000]).unwrap();
-    drop(stdin);
+    // The agent hangs up when it has taken everything.
+    stdin.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(stdin.read(&mut [0]).unwrap(), 0);
     let mut stdin = machine.stream(&process, StreamKind::Stdin, 0).unwrap();
     stdin.write_all(&data[4_000_000..]).unwrap();
     stdin.shutdown(std::net::Shutdown::Write).unwrap();
