@@ -24,6 +24,10 @@ use super::path::{EntryPath, MAX_PATH};
 /// How many symbolic links a name may lead through, as Linux has it.
 const MAX_LINKS: u32 = 40;
 
+/// How many components a name may lead through, those of its links counted in: it bounds the work that one
+/// entry can cause.
+const MAX_STEPS: u32 = 1024;
+
 const S_IFMT: u32 = 0o170_000;
 const S_IFLNK: u32 = 0o120_000;
 
@@ -273,11 +277,15 @@ impl Tree {
     fn walk(&mut self, path: &EntryPath, create: bool) -> Result<Option<OwnedFd>> {
         let mut todo: Vec<Vec<u8>> = path.components().rev().map(<[u8]>::to_vec).collect();
         let mut done = EntryPath::default();
-        let mut links = 0;
+        let (mut links, mut steps) = (0, 0);
         let directory = OFlags::RDONLY | OFlags::DIRECTORY;
         let open = |path: &EntryPath| open_beneath(&self.root, path.as_bytes(), directory);
         let mut dir = open(&done).map_err(io("opening the root"))?;
         while let Some(name) = todo.pop() {
+            steps += 1;
+            if steps > MAX_STEPS {
+                return Err("its name leads through too many symbolic links".to_owned().into());
+            }
             match &name[..] {
                 b"" | b"." => continue,
                 b".." => {
@@ -305,9 +313,6 @@ impl Tree {
                         if target.starts_with(b"/") {
                             done = EntryPath::default();
                             dir = open(&done).map_err(io("opening the root"))?;
-                        }
-                        if todo.len() + target.len() > 2 * MAX_PATH {
-                            return Err("its name, links resolved, is too long".to_owned().into());
                         }
                         todo.extend(target.split(|&byte| byte == b'/').rev().map(<[u8]>::to_vec));
                         continue;

@@ -73,6 +73,9 @@ fn links_in_circles_end() {
     Fixture::new().refuses(&circle.finish(), "too many symbolic links");
     let grows = Archive::new().symlink("a", "a/a/a/a").file("a/x", b"");
     Fixture::new().refuses(&grows.finish(), "too many symbolic links");
+    let wanders =
+        Archive::new().dir("d").pax(&[("linkpath", &b"d/../".repeat(800))]).symlink("a", "").file("a/x", b"");
+    Fixture::new().refuses(&wanders.finish(), "too many symbolic links");
     let itself = Archive::new().symlink("a", ".").file("a/x", b"1");
     assert_eq!(Fixture::new().tree(itself)["x"].content, b"1");
 }

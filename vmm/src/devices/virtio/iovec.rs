@@ -68,9 +68,19 @@ impl<'m> IoVec<'m> {
     ///
     /// # Errors
     /// The read failed, or the file ends before (`UnexpectedEof`); some bytes may have been transferred.
-    pub fn read_exact_at(mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        let mut position = offset;
+    pub fn read_exact_at(self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
+        let wanted = self.len();
+        if self.read_at(file, offset)? == wanted { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Fills it from `file`, beginning at `offset`, up to the file's end. How many bytes that is.
+    ///
+    /// # Errors
+    /// The read failed; some bytes may have been transferred.
+    pub fn read_at(mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        let wanted = self.len();
         while !self.is_empty() {
+            let position = offset.saturating_add((wanted - self.len()) as u64);
             let done = self.transfer(|parts, count| {
                 let position = i64::try_from(position).unwrap_or(i64::MAX);
                 // SAFETY: `parts` are `count` ranges that stay mapped for 'm, since `new` took them from the
@@ -78,11 +88,10 @@ impl<'m> IoVec<'m> {
                 unsafe { libc::preadv(file.as_raw_fd(), parts, count, position) }
             })?;
             if done == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+                break;
             }
-            position = position.saturating_add(done as u64);
         }
-        Ok(())
+        Ok(wanted - self.len())
     }
 
     /// Writes all of it to `file`, beginning at `offset`.
@@ -288,6 +297,9 @@ mod tests {
         let vec = IoVec::new(&memory, &BUFFERS, 0, u64::MAX).unwrap();
         let error = vec.read_exact_at(file.as_fd(), 0x6000).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let length = file.metadata().unwrap().len();
+        let vec = IoVec::new(&memory, &BUFFERS, 0, 100).unwrap();
+        assert_eq!(vec.read_at(file.as_fd(), length - 10).unwrap(), 10);
         assert!(IoVec::new(&memory, &[(GuestAddress(1 << 40), 8)], 0, 8).is_err());
     }
 

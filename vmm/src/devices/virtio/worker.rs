@@ -235,10 +235,11 @@ impl Watch {
         Ok(())
     }
 
-    fn wait(&self) -> io::Result<Vec<Event>> {
+    /// What is readable, waiting at most `timeout` milliseconds for it; -1 waits for ever.
+    fn wait(&self, timeout: i32) -> io::Result<Vec<Event>> {
         let mut ready = [EpollEvent::default(); Self::BATCH];
         let count = loop {
-            match self.epoll.wait(-1, &mut ready) {
+            match self.epoll.wait(timeout, &mut ready) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other?,
             }
@@ -252,26 +253,31 @@ impl Watch {
     }
 }
 
+/// Rounds that a worker spends at its end on what came before: enough for every queue to be emptied, and a
+/// bound for sources that never fall silent.
+const LAST_ROUNDS: usize = 256;
+
 fn run(port: &Port, mut watch: Watch) {
     while !port.stop.load(Ordering::SeqCst) {
-        let round = catch_unwind(AssertUnwindSafe(|| round(port, &mut watch)));
-        let error = match round {
-            Ok(Ok(())) => continue,
-            Ok(Err(error)) => error,
-            Err(_) => DeviceError::Invalid("its worker panicked".to_owned()),
-        };
-        let _lock = port.device();
-        port.fail(&error);
+        guarded(port, || round(port, &mut watch, -1));
     }
-    let last = catch_unwind(AssertUnwindSafe(|| {
-        for queue in 0..port.kicks.len() {
-            handle_kick(port, queue);
+    for _ in 0..LAST_ROUNDS {
+        if port.failed() || guarded(port, || round(port, &mut watch, 0)) != Some(true) {
+            break;
         }
-    }));
-    if last.is_err() {
-        let _lock = port.device();
-        port.fail(&DeviceError::Invalid("its worker panicked".to_owned()));
     }
+}
+
+/// Runs a round. The worker's own error or panic is the device's failure; then None.
+fn guarded(port: &Port, round: impl FnOnce() -> Result<bool, DeviceError>) -> Option<bool> {
+    let error = match catch_unwind(AssertUnwindSafe(round)) {
+        Ok(Ok(handled)) => return Some(handled),
+        Ok(Err(error)) => error,
+        Err(_) => DeviceError::Invalid("its worker panicked".to_owned()),
+    };
+    let _lock = port.device();
+    port.fail(&error);
+    None
 }
 
 /// Calls the device if the queue was kicked.
@@ -285,13 +291,14 @@ fn handle_kick(port: &Port, queue: usize) {
     }
 }
 
-/// Waits once and handles what came. A device that fails is marked so under the same lock, so that a reset
-/// cannot come between. An error is the worker's own.
-fn round(port: &Port, watch: &mut Watch) -> Result<(), DeviceError> {
+/// Waits once and handles what came; whether anything did. A device that fails is marked so under the same
+/// lock, so that a reset cannot come between. An error is the worker's own.
+fn round(port: &Port, watch: &mut Watch, timeout: i32) -> Result<bool, DeviceError> {
     let epoll_error = |source| DeviceError::Backend { context: "epoll", source };
     watch.watch_sources(!port.failed()).map_err(epoll_error)?;
-    for event in watch.wait().map_err(epoll_error)? {
-        match event {
+    let events = watch.wait(timeout).map_err(epoll_error)?;
+    for event in &events {
+        match *event {
             Event::Wake => {
                 let _ = port.wake.read();
             }
@@ -304,7 +311,7 @@ fn round(port: &Port, watch: &mut Watch) -> Result<(), DeviceError> {
             }
         }
     }
-    Ok(())
+    Ok(!events.is_empty())
 }
 
 #[cfg(test)]

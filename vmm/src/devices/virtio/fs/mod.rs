@@ -10,7 +10,8 @@
 //! * [`wire`]: the protocol's structures, byte by byte.
 //! * `memory`: a chain's buffers; READ goes from the file straight into them.
 //! * `dispatch`: from a request to an operation and back.
-//! * `server`: shares, node ids, open files. The root directory is made up and lists the shares.
+//! * `server`: the operations, on node ids and open files. The root directory is made up and lists the
+//!   shares (`shares`).
 //! * `backend`, `layer`: what a share's files look like. A further kind of share is a further backend.
 //! * `state`: how all this is saved.
 //!
@@ -23,17 +24,17 @@
 //! by the machine's memory layout; SETUPMAPPING and REMOVEMAPPING then join the dispatch, and INIT
 //! negotiates MAP_ALIGNMENT.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use bulkhead_vmm_api::ShareKind;
-use virtio_queue::QueueT;
 
 use super::{
+    common::{self, TURN, Wake},
     device::{
         Activation, DeviceError, DeviceType, Resources, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
     },
-    queue::{self, Buffers, SavedQueue},
+    queue::Buffers,
 };
 
 mod backend;
@@ -44,12 +45,13 @@ mod inodes;
 mod layer;
 mod memory;
 mod server;
+mod shares;
 mod state;
 #[cfg(test)]
 mod tests;
 pub mod wire;
 
-pub use server::ShareError;
+pub use shares::ShareError;
 
 use server::Server;
 
@@ -68,13 +70,15 @@ pub struct Fs {
     config: [u8; MAX_TAG + 4],
     server: Server,
     active: Option<Activation>,
+    /// For each queue: that a turn has ended with requests left.
+    wakes: [Wake; QUEUE_SIZES.len()],
 }
 
 impl Fs {
     /// A device with no shares, mounted in the guest by its tag.
     ///
     /// # Errors
-    /// The tag is empty, longer than [`MAX_TAG`] bytes or holds a NUL.
+    /// The tag is empty, longer than [`MAX_TAG`] bytes or holds a NUL; or no eventfd could be made.
     pub fn new(tag: &str) -> Result<Self, DeviceError> {
         if tag.is_empty() || tag.len() > MAX_TAG || tag.contains('\0') {
             return Err(DeviceError::Invalid(format!("{tag:?} cannot be a file system's tag")));
@@ -82,7 +86,9 @@ impl Fs {
         let mut config = [0; MAX_TAG + 4];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
         config[MAX_TAG..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        Ok(Self { config, server: Server::new(), active: None })
+        let wake =
+            || Wake::new().map_err(|source| DeviceError::Backend { context: "making an eventfd", source });
+        Ok(Self { config, server: Server::new(), active: None, wakes: [wake()?, wake()?] })
     }
 
     /// The tag.
@@ -114,6 +120,16 @@ impl Fs {
     pub fn detach_share(&mut self, name: &str) -> Result<(), ShareError> {
         self.server.detach(name)
     }
+
+    /// Serves a queue's requests for one turn.
+    fn serve(&mut self, queue: usize) -> Result<(), DeviceError> {
+        let (Some(active), Some(wake)) = (&mut self.active, self.wakes.get(queue)) else { return Ok(()) };
+        let server = &mut self.server;
+        common::take_turn(active, queue, TURN, wake, |chain, memory| {
+            // A chain that is malformed, or too short for a request, is dropped: zero bytes written.
+            Buffers::of(chain).map_or(0, |buffers| memory::serve(server, memory, &buffers))
+        })
+    }
 }
 
 impl VirtioDevice for Fs {
@@ -130,19 +146,11 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let rest = usize::try_from(offset).ok().and_then(|offset| self.config.get(offset..));
-        for (to, from) in data.iter_mut().zip(rest.unwrap_or_default()) {
-            *to = *from;
-        }
+        common::read_config(&self.config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        if activation.queues.len() != QUEUE_SIZES.len() {
-            return Err(DeviceError::Invalid(format!(
-                "{} queues for a file system",
-                activation.queues.len()
-            )));
-        }
+        common::require_queues(&activation)?;
         self.active = Some(activation);
         Ok(())
     }
@@ -152,35 +160,31 @@ impl VirtioDevice for Fs {
         self.server.forget_all();
     }
 
-    fn queue_event(&mut self, index: usize) -> Result<(), DeviceError> {
-        let Some(Activation { queues, resources, .. }) = &mut self.active else { return Ok(()) };
-        let Some(queue) = queues.get_mut(index).filter(|queue| queue.ready()) else { return Ok(()) };
-        let Resources { memory, interrupt } = resources;
-        let server = &mut self.server;
-        queue::drain(queue, index, memory, interrupt, |chain| {
-            // A chain that is malformed, or too short for a request, is dropped: zero bytes written.
-            Ok(Some(Buffers::of(chain).map_or(0, |buffers| memory::serve(server, memory, &buffers))))
-        })
+    fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
+        self.serve(queue)
+    }
+
+    fn event_sources(&self) -> Vec<RawFd> {
+        self.wakes.iter().map(AsRawFd::as_raw_fd).collect()
+    }
+
+    fn source_event(&mut self, source: usize) -> Result<(), DeviceError> {
+        if let Some(wake) = self.wakes.get(source) {
+            wake.take();
+        }
+        self.serve(source)
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        let active = self.active.as_ref().map(|active| state::SavedActivation {
-            features: active.features,
-            queues: active.queues.iter().map(SavedQueue::from).collect(),
-        });
-        state::save(&self.server, active)
+        common::save(self, state::VERSION, self.active.as_ref(), &[], state::save(&self.server))
     }
 
     fn restore(&mut self, state: &[u8], resources: Resources) -> Result<(), DeviceError> {
-        let active = state::restore(&mut self.server, state)?;
-        self.active = match active {
-            Some(saved) => Some(Activation {
-                features: saved.features & FEATURES,
-                queues: SavedQueue::restore_all(&saved.queues, &QUEUE_SIZES, &resources.memory)?,
-                resources,
-            }),
-            None => None,
-        };
+        let (active, saved) = common::restore(self, state::VERSION, state, resources)?;
+        state::restore(&mut self.server, saved)?;
+        self.active = active;
+        // What the driver offered just before it was saved.
+        self.wakes.iter().for_each(Wake::request);
         Ok(())
     }
 }

@@ -16,76 +16,19 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use bulkhead_vmm_api::ShareKind;
 use rustix::{
-    fs::{FileType, OFlags, SeekFrom},
+    fs::{FileType, SeekFrom},
     io::Errno,
 };
 
 use super::{
-    backend::{Backend, Result, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Stat, open_beneath},
+    backend::{Backend, Result, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Stat},
     directory::{self, Listing},
     files::OpenFiles,
     inodes::{Inodes, Node, ShareId},
-    layer::Layer,
+    shares::{Share, open_in},
     wire::{Attr, AttrOut, EntryOut, MAX_NAME, ROOT_ID},
 };
-
-/// The most shares on one device: each holds a file descriptor.
-pub(super) const MAX_SHARES: usize = 512;
-
-/// Why a share could not be attached or detached.
-#[derive(Debug, thiserror::Error)]
-pub enum ShareError {
-    /// The name cannot be a file name.
-    #[error("{0:?} cannot be a share's name")]
-    Name(String),
-    /// There is one of that name.
-    #[error("a share named {0:?} is attached already")]
-    Exists(String),
-    /// There is none of that name.
-    #[error("no share named {0:?} is attached")]
-    NotFound(String),
-    /// The device has as many as it can.
-    #[error("the device has {MAX_SHARES} shares, which is the most")]
-    TooMany,
-    /// The directory is not what its kind says.
-    #[error("the share {name:?} is not a readable directory of kind {kind:?}: {source}")]
-    Unusable {
-        /// The share's name.
-        name: String,
-        /// Its kind.
-        kind: ShareKind,
-        /// What failed.
-        source: std::io::Error,
-    },
-}
-
-/// A share.
-pub(super) struct Share {
-    pub(super) name: String,
-    pub(super) kind: ShareKind,
-    /// None after a restore, until the daemon has attached the directory again.
-    root: Option<OwnedFd>,
-    /// False once detached: the share stays for the nodes that are known, invisible.
-    pub(super) attached: bool,
-    backend: &'static dyn Backend,
-}
-
-impl Share {
-    pub(super) fn new(name: String, kind: ShareKind, root: Option<OwnedFd>, attached: bool) -> Self {
-        let backend: &'static dyn Backend = match kind {
-            ShareKind::Layer => &Layer,
-        };
-        Self { name, kind, root, attached, backend }
-    }
-
-    /// What [`Server::attach`] would take to attach it again.
-    pub(super) fn into_parts(self) -> Option<(String, OwnedFd, ShareKind)> {
-        let Self { name, kind, root, attached, .. } = self;
-        root.filter(|_| attached).map(|root| (name, root, kind))
-    }
-}
 
 /// The server of one device.
 pub(super) struct Server {
@@ -96,7 +39,7 @@ pub(super) struct Server {
     /// The host's devices in the order they were met: their inode numbers must not meet in the guest.
     devices: Vec<u64>,
     /// When the set of shares changed last, since the epoch.
-    changed: Duration,
+    pub(super) changed: Duration,
 }
 
 impl Server {
@@ -109,54 +52,6 @@ impl Server {
             devices: Vec::new(),
             changed: now(),
         }
-    }
-
-    /// Adds a share, or gives one that was restored its directory.
-    pub(super) fn attach(
-        &mut self,
-        name: &str,
-        root: OwnedFd,
-        kind: ShareKind,
-    ) -> std::result::Result<(), ShareError> {
-        if check_name(name.as_bytes()).is_err() {
-            return Err(ShareError::Name(name.to_owned()));
-        }
-        let awaiting = self.share_named(name);
-        if let Some(id) = awaiting
-            && self.shares.get(&id).is_some_and(|share| share.root.is_some() || share.kind != kind)
-        {
-            return Err(ShareError::Exists(name.to_owned()));
-        }
-        if awaiting.is_none() && self.shares.len() >= MAX_SHARES {
-            return Err(ShareError::TooMany);
-        }
-        let share = Share::new(name.to_owned(), kind, Some(root), true);
-        open_in(&share, b".")
-            .and_then(|file| share.backend.stat(file.as_fd()))
-            .map_err(|errno| ShareError::Unusable { name: name.to_owned(), kind, source: errno.into() })?;
-        self.changed = now();
-        match awaiting {
-            Some(id) => {
-                self.shares.insert(id, share);
-                self.meet_again(id);
-            }
-            None => {
-                self.last_share += 1;
-                self.shares.insert(self.last_share, share);
-            }
-        }
-        Ok(())
-    }
-
-    /// Hides a share: no name in it is found from now on, the nodes that the guest knows stay usable.
-    pub(super) fn detach(&mut self, name: &str) -> std::result::Result<(), ShareError> {
-        let id = self.share_named(name).ok_or_else(|| ShareError::NotFound(name.to_owned()))?;
-        if let Some(share) = self.shares.get_mut(&id) {
-            share.attached = false;
-        }
-        self.changed = now();
-        self.drop_if_unused(id);
-        Ok(())
     }
 
     /// Forgets all that the guest knew: it begins anew, or is gone.
@@ -423,28 +318,6 @@ impl Server {
         Ok(file)
     }
 
-    fn share_named(&self, name: &str) -> Option<ShareId> {
-        let mut shares = self.shares.iter();
-        shares.find(|(_, share)| share.attached && share.name == name).map(|(&id, _)| id)
-    }
-
-    fn drop_if_unused(&mut self, id: ShareId) {
-        let detached = self.shares.get(&id).is_some_and(|share| !share.attached);
-        if detached && !self.inodes.knows_share(id) {
-            self.shares.remove(&id);
-        }
-    }
-
-    /// Finds the nodes of a restored share in the directory it has been given: the inode numbers may be
-    /// others. What is not there is stale from now on.
-    fn meet_again(&mut self, id: ShareId) {
-        for node in self.inodes.of_share(id) {
-            let (Some(share), Some(path)) = (self.shares.get(&id), self.inodes.path(node)) else { continue };
-            let key = open_in(share, &path).and_then(|file| Ok(rustix::fs::fstat(&file)?.st_ino));
-            self.inodes.set_key(node, key.unwrap_or(0));
-        }
-    }
-
     fn guest_inode(&mut self, stat: &Stat) -> u64 {
         self.inode_number(stat.device, stat.inode)
     }
@@ -492,20 +365,11 @@ pub(super) fn check_name(name: &[u8]) -> Result<()> {
     }
 }
 
-/// Opens a path of a share.
-fn open_in(share: &Share, path: &[u8]) -> Result<OwnedFd> {
-    let root = share.root.as_ref().ok_or(Errno::STALE)?;
-    if path == b"." {
-        return open_beneath(root.as_fd(), b".", OFlags::RDONLY | OFlags::DIRECTORY).map_err(|_| Errno::IO);
-    }
-    share.backend.open(root.as_fd(), path)
-}
-
 fn validity(duration: Duration) -> (u64, u32) {
     (duration.as_secs(), duration.subsec_nanos())
 }
 
-fn now() -> Duration {
+pub(super) fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 

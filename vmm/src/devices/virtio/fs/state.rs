@@ -1,4 +1,5 @@
-//! How a device is saved: its queues, its shares by name and kind, and every node that the guest knows.
+//! How a device is saved besides its queues: its shares by name and kind, and every node that the guest
+//! knows.
 //!
 //! Directories are not part of it. A restored share waits for its directory, which comes by `attach_share`
 //! under the same name; until then its files are stale. Nodes are found again by their paths.
@@ -7,19 +8,14 @@ use bulkhead_vmm_api::ShareKind;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    super::{device::DeviceError, queue::SavedQueue},
+    super::device::DeviceError,
     inodes::{Inodes, Node, ShareId},
-    server::{Server, Share},
+    server::Server,
+    shares::Share,
 };
 
-const VERSION: u32 = 1;
-
-/// An active device's queues.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct SavedActivation {
-    pub(super) features: u64,
-    pub(super) queues: Vec<SavedQueue>,
-}
+/// Changes whenever [`SavedServer`] does.
+pub(super) const VERSION: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedShare {
@@ -29,18 +25,17 @@ struct SavedShare {
     attached: bool,
 }
 
+/// A server as it is saved.
 #[derive(Debug, Serialize, Deserialize)]
-struct Saved {
-    version: u32,
-    active: Option<SavedActivation>,
+pub(super) struct SavedServer {
     last_share: ShareId,
     shares: Vec<SavedShare>,
     last_node: u64,
     nodes: Vec<(u64, Node)>,
 }
 
-/// A server and its queues as bytes.
-pub(super) fn save(server: &Server, active: Option<SavedActivation>) -> Result<Vec<u8>, DeviceError> {
+/// What is to be saved of a server.
+pub(super) fn save(server: &Server) -> SavedServer {
     let (last_node, nodes) = server.inodes.save();
     let shares = server.shares.iter().map(|(&id, share)| SavedShare {
         id,
@@ -48,27 +43,16 @@ pub(super) fn save(server: &Server, active: Option<SavedActivation>) -> Result<V
         kind: share.kind,
         attached: share.attached,
     });
-    let saved = Saved {
-        version: VERSION,
-        active,
-        last_share: server.last_share,
-        shares: shares.collect(),
-        last_node,
-        nodes,
-    };
-    postcard::to_stdvec(&saved)
-        .map_err(|error| DeviceError::Invalid(format!("saving a file system: {error}")))
+    SavedServer { last_share: server.last_share, shares: shares.collect(), last_node, nodes }
 }
 
-/// Brings a server to a saved state, and answers with the queues.
+/// Brings a server to a saved state. Shares that are attached already keep their directories when the state
+/// names them, and stay as further ones when it does not.
 ///
-/// Shares that were attached already keep their directories when the state names them too.
-pub(super) fn restore(server: &mut Server, bytes: &[u8]) -> Result<Option<SavedActivation>, DeviceError> {
+/// # Errors
+/// The state contradicts itself.
+pub(super) fn restore(server: &mut Server, saved: SavedServer) -> Result<(), DeviceError> {
     let invalid = |what: &str| DeviceError::Invalid(format!("saved file system: {what}"));
-    let saved: Saved = postcard::from_bytes(bytes).map_err(|error| invalid(&error.to_string()))?;
-    if saved.version != VERSION {
-        return Err(invalid("another version"));
-    }
     let inodes = Inodes::restore(saved.last_node, saved.nodes).ok_or_else(|| invalid("damaged nodes"))?;
     let present = std::mem::take(&mut server.shares);
     server.forget_all();
@@ -78,13 +62,12 @@ pub(super) fn restore(server: &mut Server, bytes: &[u8]) -> Result<Option<SavedA
         if id == 0 || id > saved.last_share {
             return Err(invalid("damaged shares"));
         }
-        let share = Share::new(name, kind, None, attached);
-        if server.shares.insert(id, share).is_some() {
+        if server.shares.insert(id, Share::new(name, kind, None, attached)).is_some() {
             return Err(invalid("damaged shares"));
         }
     }
     for (name, root, kind) in present.into_values().filter_map(Share::into_parts) {
         server.attach(&name, root, kind).map_err(|error| invalid(&error.to_string()))?;
     }
-    Ok(saved.active)
+    Ok(())
 }

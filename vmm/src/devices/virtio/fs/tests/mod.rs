@@ -3,7 +3,7 @@
 mod device;
 mod hostile;
 
-use std::{collections::BTreeMap, os::fd::OwnedFd};
+use std::{collections::BTreeMap, os::fd::OwnedFd, rc::Rc};
 
 use bulkhead_rootfs::layers::{DiffId, LayerStore, Limits};
 use bulkhead_vmm_api::ShareKind;
@@ -13,7 +13,8 @@ use tempfile::TempDir;
 use super::{
     backend::{S_IFDIR, S_IFLNK, S_IFMT},
     dispatch::{self, MAX_BODY, Reply, Request, Sink},
-    server::{Server, ShareError},
+    server::Server,
+    shares::ShareError,
     state,
     wire::{self, Wire, encode, opcode},
 };
@@ -120,13 +121,16 @@ impl Sink for Room {
 /// A guest: node ids in, bytes out.
 struct Guest {
     server: Server,
-    layers: Layers,
+    layers: Rc<Layers>,
 }
 
 impl Guest {
     /// With one share, `layer`, and the connection made.
     fn new() -> Self {
-        let layers = Layers::new();
+        Self::over(Rc::new(Layers::new()))
+    }
+
+    fn over(layers: Rc<Layers>) -> Self {
         let mut server = Server::new();
         server.attach("layer", layers.root(), ShareKind::Layer).unwrap();
         let mut guest = Self { server, layers };
@@ -542,13 +546,13 @@ fn a_saved_server_knows_its_nodes_again() {
     let mut guest = Guest::new();
     let (file, many) = (guest.walk("layer/dir/file").nodeid, guest.walk("layer/many").nodeid);
     let absent = guest.walk("layer/link").nodeid;
-    let bytes = state::save(&guest.server, None).unwrap();
+    let bytes = postcard::to_stdvec(&state::save(&guest.server)).unwrap();
 
     // A host where the same layer was unpacked anew: other inode numbers, one file lost.
     let layers = Layers::new();
     std::fs::remove_file(layers.store.path(&layers.id).join("link")).unwrap();
     let mut server = Server::new();
-    assert!(state::restore(&mut server, &bytes).unwrap().is_none());
+    state::restore(&mut server, postcard::from_bytes(&bytes).unwrap()).unwrap();
     guest.server = server;
     assert_eq!(guest.read(file, 0, 4), Err(Errno::STALE));
     guest.server.attach("layer", layers.root(), ShareKind::Layer).unwrap();
@@ -557,8 +561,4 @@ fn a_saved_server_knows_its_nodes_again() {
     assert_eq!(guest.call(opcode::READLINK, absent, &[]), Err(Errno::STALE));
     assert_eq!(guest.walk("layer/dir/file").nodeid, file);
     assert!(guest.walk("layer/opaque").nodeid > absent, "a node id came back");
-
-    for cut in 0..bytes.len() {
-        assert!(state::restore(&mut Server::new(), &bytes[..cut]).is_err());
-    }
 }
