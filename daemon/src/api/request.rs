@@ -1,11 +1,16 @@
 //! What handlers get: a request, parsed as far as every handler wants it.
 
-use std::sync::Arc;
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, header::CONTENT_TYPE, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 
@@ -28,7 +33,66 @@ pub struct Call {
     /// Method, headers…
     pub head: Parts,
     /// The body, not yet read.
-    pub body: Incoming,
+    pub body: RequestBody,
+}
+
+/// A request's body. One that a handler leaves unread is read to its end and forgotten, within limits:
+/// many clients write all of their request before they look at the answer, and a connection closed under
+/// their hands would cost them the reason of a refusal.
+pub struct RequestBody(Option<Incoming>);
+
+/// How much of an unread body is read and forgotten.
+const MAX_DRAIN: usize = 64 << 20;
+
+/// How long that may take.
+const DRAIN_TIME: Duration = Duration::from_secs(30);
+
+impl RequestBody {
+    /// A body that has just come.
+    pub fn new(body: Incoming) -> Self {
+        Self(Some(body))
+    }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
+        let drain = async move {
+            let mut left = MAX_DRAIN;
+            while let Some(Ok(frame)) = body.frame().await {
+                match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
+                    Some(rest) => left = rest,
+                    None => return,
+                }
+            }
+        };
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(tokio::time::timeout(DRAIN_TIME, drain));
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.0 {
+            Some(body) => Pin::new(body).poll_frame(context),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+    }
 }
 
 impl Call {
@@ -257,8 +321,7 @@ mod tests {
 
     #[test]
     fn times() {
-        let time =
-            |text: &str| timestamp(text).map(|time| time.as_nanosecond()).map_err(|error| error.message);
+        let time = |text: &str| timestamp(text).map(Timestamp::as_nanosecond).map_err(|error| error.message);
         assert_eq!(time("5"), Ok(5_000_000_000));
         assert_eq!(time("5.5"), Ok(5_500_000_000));
         assert_eq!(time("1700000000.000000001"), Ok(1_700_000_000_000_000_001));

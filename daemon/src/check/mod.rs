@@ -3,7 +3,10 @@
 mod host;
 pub mod kvm;
 
-use std::fmt::Write;
+use std::{
+    fmt::Write,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use serde::Serialize;
 
@@ -92,19 +95,25 @@ impl Report {
     }
 }
 
-/// Whether containers can be started, as far as KVM goes. Found out once a process, in a fraction of a
-/// second.
+/// Whether this machine runs guests. Takes a fraction of a second until it once does, nothing afterwards.
 ///
 /// # Errors
 /// Unavailable: what is missing, and its remedy.
-pub fn kvm_usable() -> Result<()> {
-    static FINDING: std::sync::OnceLock<Finding> = std::sync::OnceLock::new();
-    let finding = FINDING.get_or_init(|| kvm::finding(&kvm::probe()));
-    if finding.status != Status::Failed {
+pub fn can_run_guests() -> Result<()> {
+    static IT_DOES: AtomicBool = AtomicBool::new(false);
+    if IT_DOES.load(Ordering::Relaxed) {
         return Ok(());
     }
-    let remedy = finding.remedy.as_deref().unwrap_or_default();
-    Err(Error::unavailable(format!("KVM is not usable on this machine: {}. {remedy}", finding.detail)))
+    let finding = kvm::finding(&kvm::probe());
+    if finding.status == Status::Failed {
+        let remedy = finding.remedy.unwrap_or_default();
+        return Err(Error::unavailable(format!(
+            "KVM is not usable on this machine: {}. {remedy}",
+            finding.detail
+        )));
+    }
+    IT_DOES.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ use super::{
 use crate::{
     api::{
         error,
-        request::{Call, Query},
+        request::{Call, Query, RequestBody},
         response::{Body, Reply, status},
         router::{self, Lifetime},
         stream::hijack::{Hijack, Taken},
@@ -55,14 +55,28 @@ struct Handover {
     swallow: AtomicBool,
 }
 
-/// Serves a connection to its end.
-pub(super) async fn serve(engine: Arc<Engine>, socket: Socket, mut stop: watch::Receiver<bool>) {
+/// Serves a connection to its end: requests are the engine's.
+pub(super) async fn serve(engine: Arc<Engine>, socket: Socket, stop: watch::Receiver<bool>) {
+    serve_with(socket, stop, move |request| handle(Arc::clone(&engine), request)).await;
+}
+
+async fn serve_with<H, F>(socket: Socket, mut stop: watch::Receiver<bool>, handle: H)
+where
+    H: Fn(Request<Incoming>) -> F + Unpin,
+    F: Future<Output = Result<Reply>>,
+{
     let handover = Arc::new(Handover::default());
     let gate = Gate { stream: socket.stream, handover: Arc::clone(&handover) };
     let for_requests = Arc::clone(&handover);
     let service = service_fn(move |request: Request<Incoming>| {
-        let (engine, handover) = (Arc::clone(&engine), Arc::clone(&for_requests));
-        Box::pin(async move { Ok::<_, Infallible>(respond(engine, request, &handover).await) })
+        let handover = Arc::clone(&for_requests);
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let handled = handle(request);
+        Box::pin(async move {
+            let response = respond(handled.await, &handover);
+            tracing::debug!(%method, path, status = response.status().as_u16(), "served");
+            Ok::<_, Infallible>(response)
+        })
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -107,9 +121,8 @@ async fn wait_until_gone(socket: Option<std::os::fd::OwnedFd>) {
     }
 }
 
-async fn respond(engine: Arc<Engine>, request: Request<Incoming>, handover: &Handover) -> Response<Body> {
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let mut response = match handle(engine, request).await {
+fn respond(handled: Result<Reply>, handover: &Handover) -> Response<Body> {
+    let mut response = match handled {
         Ok(Reply::Response(response)) => response,
         Ok(Reply::Hijack(hijack)) => {
             *handover.hijack.lock().unwrap_or_else(PoisonError::into_inner) = Some(hijack);
@@ -121,7 +134,6 @@ async fn respond(engine: Arc<Engine>, request: Request<Incoming>, handover: &Han
         }
         Err(error) => error::response(&error),
     };
-    tracing::debug!(%method, path, status = response.status().as_u16(), "served");
     common_headers(&mut response);
     response
 }
@@ -141,9 +153,10 @@ fn common_headers(response: &mut Response<Body>) {
 }
 
 async fn handle(engine: Arc<Engine>, request: Request<Incoming>) -> Result<Reply> {
-    let found = router::find(request.method(), request.uri().path())?;
-    let query = Query::parse(request.uri().query().unwrap_or_default())?;
     let (head, body) = request.into_parts();
+    let body = RequestBody::new(body);
+    let found = router::find(&head.method, head.uri.path())?;
+    let query = Query::parse(head.uri.query().unwrap_or_default())?;
     let call = Call { engine, version: found.version, params: found.params, query, head, body };
     let handled = (found.route.handler)(call);
     // A bug in one request is that request's error.
@@ -194,5 +207,114 @@ impl AsyncWrite for Gate {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use bytes::Bytes;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::UnixStream,
+        sync::mpsc,
+    };
+
+    use super::*;
+    use crate::{
+        api::{response::no_content, stream::RAW},
+        engine::{Attachment, Output, logs::Stream},
+    };
+
+    /// A process that says its input in return, in capitals.
+    fn shouting() -> Attachment {
+        let (stdin, mut input) = mpsc::channel::<Bytes>(4);
+        let (sender, output) = mpsc::channel(4);
+        tokio::spawn(async move {
+            while let Some(bytes) = input.recv().await {
+                let bytes = bytes.to_ascii_uppercase().into();
+                let _ = sender.send(Output { stream: Stream::Stdout, bytes }).await;
+            }
+        });
+        Attachment { terminal: true, stdin: Some(stdin), output }
+    }
+
+    async fn scripted(request: Request<Incoming>) -> Result<Reply> {
+        match request.uri().path() {
+            "/attach" => Ok(Reply::Hijack(Hijack::stdio(request.headers(), RAW, shouting(), None))),
+            "/refuse" => {
+                drop(RequestBody::new(request.into_body()));
+                Err(Error::conflict("no"))
+            }
+            _ => Ok(no_content().into()),
+        }
+    }
+
+    fn client() -> (UnixStream, watch::Sender<bool>) {
+        let (client, server) = UnixStream::pair().unwrap();
+        let watch = server.as_fd().try_clone_to_owned().ok();
+        let (stop, stopped) = watch::channel(false);
+        tokio::spawn(serve_with(Socket { stream: Box::new(server), watch }, stopped, scripted));
+        (client, stop)
+    }
+
+    async fn head(client: &mut UnixStream) -> String {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(client.read_u8().await.unwrap());
+        }
+        String::from_utf8(head).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_connection_serves_many_requests_and_then_becomes_a_process() {
+        for (headers, first_line) in
+            [("Upgrade: tcp\r\nConnection: Upgrade\r\n", "HTTP/1.1 101 UPGRADED"), ("", "HTTP/1.1 200 OK")]
+        {
+            let (mut client, _stop) = client();
+            client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+            let plain = head(&mut client).await.to_lowercase();
+            assert!(plain.starts_with("http/1.1 204"), "{plain}");
+            for header in
+                ["server: docker/", "api-version: 1.50", "ostype: linux", "docker-experimental: false"]
+            {
+                assert!(plain.contains(header), "{plain}");
+            }
+            // Input that comes with the request is the process's.
+            let request =
+                format!("POST /attach HTTP/1.1\r\nHost: a\r\n{headers}Content-Length: 0\r\n\r\nearly ");
+            client.write_all(request.as_bytes()).await.unwrap();
+            let taken = head(&mut client).await;
+            assert_eq!(taken.lines().next(), Some(first_line));
+            client.write_all(b"late").await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut output = String::new();
+            client.read_to_string(&mut output).await.unwrap();
+            assert_eq!(output, "EARLY LATE");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_heard_though_its_request_has_a_large_body() {
+        let (mut client, _stop) = client();
+        let body = vec![b'x'; 4 << 20];
+        let request = format!("POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", body.len());
+        client.write_all(request.as_bytes()).await.unwrap();
+        client.write_all(&body).await.unwrap();
+        assert!(head(&mut client).await.starts_with("HTTP/1.1 409"));
+        let mut message = [0; 17];
+        client.read_exact(&mut message).await.unwrap();
+        assert_eq!(&message, b"{\"message\":\"no\"}\n");
+        // The connection is good for more.
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        assert!(head(&mut client).await.starts_with("HTTP/1.1 204"));
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_ends_when_the_server_stops() {
+        let (mut client, stop) = client();
+        stop.send_replace(true);
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
     }
 }

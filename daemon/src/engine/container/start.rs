@@ -48,6 +48,10 @@ pub(crate) async fn start(
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
     let internal = |error: Error| Failure { code: 128, error: error.message };
+    tokio::task::spawn_blocking(crate::check::can_run_guests)
+        .await
+        .unwrap_or_else(|error| Err(Error::internal(error.to_string())))
+        .map_err(internal)?;
     let (log, log_start) =
         Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },

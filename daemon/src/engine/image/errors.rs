@@ -68,3 +68,24 @@ fn source(error: &LayerError) -> String {
         other => other.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_called_so_wherever_it_shows() {
+        let full = || io::Error::from_raw_os_error(libc::ENOSPC);
+        let quota = io::Error::from_raw_os_error(libc::EDQUOT);
+        let in_store = LayerError::NoSpace { path: "/data/layers".into(), source: full() };
+        for message in [
+            storage(&full()).message,
+            storage(&quota).message,
+            layer(&in_store).message,
+            layer(&LayerError::Source(full())).message,
+        ] {
+            assert!(message.ends_with(NO_SPACE), "{message}");
+        }
+        assert!(!storage(&io::Error::from_raw_os_error(libc::EIO)).message.contains(NO_SPACE));
+    }
+}
