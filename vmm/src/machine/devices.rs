@@ -123,16 +123,16 @@ impl DeviceSet {
         for (index, slot) in config.block.into_iter().enumerate() {
             let name = format!("block{index}");
             let device = Block::new(&slot.id).map_err(DeviceSetError::device(&name))?;
-            block.insert(slot.id, assembly.add(name, device)?);
+            block.insert(slot.id, assembly.add(&name, device)?);
         }
         for (index, slot) in config.fs.into_iter().enumerate() {
             let name = format!("fs{index}");
             let device = Fs::new(&slot.tag).map_err(DeviceSetError::device(&name))?;
-            fs.insert(slot.tag, assembly.add(name, device)?);
+            fs.insert(slot.tag, assembly.add(&name, device)?);
         }
         if let Some((cid, listener)) = config.vsock {
-            let name = "vsock".to_owned();
-            let device = Vsock::new(cid, listener).map_err(DeviceSetError::device(&name))?;
+            let name = "vsock";
+            let device = Vsock::new(cid, listener).map_err(DeviceSetError::device(name))?;
             assembly.add(name, device)?;
         }
         for (index, (slot, tap)) in config.net.into_iter().enumerate() {
@@ -141,11 +141,11 @@ impl DeviceSet {
             if let Some(tap) = tap {
                 device.attach(tap).map_err(DeviceSetError::device(&name))?;
             }
-            net.insert(slot.id, assembly.add(name, device)?);
+            net.insert(slot.id, assembly.add(&name, device)?);
         }
         if config.rng {
-            let name = "rng".to_owned();
-            let device = Rng::new().map_err(DeviceSetError::device(&name))?;
+            let name = "rng";
+            let device = Rng::new().map_err(DeviceSetError::device(name))?;
             assembly.add(name, device)?;
         }
         Ok(Self { block, fs, net, transports: assembly.transports, _workers: assembly.workers })
@@ -225,23 +225,22 @@ impl Assembly<'_> {
     /// Puts a device into the next window.
     fn add<D: VirtioDevice + 'static>(
         &mut self,
-        name: String,
+        name: &str,
         device: D,
     ) -> Result<Arc<Mutex<D>>, DeviceSetError> {
         let index = self.transports.len();
         let irq = layout::VIRTIO_IRQS.clone().nth(index).ok_or(DeviceSetError::TooMany)?;
         let window = layout::virtio_window(index as u32);
         let device = Arc::new(Mutex::new(device));
-        let port =
-            self.port(&name, Arc::<Mutex<D>>::clone(&device)).map_err(DeviceSetError::device(&name))?;
+        let port = self.port(name, Arc::<Mutex<D>>::clone(&device)).map_err(DeviceSetError::device(name))?;
         self.connect(&port, window, irq)
-            .map_err(|source| DeviceSetError::Kvm { device: name.clone(), source })?;
+            .map_err(|source| DeviceSetError::Kvm { device: name.to_owned(), source })?;
         let transport = Arc::new(Mutex::new(MmioTransport::new(Arc::clone(&port), self.memory.clone())));
         self.bus
             .insert(window, mmio::WINDOW, Arc::<Mutex<MmioTransport>>::clone(&transport))
-            .map_err(|source| DeviceSetError::Window { device: name.clone(), source })?;
+            .map_err(|source| DeviceSetError::Window { device: name.to_owned(), source })?;
         self.transports.push(transport);
-        self.workers.push(Worker::start(port).map_err(DeviceSetError::device(&name))?);
+        self.workers.push(Worker::start(port).map_err(DeviceSetError::device(name))?);
         Ok(device)
     }
 

@@ -130,6 +130,6 @@ mod tests {
 
     #[test]
     fn more_than_an_address_space_is_refused() {
-        assert!(matches!(map(&[0..u64::MAX - 4095]), Err(MemoryError::Map { .. })));
+        assert!(matches!(map(std::slice::from_ref(&(0..u64::MAX - 4095))), Err(MemoryError::Map { .. })));
     }
 }

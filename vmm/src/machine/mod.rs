@@ -70,7 +70,7 @@ impl Machine {
     #[must_use]
     pub fn status(&self) -> Status {
         let shared = self.vcpus.shared();
-        let entered = shared.entered.get().map_or(0, |entered| entered.as_micros());
+        let entered = shared.entered.get().map_or(0, std::time::Duration::as_micros);
         Status {
             name: self.name.clone(),
             paused: self.vcpus.paused(),

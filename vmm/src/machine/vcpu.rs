@@ -331,7 +331,7 @@ impl ExitCounts {
             .filter(|(_, count)| *count > 0)
             .map(|(name, count)| ((*name).to_owned(), count))
             .collect();
-        counts.sort_by(|a, b| b.1.cmp(&a.1));
+        counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         counts
     }
 }

@@ -15,8 +15,8 @@ use super::{
     queue::{Chain, SavedQueue, complete, notify, pop, queue_error},
 };
 
-/// How many chains a device works on before it lets go of its lock. A guest that offers buffers as fast as
-/// they are used could otherwise keep everybody else out for ever.
+/// How many chains most devices work on before they let go of their lock. A guest that offers buffers as fast
+/// as they are used could otherwise keep everybody else out for ever.
 pub const TURN: usize = 256;
 
 /// An eventfd with which a device asks its worker for another turn.
@@ -51,7 +51,7 @@ impl AsRawFd for Wake {
     }
 }
 
-/// Works on up to [`TURN`] chains of queue `index`: `each` gets a chain and says how many bytes it wrote into
+/// Works on up to `turn` chains of queue `index`: `each` gets a chain and says how many bytes it wrote into
 /// it. The driver is notified once at the end; where chains may be left, `wake` is requested.
 ///
 /// # Errors
@@ -59,6 +59,7 @@ impl AsRawFd for Wake {
 pub fn take_turn<F>(
     activation: &mut Activation,
     index: usize,
+    turn: usize,
     wake: &Wake,
     mut each: F,
 ) -> Result<(), DeviceError>
@@ -67,7 +68,7 @@ where
 {
     let Activation { queues, resources: Resources { memory, interrupt }, .. } = activation;
     let Some(queue) = queues.get_mut(index) else { return Ok(()) };
-    let mut left = TURN;
+    let mut left = turn;
     loop {
         queue.disable_notification(memory).map_err(|error| queue_error(index, &error))?;
         while left > 0
@@ -223,12 +224,12 @@ mod tests {
             served += 1;
             1
         };
-        take_turn(&mut activation, 0, &wake, &mut endless).unwrap();
-        take_turn(&mut activation, 0, &wake, &mut endless).unwrap();
+        take_turn(&mut activation, 0, TURN, &wake, &mut endless).unwrap();
+        take_turn(&mut activation, 0, TURN, &wake, &mut endless).unwrap();
         assert_eq!(served, 2 * TURN);
         assert_eq!(wake.0.read().unwrap(), 2, "each turn asked for another");
 
-        take_turn(&mut activation, 0, &wake, |_, _| 1).unwrap();
+        take_turn(&mut activation, 0, TURN, &wake, |_, _| 1).unwrap();
         assert!(wake.0.read().is_err(), "nothing is left to do");
     }
 

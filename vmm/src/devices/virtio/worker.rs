@@ -159,7 +159,8 @@ fn lock<'a>(
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A running worker; stopped and joined when dropped.
+/// A running worker. Dropped, it handles the kicks that came before, then ends: so what a guest sent just
+/// before it powered off is not lost.
 pub struct Worker {
     port: Arc<Port>,
     thread: Option<thread::JoinHandle<()>>,
@@ -262,6 +263,26 @@ fn run(port: &Port, mut watch: Watch) {
         let _lock = port.device();
         port.fail(&error);
     }
+    let last = catch_unwind(AssertUnwindSafe(|| {
+        for queue in 0..port.kicks.len() {
+            handle_kick(port, queue);
+        }
+    }));
+    if last.is_err() {
+        let _lock = port.device();
+        port.fail(&DeviceError::Invalid("its worker panicked".to_owned()));
+    }
+}
+
+/// Calls the device if the queue was kicked.
+fn handle_kick(port: &Port, queue: usize) {
+    if port.kicks.get(queue).is_none_or(|kick| kick.read().is_err()) {
+        return;
+    }
+    let mut device = port.device();
+    if port.active() {
+        device.queue_event(queue).unwrap_or_else(|error| port.fail(&error));
+    }
 }
 
 /// Waits once and handles what came. A device that fails is marked so under the same lock, so that a reset
@@ -274,15 +295,7 @@ fn round(port: &Port, watch: &mut Watch) -> Result<(), DeviceError> {
             Event::Wake => {
                 let _ = port.wake.read();
             }
-            Event::Queue(queue) => {
-                if let Some(kick) = port.kicks.get(queue) {
-                    let _ = kick.read();
-                }
-                let mut device = port.device();
-                if port.active() {
-                    device.queue_event(queue).unwrap_or_else(|error| port.fail(&error));
-                }
-            }
+            Event::Queue(queue) => handle_kick(port, queue),
             Event::Source(source) => {
                 let mut device = port.device();
                 if !port.failed() {
@@ -421,6 +434,21 @@ mod tests {
         f.port.set_status(status::DRIVER_OK);
         f.port.kick(0);
         assert_eq!(f.failures.recv().unwrap(), "probe: its worker panicked");
+    }
+
+    #[test]
+    fn what_was_kicked_before_the_end_is_handled() {
+        let Fixture { port, device, calls, _worker: worker, .. } = fixture();
+        port.set_status(status::DRIVER_OK);
+        let busy = device.lock().unwrap();
+        port.kick(0);
+        port.kick(1);
+        let ended = thread::spawn(move || drop(worker));
+        drop(busy);
+        ended.join().unwrap();
+        let mut seen: Vec<_> = calls.try_iter().collect();
+        seen.sort();
+        assert_eq!(seen, ["queue 0", "queue 1"]);
     }
 
     #[test]

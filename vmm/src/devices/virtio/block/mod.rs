@@ -40,6 +40,8 @@ pub use medium::AttachError;
 
 /// Feature bits (virtio 1.3, 5.2.3).
 pub mod feature {
+    /// The length of a buffer is limited.
+    pub const SIZE_MAX: u64 = 1 << 1;
     /// The number of buffers in a request is limited.
     pub const SEG_MAX: u64 = 1 << 2;
     /// The block size is told.
@@ -57,11 +59,16 @@ const QUEUE_SIZES: [u16; 1] = [256];
 const FEATURES: u64 = VIRTIO_F_VERSION_1
     | VIRTIO_RING_F_INDIRECT_DESC
     | VIRTIO_RING_F_EVENT_IDX
+    | feature::SIZE_MAX
     | feature::SEG_MAX
     | feature::BLK_SIZE
     | feature::FLUSH
     | feature::DISCARD
     | feature::WRITE_ZEROES;
+/// Requests served before the device lets go of its lock: fewer than elsewhere, since each may be long.
+const TURN: usize = 32;
+/// The longest data buffer, in bytes.
+const SIZE_MAX: u32 = 256 * 1024;
 /// Data buffers in a request: with header and status they fit a queue.
 const SEG_MAX: u32 = 254;
 /// Discards of less than a page give nothing back.
@@ -126,6 +133,7 @@ impl Block {
         let mut put =
             |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(0, &self.medium.as_ref().map_or(0, Medium::sectors).to_le_bytes());
+        put(8, &SIZE_MAX.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
         put(34, &1u16.to_le_bytes());
@@ -147,7 +155,9 @@ impl Block {
             write_zeroes: active.features & feature::WRITE_ZEROES != 0,
             write_through: active.features & feature::FLUSH == 0,
         };
-        common::take_turn(active, QUEUE, &self.wake, |chain, memory| request::serve(chain, memory, &target))
+        common::take_turn(active, QUEUE, TURN, &self.wake, |chain, memory| {
+            request::serve(chain, memory, &target)
+        })
     }
 }
 

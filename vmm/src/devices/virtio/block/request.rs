@@ -24,6 +24,8 @@ pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 pub(super) const MAX_ZEROES_SEGMENTS: u32 = 1;
 /// The most sectors in one WRITE_ZEROES, 16 MiB: they may have to be written one by one.
 pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 15;
+/// The most data in one request, in bytes: what a driver that keeps to the limits it is told can reach.
+const MAX_DATA: u64 = super::SEG_MAX as u64 * super::SIZE_MAX as u64;
 /// The length of the string that GET_ID gets.
 pub(super) const ID_BYTES: usize = 20;
 
@@ -101,6 +103,9 @@ fn execute(buffers: &Buffers, room: u64, memory: &GuestMemory, target: &Target<'
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
     let sector = u64::from_le_bytes(sector);
     let data = buffers.readable_bytes() - HEADER;
+    if data.max(room) > MAX_DATA {
+        return Err(Refusal::Io);
+    }
     match u32::from_le_bytes([t0, t1, t2, t3]) {
         kind::IN => {
             let medium = target.medium.ok_or(Refusal::Io)?;

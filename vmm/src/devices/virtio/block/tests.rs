@@ -162,6 +162,31 @@ fn what_leaves_the_medium_is_an_error() {
 }
 
 #[test]
+fn a_request_beyond_the_limits_is_refused() {
+    let mut bench = Bench::new(Block::new("disk0").unwrap());
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 30).unwrap();
+    bench.device.attach(file, false).unwrap();
+    bench.activate(FEATURES);
+    // The same 2 MiB again and again: there are that many bytes on the disk, and more than fit memory.
+    let mut parts = vec![header(&bench, 0, 0)];
+    parts.extend([Desc::writable(0x10_2000, 0x1f_0000); 40]);
+    parts.push(Desc::writable(STATUS, 1));
+    let length = parts.len();
+    let chain = |parts: &[Desc]| -> Vec<Desc> {
+        let last = parts.len() - 1;
+        parts
+            .iter()
+            .enumerate()
+            .map(|(at, desc)| if at < last { desc.next(at as u16 + 1) } else { *desc })
+            .collect()
+    };
+    assert_eq!(run(&mut bench, &chain(&parts)), (IOERR, 0));
+    parts.drain(length - 11..length - 1);
+    assert_eq!(run(&mut bench, &chain(&parts)), (0, 30 * 0x1f_0000 + 1));
+}
+
+#[test]
 fn a_file_that_shrinks_is_an_error_and_one_that_grows_is_not_seen() {
     let mut bench = active();
     let file = bench.device.medium.as_ref().unwrap().file().try_clone().unwrap();
@@ -326,6 +351,7 @@ fn configuration_space_is_laid_out_as_the_standard_says() {
     let mut config = [0xee; 64];
     bench.device.read_config(0, &mut config);
     assert_eq!(config[..8], SECTORS.to_le_bytes());
+    assert_eq!(config[8..12], 0x4_0000u32.to_le_bytes());
     assert_eq!(config[12..16], 254u32.to_le_bytes());
     assert_eq!(config[20..24], 512u32.to_le_bytes());
     assert_eq!(config[36..40], request::MAX_DISCARD_SECTORS.to_le_bytes());
@@ -373,7 +399,7 @@ fn saved_and_restored_in_both_states() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Whatever is written and discarded, the disk holds what a plain array would.
     #[test]

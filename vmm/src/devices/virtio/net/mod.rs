@@ -23,7 +23,7 @@ use tap::{HEADER, Link, Offloads, Tap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
-    common::{self, Wake},
+    common::{self, TURN, Wake},
     device::{
         Activation, DeviceError, DeviceType, GuestMemory, Resources, VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
@@ -197,7 +197,7 @@ impl Net {
     fn transmit(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
         let link = self.link.as_deref();
-        common::take_turn(active, TX, &self.wake, |chain, memory| {
+        common::take_turn(active, TX, TURN, &self.wake, |chain, memory| {
             if let Some(link) = link {
                 send(chain, memory, link);
             }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    common::{self, Wake},
+    common::{self, TURN, Wake},
     device::{
         Activation, DeviceError, DeviceType, GuestMemory, Resources, VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
@@ -46,7 +46,7 @@ impl Rng {
 
     fn serve(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        common::take_turn(active, QUEUE, &self.wake, fill)
+        common::take_turn(active, QUEUE, TURN, &self.wake, fill)
     }
 }
 

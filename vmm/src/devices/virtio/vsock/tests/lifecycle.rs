@@ -276,6 +276,8 @@ fn a_client_may_vanish_at_any_time() {
     let mut guest = Guest::new();
     // Before it was accepted, while it listens, while the guest is asked.
     drop(guest.client("CONNECT 5\n"));
+    guest.expect(Op::Request);
+    guest.expect(Op::Reset);
     guest.expect_nothing();
     let listening = guest.client("LISTEN 6\n");
     guest.run();

@@ -31,15 +31,12 @@ use std::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
-    command::{self, Command, Line},
-    connection::{Connection, Key, Outcome, Phase, Produced, greet},
+    connection::{Connection, Key, Outcome, Phase, greet},
     outbox::Outbox,
-    packet::{HEADER, HOST_CID, Header, Op, STREAM},
 };
-use crate::devices::virtio::{
-    device::GuestMemory,
-    iovec::{Buffer, copy_in},
-};
+
+mod clients;
+mod guest;
 
 /// Streams of all kinds at a time.
 pub(super) const MAX_CLIENTS: usize = 1024;
@@ -47,10 +44,6 @@ pub(super) const MAX_CLIENTS: usize = 1024;
 pub(super) const MAX_LISTENING: usize = 256;
 /// Requests of the guest that wait for a client to listen.
 pub(super) const MAX_WAITING: usize = 64;
-/// RSTs that the guest has provoked and not fetched.
-const MAX_RESETS: usize = 128;
-/// Events handled in one turn.
-const EVENTS: usize = 64;
 
 /// Ports that connections to the guest come from: this one and above.
 pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
@@ -140,115 +133,6 @@ impl Muxer {
 
     pub(super) fn set_next_port(&mut self, port: u32) {
         self.next_port = port.max(FIRST_HOST_PORT);
-    }
-
-    // ---- clients
-
-    /// Handles what has happened at the descriptors; says whether the owner's is readable. `online`: there is
-    /// a driver in the guest.
-    ///
-    /// # Errors
-    /// epoll failed.
-    pub(super) fn poll(&mut self, online: bool) -> io::Result<bool> {
-        let mut events = [EpollEvent::default(); EVENTS];
-        let count = match self.epoll.wait(0, &mut events) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            other => other?,
-        };
-        let mut wake = false;
-        let mut accept = std::mem::take(&mut self.accept_again);
-        for event in events.iter().take(count) {
-            match event.data() {
-                TOKEN_WAKE => wake = true,
-                TOKEN_LISTENER => accept = true,
-                token => self.client_event(token, event.event_set(), online),
-            }
-        }
-        if accept {
-            self.accept();
-        }
-        Ok(wake)
-    }
-
-    fn accept(&mut self) {
-        loop {
-            match self.listener.accept() {
-                Ok((stream, _)) => self.add_client(stream),
-                Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-                    io::ErrorKind::WouldBlock => return,
-                    _ => {
-                        self.accept_again = true;
-                        return;
-                    }
-                },
-            }
-        }
-    }
-
-    /// Takes a client in; above the limit, or where it cannot be watched, its stream is closed.
-    fn add_client(&mut self, stream: UnixStream) {
-        if self.clients.len() >= MAX_CLIENTS || stream.set_nonblocking(true).is_err() {
-            return;
-        }
-        let token = self.next_token;
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        let event = EpollEvent::new(events, token);
-        if self.epoll.ctl(ControlOperation::Add, stream.as_raw_fd(), event).is_ok() {
-            self.next_token += 1;
-            self.clients.insert(token, Client { stream, stage: Stage::Command });
-        }
-    }
-
-    fn client_event(&mut self, token: u64, events: EventSet, online: bool) {
-        let gone = events.intersects(EventSet::HANG_UP | EventSet::ERROR);
-        let ended = gone || events.contains(EventSet::READ_HANG_UP);
-        let Some(Client { stream, stage }) = self.clients.get_mut(&token) else { return };
-        match stage {
-            Stage::Command => match command::read(stream) {
-                Line::Command(command) if !gone => self.command(token, command, online),
-                Line::Partial if !ended => {}
-                _ => self.close(token),
-            },
-            Stage::Listening if gone => self.close(token),
-            Stage::Listening => {}
-            Stage::Connected(connection) => {
-                if ended || events.contains(EventSet::IN) {
-                    connection.client_readable();
-                }
-                let mut outcome = Outcome::Keep;
-                if events.contains(EventSet::OUT) {
-                    outcome = connection.client_writable(stream);
-                }
-                if gone && outcome == Outcome::Keep {
-                    outcome = connection.client_gone();
-                }
-                self.settle(token, outcome);
-            }
-            Stage::Draining(outbox) => {
-                if gone || outbox.flush(stream).is_err() || outbox.is_empty() {
-                    self.close(token);
-                }
-            }
-        }
-    }
-
-    fn command(&mut self, token: u64, command: Command, online: bool) {
-        match command {
-            Command::Connect(_) if !online => self.close(token),
-            Command::Connect(guest_port) => {
-                let key = Key { host_port: self.free_port(guest_port), guest_port };
-                self.connect(token, Connection::requested(key));
-            }
-            Command::Listen(_) if self.listening.len() >= MAX_LISTENING => self.close(token),
-            Command::Listen(port) => {
-                if let Some(client) = self.clients.get_mut(&token) {
-                    client.stage = Stage::Listening;
-                    self.listening.push_back((port, token));
-                    self.offer(port);
-                }
-            }
-        }
     }
 
     /// A host port that, with `guest_port`, names no connection.
@@ -387,131 +271,6 @@ impl Muxer {
             self.settle(token, if offered { Outcome::Stale } else { Outcome::Gone });
         }
         self.resets.clear();
-    }
-
-    // ---- from the guest
-
-    /// Whether the guest is to be kept from sending until it has fetched some of its RSTs.
-    pub(super) fn congested(&self) -> bool {
-        self.resets.len() >= MAX_RESETS
-    }
-
-    /// A packet from the guest: `buffers` hold its header, parsed into `header`, and `available` bytes behind.
-    /// What is not from this guest to the host is dropped.
-    pub(super) fn receive(
-        &mut self,
-        header: &Header,
-        available: u64,
-        memory: &GuestMemory,
-        buffers: &[Buffer],
-    ) {
-        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
-            return;
-        }
-        let key = Key { host_port: header.dst_port, guest_port: header.src_port };
-        let sound = header.kind == STREAM
-            && header.op.is_some()
-            && (header.op != Some(Op::Data) || u64::from(header.len) <= available);
-        if let Some(token) = self.by_key.get(&key).copied() {
-            let outcome = match self.clients.get_mut(&token) {
-                Some(Client { stream, stage: Stage::Connected(connection) }) if sound => {
-                    connection.receive(header, stream, memory, buffers)
-                }
-                _ => Outcome::Reset,
-            };
-            self.settle(token, outcome);
-            return;
-        }
-        let waiting = self.waiting.iter().position(|waiting| waiting.key == key);
-        let credit = (header.buf_alloc, header.fwd_cnt);
-        match (header.op, waiting) {
-            (Some(Op::Request), Some(known)) if sound => {
-                if let Some(waiting) = self.waiting.get_mut(known) {
-                    waiting.credit = credit;
-                }
-            }
-            (Some(Op::Request), None) if sound => self.guest_connects(key, credit),
-            (op, waiting) => {
-                if let Some(waiting) = waiting {
-                    self.waiting.remove(waiting);
-                }
-                if op != Some(Op::Reset) {
-                    self.resets.push_back(key);
-                }
-            }
-        }
-    }
-
-    fn guest_connects(&mut self, key: Key, credit: (u32, u32)) {
-        while let Some(listener) = self.listening.iter().position(|(port, _)| *port == key.host_port) {
-            let Some((_, token)) = self.listening.remove(listener) else { break };
-            if self.clients.get(&token).is_some_and(|client| greet(&client.stream, key.guest_port)) {
-                self.connect(token, Connection::accepted(key, credit));
-                return;
-            }
-            self.close(token);
-        }
-        if self.waiting.len() >= MAX_WAITING
-            && let Some(oldest) = self.waiting.pop_front()
-        {
-            self.resets.push_back(oldest.key);
-        }
-        self.waiting.push_back(Waiting { key, credit });
-    }
-
-    // ---- to the guest
-
-    /// Whether [`Muxer::next_packet`] may have one.
-    pub(super) fn has_packet(&self) -> bool {
-        !self.resets.is_empty() || !self.turns.is_empty()
-    }
-
-    /// Writes the next packet for the guest into `buffers`, which have room for a header and more; gives its
-    /// length. None, and nothing was written, if there is none.
-    pub(super) fn next_packet(&mut self, memory: &GuestMemory, buffers: &[Buffer]) -> Option<u32> {
-        if let Some(key) = self.resets.pop_front() {
-            return self.write(key, Produced { op: Op::Reset, flags: 0, len: 0 }, (0, 0), memory, buffers);
-        }
-        while let Some(token) = self.turns.pop_front() {
-            let Some(Client { stream, stage: Stage::Connected(connection) }) = self.clients.get_mut(&token)
-            else {
-                continue;
-            };
-            connection.queued = false;
-            let Some(produced) = connection.produce(stream, memory, buffers) else { continue };
-            let (key, credit) = (connection.key, connection.announce());
-            if produced.op == Op::Reset {
-                self.close(token);
-            } else {
-                self.line_up(token);
-            }
-            return self.write(key, produced, credit, memory, buffers);
-        }
-        None
-    }
-
-    fn write(
-        &self,
-        key: Key,
-        Produced { op, flags, len }: Produced,
-        (buf_alloc, fwd_cnt): (u32, u32),
-        memory: &GuestMemory,
-        buffers: &[Buffer],
-    ) -> Option<u32> {
-        let header = Header {
-            src_cid: HOST_CID,
-            dst_cid: self.guest_cid,
-            src_port: key.host_port,
-            dst_port: key.guest_port,
-            len,
-            kind: STREAM,
-            op: Some(op),
-            flags,
-            buf_alloc,
-            fwd_cnt,
-        };
-        // The buffers were checked to be in guest memory and long enough, so this does not fail.
-        copy_in(memory, buffers, 0, &header.bytes()).then(|| len.saturating_add(HEADER as u32))
     }
 
     #[cfg(test)]
