@@ -252,6 +252,7 @@ fn mount_overlay(layers: &[OwnedFd], disk: &Path, root: &Path) -> Result<()> {
         rustix::mount::fsconfig_set_string(&context, key, value)
             .map_err(|error| internal(format!("overlay {key}: {error}{}", read_log(&context))))
     };
+    set("source", Path::new("overlay"))?;
     for layer in layers {
         // Through its descriptor: a string parameter takes 255 bytes, and a name may have as many.
         set("lowerdir+", Path::new(&format!("/proc/self/fd/{}", layer.as_raw_fd())))?;

@@ -253,19 +253,11 @@ pub fn vsock_socket() -> io::Result<OwnedFd> {
 /// Of `connect`, but not EINPROGRESS.
 pub fn vsock_connect(socket: &OwnedFd, cid: u32, port: u32, patience: std::time::Duration) -> io::Result<()> {
     let time = libc::timeval { tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX), tv_usec: 0 };
+    let (value, size) = ((&raw const time).cast(), size_of::<libc::timeval>() as libc::socklen_t);
+    let option = SO_VM_SOCKETS_CONNECT_TIMEOUT;
     // SAFETY: the option is a timeval; its size is given and it lives on.
-    check(
-        unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::AF_VSOCK,
-                SO_VM_SOCKETS_CONNECT_TIMEOUT,
-                (&raw const time).cast(),
-                size_of::<libc::timeval>() as libc::socklen_t,
-            )
-        }
-        .into(),
-    )?;
+    let set = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::AF_VSOCK, option, value, size) };
+    check(set.into())?;
     let address = vsock_address(cid, port);
     // SAFETY: the address is a sockaddr_vm of the size given.
     let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), address_size()) };

@@ -11,7 +11,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 const FROZEN: &str = include_str!("wire.txt");
 
-/// Messages in the order of the file: what it says of each, and whether it reads back as the same.
+/// The messages as text, in the order of the file; each was read back as the same.
 #[derive(Default)]
 struct Wire {
     lines: String,

@@ -8,7 +8,9 @@ use std::{
     os::{fd::OwnedFd, unix::ffi::OsStrExt},
 };
 
-use oci_spec::runtime::{Capabilities, Capability, LinuxPersonalityDomain, PosixRlimitType, Process};
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxCapabilities, LinuxPersonalityDomain, PosixRlimitType, Process,
+};
 use rustix::{
     fs::{FileType, Gid, Mode, Uid},
     process::{Resource, Rlimit},
@@ -171,7 +173,7 @@ fn become_user(process: &Process, identity: &Identity) -> Result<()> {
         let capabilities = set.and_then(Option::as_ref).into_iter().flatten();
         capabilities.fold(CapabilitySet::empty(), |all, capability| all | bit(*capability))
     };
-    let bounding = set(sets.map(|sets| sets.bounding()));
+    let bounding = set(sets.map(LinuxCapabilities::bounding));
     for index in 0..64 {
         let one = CapabilitySet::from_bits_retain(1 << index);
         match rustix::thread::capability_is_in_bounding_set(one) {
@@ -192,13 +194,13 @@ fn become_user(process: &Process, identity: &Identity) -> Result<()> {
     rustix::thread::set_thread_res_uid(uid, uid, uid).context("setresuid")?;
     rustix::thread::set_keep_capabilities(false).context("keep capabilities")?;
     let wanted = CapabilitySets {
-        effective: set(sets.map(|sets| sets.effective())),
-        permitted: set(sets.map(|sets| sets.permitted())),
-        inheritable: set(sets.map(|sets| sets.inheritable())),
+        effective: set(sets.map(LinuxCapabilities::effective)),
+        permitted: set(sets.map(LinuxCapabilities::permitted)),
+        inheritable: set(sets.map(LinuxCapabilities::inheritable)),
     };
     rustix::thread::set_capabilities(None, wanted).context("set capabilities")?;
     rustix::thread::clear_ambient_capability_set().context("clear ambient capabilities")?;
-    for one in set(sets.map(|sets| sets.ambient())).iter() {
+    for one in set(sets.map(LinuxCapabilities::ambient)).iter() {
         // Ambient capabilities must be permitted and inheritable; Docker's specs may name more.
         if wanted.permitted.contains(one) && wanted.inheritable.contains(one) {
             rustix::thread::configure_capability_in_ambient_set(one, true)

@@ -49,7 +49,7 @@ use crate::{
     error::internal,
     log,
     poll::{Poller, Ready, Watched},
-    stdio::TURN,
+    stdio::{TURN, input::Input},
     transport::Transport,
 };
 
@@ -160,7 +160,7 @@ impl Server {
     fn timeout(&self) -> Option<Duration> {
         let now = Instant::now();
         let dying = (!self.dying.is_empty()).then(|| now + DYING);
-        let pending = self.pending.iter().map(|pending| pending.next_try()).min();
+        let pending = self.pending.iter().map(PendingCreate::next_try).min();
         let next = [self.control.deadline(), dying, pending].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(now))
     }
@@ -192,7 +192,7 @@ impl Server {
         let mut scratch = std::mem::take(&mut self.scratch);
         if let Some(process) = self.find(id) {
             match kind {
-                StreamKind::Stdin => process.input.as_mut().map(|input| input.sink_ready()),
+                StreamKind::Stdin => process.input.as_mut().map(Input::sink_ready),
                 StreamKind::Stdout => process.output.as_mut().map(|output| output.source_ready(&mut scratch)),
                 StreamKind::Stderr => process.errors.as_mut().map(|output| output.source_ready(&mut scratch)),
             };

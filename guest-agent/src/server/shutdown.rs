@@ -55,9 +55,9 @@ impl Server {
 /// power off with, and the kernel's `reboot=k` makes it a byte to the keyboard controller.
 pub fn power_off() {
     rustix::fs::sync();
-    if std::process::id() == 1 {
-        if let Err(error) = rustix::system::reboot(RebootCommand::Restart) {
-            log::warn(format_args!("reboot: {error}"));
-        }
+    if std::process::id() == 1
+        && let Err(error) = rustix::system::reboot(RebootCommand::Restart)
+    {
+        log::warn(format_args!("reboot: {error}"));
     }
 }

@@ -357,6 +357,7 @@ fn archive(needs: &Needs) -> Vec<u8> {
     entry("bin/busybox", 0o755, &fs::read(&needs.busybox).expect("busybox"));
     entry("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n");
     entry("etc/group", 0o644, b"root:x:0:\nweb:x:34:\naudio:x:29:web\n");
+    entry("etc/shells", 0o644, b"/bin/sh\n");
     entry("bin/garbage", 0o755, b"\x7fELFgarbage");
     entry("bin/orphan", 0o755, b"#!/nosuch/interpreter\n");
     for applet in [
