@@ -44,7 +44,17 @@ const TESTS: [(&str, Test); 17] = [
     ("short_runs_lose_nothing", short_runs),
 ];
 
+/// The whole run as one test, for nextest, which asks for names and then for one by its name.
+const ALL: &str = "machine";
+
 fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|argument| argument == "--list") {
+        if !arguments.iter().any(|argument| argument == "--ignored") {
+            println!("{ALL}: test");
+        }
+        return ExitCode::SUCCESS;
+    }
     let needs = match Needs::from_environment() {
         Ok(needs) => needs,
         Err(reason) => {
@@ -52,7 +62,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let filter = arguments.into_iter().find(|argument| !argument.starts_with('-') && argument != ALL);
     let directory = tempfile::tempdir().expect("directory");
     let begun = Instant::now();
     let mut machine = Machine::boot(&needs, directory.path());

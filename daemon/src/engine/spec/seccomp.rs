@@ -160,7 +160,13 @@ mod tests {
     use super::*;
 
     fn names(filter: &LinuxSeccomp) -> Vec<&str> {
-        filter.syscalls().iter().flatten().flat_map(|rule| rule.names()).map(String::as_str).collect()
+        filter
+            .syscalls()
+            .iter()
+            .flatten()
+            .flat_map(oci_spec::runtime::LinuxSyscall::names)
+            .map(String::as_str)
+            .collect()
     }
 
     #[test]
