@@ -228,7 +228,7 @@ impl Sandbox {
 
     /// Opens a process's input.
     pub(crate) async fn input(&self, process: ProcessId) -> io::Result<InputStream> {
-        let request = StreamOpen { process, stream: StreamKind::Stdin, from: None };
+        let request = StreamOpen { process, stream: StreamKind::Stdin, from: Some(0) };
         Ok(InputStream::new(stream::open(&self.dir, &request).await?.0))
     }
 
