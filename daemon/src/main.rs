@@ -62,6 +62,7 @@ fn main() -> ExitCode {
 
 fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let config = Config::load(&flags.options, flags.config_file.as_deref())?;
+    Engine::validate(&config).map_err(|error| anyhow::anyhow!(error.message))?;
     if flags.validate {
         println!("configuration OK");
         return Ok(ExitCode::SUCCESS);

@@ -92,6 +92,16 @@ impl Engine {
         Ok(Arc::new(Self { shared: open::open(config).await? }))
     }
 
+    /// Says what only the engine finds wrong with a configuration, for `--validate`. Touches nothing.
+    ///
+    /// # Errors
+    /// In the user's words.
+    pub fn validate(config: &Config) -> Result<()> {
+        open::registry_settings(config).validate().map_err(|error| Error::invalid(error.to_string()))?;
+        logs::validate(&config.log_driver, &config.log_opts)?;
+        spec::validate_daemon(config)
+    }
+
     /// Ends its tasks once their records are on disk; containers go on running.
     pub async fn close(&self) {
         for container in self.shared.registry.all() {
@@ -125,6 +135,8 @@ pub(crate) struct Shared {
     pub(crate) images: Arc<image::ImageStore>,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
+    /// Held, so that the directories are ours alone.
+    pub(crate) _lock: [std::fs::File; 2],
 }
 
 impl Shared {

@@ -1,16 +1,16 @@
 //! Opens the engine: what is on disk is loaded, what runs is taken over, what is nobody's goes.
 //!
 //! ```text
-//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ adopt running sandboxes (all at once)
+//!   lock ─▶ directories ─▶ disk template ─▶ images ─▶ records ─▶ adopt running sandboxes (all at once)
 //!     ─▶ discard every other sandbox ─▶ tell images which layers are in use ─▶ actors: restart policies
 //! ```
 
 use std::{
     collections::HashSet,
-    fs::DirBuilder,
+    fs::{DirBuilder, File, OpenOptions},
     io,
-    os::unix::fs::DirBuilderExt,
-    path::Path,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -33,14 +33,22 @@ const SWEEP_WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let events = Arc::new(Events::default());
-    let (images, records) = tokio::task::spawn_blocking({
+    let (stores, lock) = tokio::task::spawn_blocking({
         let (config, events) = (Arc::clone(&config), Arc::clone(&events));
-        move || open_stores(&config, events)
+        // First of all: nothing may be touched that is another daemon's.
+        move || lock(&config.layout).and_then(|lock| Ok((open_stores(&config, events)?, lock)))
     })
     .await
     .map_err(|error| Error::internal(error.to_string()))??;
-    let shared =
-        Arc::new(Shared { config, events, images, registry: Registry::default(), execs: Execs::default() });
+    let (images, records) = stores;
+    let shared = Arc::new(Shared {
+        config,
+        events,
+        images,
+        registry: Registry::default(),
+        execs: Execs::default(),
+        _lock: lock,
+    });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -61,15 +69,31 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
     Error::internal(format!("cannot {what} {}: {error}", path.display()))
 }
 
+/// Claims the daemon's directories for as long as the files are open: a second daemon on the same ones would
+/// take the first one's containers for its own.
+fn lock(layout: &Layout) -> Result<[File; 2]> {
+    let claim = |root: &Path, path: PathBuf, mode| {
+        let made = DirBuilder::new().recursive(true).mode(mode).create(root);
+        made.map_err(|error| failed("make", root, &error))?;
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = file.map_err(|error| failed("open", &path, &error))?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(Error::conflict(format!("{} is in use by another daemon", root.display())))
+            }
+            Err(error) => Err(failed("lock", &path, &error.into())),
+        }
+    };
+    Ok([
+        claim(&layout.data_root, layout.lock(), 0o700)?,
+        claim(&layout.exec_root, layout.exec_root.join("lock"), 0o711)?,
+    ])
+}
+
 fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, Vec<Record>)> {
     let layout = &config.layout;
-    for (path, mode) in [
-        (layout.data_root.clone(), 0o700),
-        (layout.tmp(), 0o700),
-        (layout.containers(), 0o700),
-        (layout.exec_root.clone(), 0o711),
-        (layout.sandboxes(), 0o700),
-    ] {
+    for (path, mode) in [(layout.tmp(), 0o700), (layout.containers(), 0o700), (layout.sandboxes(), 0o700)] {
         let made = DirBuilder::new().recursive(true).mode(mode).create(&path);
         made.map_err(|error| failed("make", &path, &error))?;
     }
@@ -79,17 +103,24 @@ fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>,
     let images = ImageStore::open(image::Options {
         root: layout.images(),
         layers: Arc::new(layers),
-        registries: image::RegistrySettings {
-            mirrors: config.registry_mirrors.clone(),
-            insecure: config.insecure_registries.clone(),
-            ..image::RegistrySettings::default()
-        },
+        registries: registry_settings(config),
         downloads: config.max_concurrent_downloads,
         listener: Arc::new(move |event| events.publish("image", event.action, &event.id, event.attributes)),
     })?;
     let containers = layout.containers();
     let records = store::load(layout).map_err(|error| failed("read", &containers, &error))?;
     Ok((images, records))
+}
+
+/// What the configuration says of registries.
+pub(super) fn registry_settings(config: &Config) -> image::RegistrySettings {
+    let mut settings = image::RegistrySettings {
+        mirrors: config.registry_mirrors.clone(),
+        insecure: config.insecure_registries.clone(),
+        ..image::RegistrySettings::default()
+    };
+    settings.patience.attempts = u32::try_from(config.max_download_attempts).unwrap_or(u32::MAX);
+    settings
 }
 
 /// Makes the disk that writable layers are clones of, anew when its size is to be another.
@@ -147,4 +178,81 @@ fn containers_in_use(shared: &Weak<Shared>) -> Vec<ContainerUse> {
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::Options,
+        engine::{
+            Engine, ErrorKind,
+            container::{record, state::Rest},
+        },
+    };
+
+    fn config(base: &Path, text: &str) -> Config {
+        let file = base.join("daemon.json");
+        std::fs::write(&file, text).unwrap();
+        let mut config = Config::load(&Options::default(), Some(&file)).unwrap();
+        config.layout = Layout { data_root: base.join("data"), exec_root: base.join("exec") };
+        config.vm.disk_gib = 1;
+        config
+    }
+
+    #[test]
+    fn the_registries_settings_are_the_configurations() {
+        let base = tempfile::tempdir().unwrap();
+        let config = config(
+            base.path(),
+            r#"{"max-download-attempts": 7, "registry-mirrors": ["https://m"], "insecure-registries": ["r:5"]}"#,
+        );
+        let settings = registry_settings(&config);
+        assert_eq!(settings.patience.attempts, 7);
+        assert_eq!((settings.mirrors, settings.insecure), (vec!["https://m".into()], vec!["r:5".into()]));
+    }
+
+    #[test]
+    fn what_would_fail_every_container_or_pull_fails_the_validation() {
+        let base = tempfile::tempdir().unwrap();
+        for (text, valid) in [
+            ("{}", true),
+            (r#"{"insecure-registries": ["10.0.0.0/99"]}"#, false),
+            (r#"{"log-opts": {"max-size": "1m"}}"#, false),
+            (r#"{"default-ulimits": {"odd": {"Name": "odd", "Soft": 1, "Hard": 1}}}"#, false),
+        ] {
+            assert_eq!(Engine::validate(&config(base.path(), text)).is_ok(), valid, "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn two_daemons_do_not_share_a_directory() {
+        let base = tempfile::tempdir().unwrap();
+        let layout = config(base.path(), "{}").layout;
+        let first = lock(&layout).unwrap();
+        let other = Layout { exec_root: base.path().join("exec2"), ..layout.clone() };
+        assert_eq!(lock(&other).unwrap_err().kind, ErrorKind::Conflict);
+        let other = Layout { data_root: base.path().join("data2"), ..layout.clone() };
+        assert_eq!(lock(&other).unwrap_err().kind, ErrorKind::Conflict);
+        drop(first);
+        lock(&layout).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_being_removed_is_not_renamed() {
+        let base = tempfile::tempdir().unwrap();
+        let config = config(base.path(), "{}");
+        let mut record = record::sample("ab");
+        record.life.state = State::Dead(Rest::Created(None));
+        let layout = config.layout.clone();
+        DirBuilder::new().recursive(true).create(layout.containers()).unwrap();
+        store::create(&layout, &record.id).unwrap();
+        record.write(&layout.container_record(&record.id)).unwrap();
+        let engine = Engine::open(Arc::new(config)).await.unwrap();
+        let error = engine.container_rename(&record.id, "other").await.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Conflict, "{error}");
+        assert_eq!(Record::read(&layout.container_record(&record.id)).unwrap(), record);
+        engine.container_remove("quiet_otter", false, false).await.unwrap();
+        assert!(!layout.container(&record.id).exists());
+    }
 }

@@ -17,21 +17,27 @@ use crate::layout::Layout;
 /// What a damaged container's directory is renamed to.
 const DAMAGED: &str = "damaged";
 
-/// Makes a container's directory.
+/// Makes a container's directory, on disk when this returns.
 ///
 /// # Errors
 /// The disk's.
 pub(crate) fn create(layout: &Layout, id: &str) -> io::Result<()> {
-    DirBuilder::new().mode(0o700).create(layout.container(id))
+    DirBuilder::new().mode(0o700).create(layout.container(id))?;
+    sync(&layout.containers())
 }
 
-/// Removes a container from disk, its record first.
+/// Removes a container from disk, its record first and for good: not even a loss of power brings it back.
 ///
 /// # Errors
 /// The disk's; then some of it is left.
 pub(crate) fn delete(layout: &Layout, id: &str) -> io::Result<()> {
     absent_is_fine(fs::remove_file(layout.container_record(id)))?;
+    absent_is_fine(sync(&layout.container(id)))?;
     absent_is_fine(fs::remove_dir_all(layout.container(id)))
+}
+
+fn sync(directory: &Path) -> io::Result<()> {
+    fs::File::open(directory)?.sync_all()
 }
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
