@@ -47,11 +47,13 @@ impl Engine {
                 log: logs::DRIVERS.map(str::to_owned).to_vec(),
             },
             memory_limit: true,
-            swap_limit: true,
+            // Guests have no swap.
+            swap_limit: false,
             cpu_cfs_period: true,
             cpu_cfs_quota: true,
-            cpu_shares: true,
-            cpu_set: true,
+            // Not the host's: create says so.
+            cpu_shares: false,
+            cpu_set: false,
             pids_limit: true,
             debug: config.debug,
             open_files: std::fs::read_dir("/proc/self/fd").map_or(-1, |fds| count(fds.count())),

@@ -28,9 +28,10 @@ pub(super) async fn create(
     }
     let bridge = matches!(request.host_config.network_mode.as_str(), "" | "default" | "bridge");
     spec::fill(&mut request, &id, &shared.config);
-    let CreateRequest { config, host_config, networking_config: _ } = request;
+    let CreateRequest { config, host_config, networking_config } = request;
     let mut warnings: Vec<String> = warning.into_iter().collect();
     warnings.extend(spec::validate(&config, &host_config)?);
+    spec::validate_networks(&networking_config)?;
     if bridge && !config.network_disabled {
         warnings.push(
             "Networks are not supported yet: the container has no network interface but its loopback.".into(),

@@ -1,13 +1,16 @@
 //! What `create` makes of a request before it is stored: the image's config merged in, defaults filled in,
 //! and everything refused that cannot be honoured.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{files, mounts, parse_security};
 use crate::{
-    api::types::container::{Config, CreateRequest, HostConfig},
+    api::types::{
+        container::{Config, CreateRequest, HostConfig},
+        network::NetworkingConfig,
+    },
     config::Config as DaemonConfig,
-    engine::{Error, Result, logs},
+    engine::{Error, Result, container::signal, logs},
 };
 
 /// Fills what the user left open from the image's config, by Docker's rules.
@@ -160,7 +163,61 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
     for extra in host.extra_hosts.iter().flatten() {
         files::extra_host(extra)?;
     }
+    check_names(host)?;
     Ok(warnings(config, host))
+}
+
+/// Checks the daemon's own settings of containers, which would otherwise fail every one of them.
+///
+/// # Errors
+/// Invalid.
+pub fn validate_daemon(daemon: &DaemonConfig) -> Result<()> {
+    super::resources::rlimits(&HostConfig::default(), daemon.ulimits.values()).map(drop)
+}
+
+/// Checks a request's endpoints in networks: there is but one network, `none`, in which nothing can be chosen.
+/// (Clients name the default network without wanting anything of it.)
+///
+/// # Errors
+/// No such network; an address, name or option that would be without effect.
+pub fn validate_networks(networks: &NetworkingConfig) -> Result<()> {
+    for (name, endpoint) in networks.endpoints_config.iter().flatten() {
+        if !matches!(name.as_str(), "" | "default" | "bridge" | "none") {
+            return Err(Error::not_found(format!("network {name} not found")));
+        }
+        let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
+        if some(&endpoint.aliases) {
+            return Err(Error::invalid(
+                "network-scoped alias is supported only for containers in user defined networks",
+            ));
+        }
+        let addresses = endpoint.ipam_config.as_ref().is_some_and(|ipam| {
+            !ipam.ipv4_address.is_empty() || !ipam.ipv6_address.is_empty() || some(&ipam.link_local_ips)
+        });
+        if addresses || !endpoint.mac_address.is_empty() || some(&endpoint.links) {
+            return Err(Error::not_implemented("addresses and links in networks are not supported yet"));
+        }
+        if endpoint.driver_opts.as_ref().is_some_and(|options| !options.is_empty()) {
+            return Err(Error::not_implemented("options of network drivers are not supported yet"));
+        }
+    }
+    Ok(())
+}
+
+/// Texts that end up in files and lists in the container: each must stay the one entry that it is.
+fn check_names(host: &HostConfig) -> Result<()> {
+    if let Some(wrong) = host.dns.iter().flatten().find(|server| server.parse::<IpAddr>().is_err()) {
+        return Err(Error::invalid(format!("invalid DNS server address: {wrong:?}")));
+    }
+    let word = |text: &String| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
+    if let Some(wrong) = host.dns_search.iter().chain(&host.dns_options).flatten().find(|text| !word(text)) {
+        return Err(Error::invalid(format!("invalid DNS search domain or option: {wrong:?}")));
+    }
+    let group = |text: &String| !text.is_empty() && !text.contains([',', '\0', '\n']);
+    match host.group_add.iter().flatten().find(|text| !group(text)) {
+        Some(wrong) => Err(Error::invalid(format!("invalid group: {wrong:?}"))),
+        None => Ok(()),
+    }
 }
 
 fn check_config(config: &Config) -> Result<()> {
@@ -185,6 +242,12 @@ fn check_config(config: &Config) -> Result<()> {
     }
     if config.domainname.len() > 63 || !config.domainname.bytes().all(hostname_byte) {
         return Err(Error::invalid(format!("invalid domainname: {}", config.domainname)));
+    }
+    if !config.stop_signal.is_empty() {
+        signal::parse(&config.stop_signal)?;
+    }
+    if !config.mac_address.is_empty() {
+        return Err(Error::not_implemented("--mac-address is not supported yet: there is no network"));
     }
     if config.stop_timeout.is_some_and(|seconds| seconds < -1) {
         return Err(Error::invalid("stop timeout cannot be less than -1"));
@@ -256,6 +319,12 @@ fn check_not_there_yet(host: &HostConfig) -> Result<()> {
     if some(&host.volumes_from) {
         return refuse("--volumes-from is");
     }
+    if !matches!(host.volume_driver.as_str(), "" | "local") {
+        return refuse("volume drivers (--volume-driver) are");
+    }
+    if !host.cgroup.is_empty() {
+        return Err(Error::invalid(format!("invalid cgroup mode: {}", host.cgroup)));
+    }
     if some(&host.links) {
         return refuse("--link is");
     }
@@ -322,7 +391,7 @@ fn check_resources(host: &HostConfig) -> Result<()> {
     if host.nano_cpus > 0 && (host.cpu_period > 0 || host.cpu_quota > 0) {
         return refuse("Conflicting options: Nano CPUs and CPU Period/Quota cannot both be set.");
     }
-    if host.nano_cpus < 0 || host.nano_cpus > 64_000_000_000 {
+    if host.nano_cpus != 0 && !(10_000_000..=64_000_000_000).contains(&host.nano_cpus) {
         return refuse("range of CPUs is from 0.01 to 64.00");
     }
     if host.cpu_period != 0 && !(1000..=1_000_000).contains(&host.cpu_period) {
@@ -401,6 +470,18 @@ fn warnings(config: &Config, host: &HostConfig) -> Vec<String> {
     warn(
         host.kernel_memory != 0 || host.kernel_memory_tcp != 0,
         "Kernel memory limits are deprecated and discarded.",
+    );
+    warn(
+        !host.cpuset_cpus.is_empty() || !host.cpuset_mems.is_empty(),
+        "A container's CPUs are its own virtual ones: it cannot be bound to the host's. CPUset discarded.",
+    );
+    warn(
+        host.cpu_shares != 0,
+        "CPU shares count among a container's own processes only: every container has a kernel of its own.",
+    );
+    warn(
+        host.memory > 0 && ![0, host.memory, host.memory.saturating_mul(2)].contains(&host.memory_swap),
+        "Guests have no swap: memory is limited without swap.",
     );
     let some = |list: &Option<Vec<crate::api::types::container::ThrottleDevice>>| {
         list.as_ref().is_some_and(|list| !list.is_empty())

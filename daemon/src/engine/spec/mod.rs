@@ -23,7 +23,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{GROUP_ADD_ANNOTATION, INIT_ANNOTATION, InjectedFile};
-pub use defaults::{command, fill, merge_image, validate};
+pub use defaults::{command, fill, merge_image, validate, validate_daemon, validate_networks};
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec};
 use serde_json::json;
 
@@ -255,7 +255,8 @@ fn parse_security(host: &HostConfig) -> Result<Security<'_>> {
                 seccomp::filter(Some(profile), &[])?;
                 security.seccomp = Some(profile);
             }
-            ("apparmor", "" | "unconfined") | ("label", "disable") | ("systempaths", "unconfined") => {}
+            // (systempaths=unconfined is the client's: it sends empty lists of paths instead.)
+            ("apparmor", "" | "unconfined") | ("label", "disable") => {}
             ("writable-cgroups", "false") => {}
             ("apparmor" | "label", value) => {
                 return Err(Error::invalid(format!(

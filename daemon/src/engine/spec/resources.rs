@@ -12,7 +12,8 @@ fn typed<T: serde::de::DeserializeOwned>(what: &str, value: Value) -> Result<T> 
     serde_json::from_value(value).map_err(|error| Error::internal(format!("{what}: {error}")))
 }
 
-/// `linux.resources`: the limits of the container's cgroup in the guest.
+/// `linux.resources`: the limits of the container's cgroup in the guest. (No CPU sets: they name the host's
+/// CPUs, and create says that they are discarded.)
 pub(super) fn resources(host: &HostConfig, devices: &[LinuxDeviceCgroup]) -> Result<LinuxResources> {
     let set = |value: i64| (value != 0).then_some(value);
     // CPUs in thousand-millionths are a quota of the usual period.
@@ -21,7 +22,6 @@ pub(super) fn resources(host: &HostConfig, devices: &[LinuxDeviceCgroup]) -> Res
     } else {
         (set(host.cpu_period), set(host.cpu_quota))
     };
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     let mut resources = json!({
         "devices": devices,
         "memory": {
@@ -33,8 +33,6 @@ pub(super) fn resources(host: &HostConfig, devices: &[LinuxDeviceCgroup]) -> Res
             "shares": set(host.cpu_shares),
             "period": period,
             "quota": quota,
-            "cpus": text(&host.cpuset_cpus),
-            "mems": text(&host.cpuset_mems),
         },
     });
     if let Some(limit) = host.pids_limit.filter(|limit| *limit > 0) {

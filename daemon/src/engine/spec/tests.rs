@@ -5,6 +5,7 @@ use crate::{
     api::types::{
         Empty,
         container::{CreateRequest, Healthcheck, Mount, RestartPolicy},
+        network::{EndpointSettings, NetworkingConfig},
     },
     config::{Config as DaemonConfig, Options},
     engine::ErrorKind,
@@ -212,7 +213,7 @@ fn an_image_fills_what_is_open() {
 #[test]
 fn what_cannot_be_honoured_is_refused() {
     type Change = fn(&mut CreateRequest);
-    let cases: [(Change, ErrorKind, &str); 26] = [
+    let cases: [(Change, ErrorKind, &str); 37] = [
         (
             |r| r.host_config.network_mode = "host".into(),
             ErrorKind::Invalid,
@@ -298,6 +299,25 @@ fn what_cannot_be_honoured_is_refused() {
         (|r| r.config.env = Some(strings(&["=x"])), ErrorKind::Invalid, "invalid environment variable: =x"),
         (|r| r.config.hostname = "a b".into(), ErrorKind::Invalid, "invalid hostname: a b"),
         (|r| r.config.cmd = None, ErrorKind::Invalid, "no command specified"),
+        (|r| r.config.stop_signal = "SIGODD".into(), ErrorKind::Invalid, "invalid signal: SIGODD"),
+        (|r| r.config.mac_address = "2:2::".into(), ErrorKind::NotImplemented, "--mac-address is not"),
+        (
+            |r| r.host_config.volume_driver = "nfs".into(),
+            ErrorKind::NotImplemented,
+            "volume drivers (--volume-driver) are not",
+        ),
+        (|r| r.host_config.cgroup = "odd".into(), ErrorKind::Invalid, "invalid cgroup mode: odd"),
+        (|r| r.host_config.nano_cpus = 1, ErrorKind::Invalid, "range of CPUs is from 0.01"),
+        (|r| r.host_config.dns = Some(strings(&["a\nb"])), ErrorKind::Invalid, "invalid DNS server address"),
+        (|r| r.host_config.dns_search = Some(strings(&["a\nb"])), ErrorKind::Invalid, "invalid DNS search"),
+        (|r| r.host_config.dns_options = Some(strings(&["a b"])), ErrorKind::Invalid, "invalid DNS search"),
+        (|r| r.host_config.group_add = Some(strings(&["a,b"])), ErrorKind::Invalid, "invalid group: \"a,b\""),
+        (|r| r.host_config.group_add = Some(strings(&[""])), ErrorKind::Invalid, "invalid group: \"\""),
+        (
+            |r| r.host_config.security_opt = Some(strings(&["systempaths=unconfined"])),
+            ErrorKind::Invalid,
+            "invalid --security-opt",
+        ),
     ];
     for (change, kind, words) in cases {
         let mut request = request(&["sh"]);
@@ -317,5 +337,28 @@ fn what_is_not_quite_honoured_is_told() {
     request.config.volumes = Some([("/data".to_owned(), Empty {})].into());
     request.host_config.oom_kill_disable = Some(true);
     request.host_config.blkio_weight = 10;
-    assert_eq!(validate(&request.config, &request.host_config).unwrap().len(), 3);
+    request.host_config.cpuset_cpus = "0".into();
+    request.host_config.cpu_shares = 512;
+    request.host_config.memory = 64 << 20;
+    request.host_config.memory_swap = -1;
+    assert_eq!(validate(&request.config, &request.host_config).unwrap().len(), 6);
+}
+
+#[test]
+fn what_a_network_is_asked_for_is_not_ignored() {
+    let asked = |name: &str, change: fn(&mut EndpointSettings)| {
+        let mut endpoint = EndpointSettings::default();
+        change(&mut endpoint);
+        let endpoints_config = Some([(name.to_owned(), endpoint)].into());
+        validate_networks(&NetworkingConfig { endpoints_config }).map_err(|error| error.kind)
+    };
+    for name in ["default", "none", "bridge"] {
+        assert_eq!(asked(name, |_| {}), Ok(()), "clients name it without wanting anything");
+    }
+    assert_eq!(asked("mine", |_| {}), Err(ErrorKind::NotFound));
+    assert_eq!(asked("none", |e| e.aliases = Some(strings(&["db"]))), Err(ErrorKind::Invalid));
+    assert_eq!(asked("none", |e| e.mac_address = "2::".into()), Err(ErrorKind::NotImplemented));
+    let address =
+        |e: &mut EndpointSettings| e.ipam_config.get_or_insert_default().ipv4_address = "1.2.3.4".into();
+    assert_eq!(asked("default", address), Err(ErrorKind::NotImplemented));
 }
