@@ -55,24 +55,42 @@ async fn run(
     options: ReadOptions,
     records: mpsc::Sender<Record>,
 ) -> io::Result<()> {
-    let mut cursor = Cursor { file: None, at: None, options, records };
+    let mut cursor = Cursor { file: None, at: None, options };
     loop {
         let now = progress.as_mut().map(|progress| *progress.borrow_and_update());
-        let read_path = path.clone();
-        let went_on;
-        (cursor, went_on) = tokio::task::spawn_blocking(move || {
-            let went_on = cursor.read_to(&read_path, now.map(|progress| progress.committed));
-            (cursor, went_on)
-        })
-        .await
-        .map_err(io::Error::other)?;
-        if !went_on? || !cursor.options.follow || !now.is_some_and(|progress| progress.running) {
+        let mut end = now.map(|progress| progress.committed);
+        // A batch at a time: a client that does not read must not keep a thread.
+        loop {
+            let read_path = path.clone();
+            let batch;
+            (cursor, batch) = tokio::task::spawn_blocking(move || {
+                let batch = cursor.read_to(&read_path, end);
+                (cursor, batch)
+            })
+            .await
+            .map_err(io::Error::other)?;
+            let batch = batch?;
+            for record in batch.records {
+                if records.send(record).await.is_err() {
+                    return Ok(());
+                }
+            }
+            match batch.then {
+                Then::More(same_end) => end = Some(same_end),
+                Then::Pause => break,
+                Then::Enough => return Ok(()),
+            }
+            if records.is_closed() {
+                return Ok(());
+            }
+        }
+        if !cursor.options.follow || !now.is_some_and(|progress| progress.running) {
             return Ok(());
         }
         let Some(progress) = progress.as_mut() else { return Ok(()) };
         tokio::select! {
             changed = progress.changed() => if changed.is_err() { return Ok(()) },
-            () = cursor.records.closed() => return Ok(()),
+            () = records.closed() => return Ok(()),
             () = sleep_until(cursor.options.until) => return Ok(()),
         }
     }
@@ -92,18 +110,36 @@ struct Cursor {
     /// None before the first read.
     at: Option<u64>,
     options: ReadOptions,
-    records: mpsc::Sender<Record>,
+}
+
+/// How many bytes of a log are read at once.
+const BATCH: u64 = 1 << 20;
+
+/// Some records, and how to go on.
+struct Batch {
+    records: Vec<Record>,
+    then: Then,
+}
+
+enum Then {
+    /// There is more before this end.
+    More(u64),
+    /// All was read up to the end.
+    Pause,
+    /// The reader wants nothing that is still to come.
+    Enough,
 }
 
 impl Cursor {
-    /// Sends what lies between the cursor and `end` (None: the file's last whole line), and moves there.
-    /// Answers whether the reader wants more.
-    fn read_to(&mut self, path: &Path, end: Option<u64>) -> io::Result<bool> {
+    /// Reads some of what lies between the cursor and `end` (None: the file's last whole line), and moves on.
+    fn read_to(&mut self, path: &Path, end: Option<u64>) -> io::Result<Batch> {
         let file = match self.file.take() {
             Some(file) => file,
             None => match File::open(path) {
                 Ok(file) => file,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Ok(Batch { records: Vec::new(), then: Then::Pause });
+                }
                 Err(error) => return Err(error),
             },
         };
@@ -117,36 +153,44 @@ impl Cursor {
             (None, Some(lines)) => tail_start(file, end, lines)?,
             (None, None) => 0,
         };
-        self.at = Some(end);
         file.seek(SeekFrom::Start(start))?;
         let mut reader = BufReader::with_capacity(BLOCK, &*file).take(end.saturating_sub(start));
         let mut line = Vec::new();
-        while read_line(&mut reader, &mut line)? {
+        let mut records = Vec::new();
+        let mut at = start;
+        while at < start.saturating_add(BATCH) {
+            let length = read_line(&mut reader, &mut line)?;
+            if length == 0 {
+                self.at = Some(end);
+                return Ok(Batch { records, then: Then::Pause });
+            }
+            at += length;
             // A damaged line is left out; the rest is still worth having.
             let Some(record) = format::decode(&line) else { continue };
             if self.options.until.is_some_and(|until| record.time > until) {
-                return Ok(false);
+                return Ok(Batch { records, then: Then::Enough });
             }
             let wanted =
                 if record.stream == Stream::Stderr { self.options.stderr } else { self.options.stdout };
             let late_enough = self.options.since.is_none_or(|since| record.time >= since);
-            if wanted && late_enough && self.records.blocking_send(record).is_err() {
-                return Ok(false);
+            if wanted && late_enough {
+                records.push(record);
             }
         }
-        Ok(true)
+        self.at = Some(at);
+        Ok(Batch { records, then: Then::More(end) })
     }
 }
 
-/// The next line, without memory for more than [`format::MAX_LINE`] of it. False at the end.
-fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
+/// The next line, without memory for more than [`format::MAX_LINE`] of it. Answers its length, 0 at the end.
+fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<u64> {
     line.clear();
-    let taken = reader.by_ref().take(format::MAX_LINE as u64).read_until(b'\n', line)?;
+    let mut taken = reader.by_ref().take(format::MAX_LINE as u64).read_until(b'\n', line)?;
     if taken == format::MAX_LINE && line.last() != Some(&b'\n') {
         line.clear();
-        reader.skip_until(b'\n')?;
+        taken += reader.skip_until(b'\n')?;
     }
-    Ok(taken > 0)
+    Ok(taken as u64)
 }
 
 /// Where the last whole line between `from` and `end` ends.

@@ -221,3 +221,37 @@ proptest! {
         prop_assert_eq!(String::from_utf8(logged).unwrap(), text);
     }
 }
+
+#[test]
+fn a_client_that_does_not_read_keeps_no_thread() {
+    let fixture = fixture();
+    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    for _ in 0..5000 {
+        log.append(Stream::Stdout, b"a line\n", at(0)).unwrap();
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build();
+    runtime.unwrap().block_on(async {
+        let slow = log.source().read(BOTH).unwrap();
+        while slow.len() < slow.max_capacity() {
+            tokio::task::yield_now().await;
+        }
+        let other = tokio::time::timeout(std::time::Duration::from_secs(60), texts(log.source(), BOTH));
+        assert_eq!(other.await.unwrap().len(), 5000);
+        assert_eq!(collect(slow).await.len(), 5000);
+    });
+}
+
+#[tokio::test]
+async fn a_log_of_many_batches_is_read_whole() {
+    let fixture = fixture();
+    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let line = [&[b'x'; 10_000][..], b"\n"].concat();
+    for _ in 0..400 {
+        log.append(Stream::Stdout, &line, at(0)).unwrap();
+    }
+    log.finish(at(1)).unwrap();
+    for source in [log.source(), Source::stopped("json-file", &fixture.path)] {
+        let lengths: Vec<_> = texts(source, BOTH).await.iter().map(String::len).collect();
+        assert_eq!(lengths, [10_001; 400]);
+    }
+}
