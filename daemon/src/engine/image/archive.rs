@@ -13,6 +13,8 @@ const BLOCK: u64 = 512;
 const MAX_MEMBERS: usize = 200_000;
 /// The longest name record, in bytes.
 const MAX_META: u64 = 1 << 20;
+/// Bytes of all names and links together: they are kept in memory.
+const MAX_NAMES: usize = 64 << 20;
 /// Links that lead to links.
 const MAX_LINKS: usize = 16;
 
@@ -50,6 +52,7 @@ impl Archive {
         let length = file.metadata()?.len();
         let mut members = BTreeMap::new();
         let mut next = Overrides::default();
+        let mut names = 0_usize;
         let mut position = 0;
         while position + BLOCK <= length {
             let mut header = [0_u8; BLOCK as usize];
@@ -78,8 +81,9 @@ impl Archive {
                     b'2' => Some(Member::Link(relative(&name, &link))),
                     _ => None,
                 };
+                names = names.saturating_add(name.len()).saturating_add(link.len());
                 members.extend(member.map(|member| (name, member)));
-                if members.len() > MAX_MEMBERS {
+                if members.len() > MAX_MEMBERS || names > MAX_NAMES {
                     return Err(invalid("the archive has too many members"));
                 }
             }
@@ -355,5 +359,16 @@ mod tests {
             prop_assert!(normal.split('/').all(|part| part != ".."));
             prop_assert_eq!(normalise(&normal), normal);
         }
+    }
+
+    #[test]
+    fn names_cannot_exhaust_memory() {
+        let mut tar = tar::Builder::new(Vec::new());
+        let name = "n".repeat(1 << 19);
+        for number in 0..=MAX_NAMES / name.len() {
+            add(&mut tar, &format!("{number}{name}"), b"");
+        }
+        let error = indexed(&tar.into_inner().unwrap()).unwrap_err();
+        assert_eq!(error.to_string(), "the archive has too many members");
     }
 }

@@ -41,6 +41,8 @@ const MAX_ARCHIVE: u64 = 256 << 30;
 const MAX_IMAGES: usize = 1000;
 /// Indexes that may lie within each other.
 const MAX_NESTING: usize = 3;
+/// Bytes of all manifests and configurations of an archive: they are in memory together.
+const MAX_DOCUMENTS: usize = 256 << 20;
 const NAME: &str = "io.containerd.image.name";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
@@ -69,6 +71,8 @@ struct Load<'a> {
     progress: &'a Progress,
     platform: Option<Platform>,
     quiet: bool,
+    /// What is left of [`MAX_DOCUMENTS`].
+    documents: std::cell::Cell<usize>,
 }
 
 impl ImageStore {
@@ -85,7 +89,8 @@ impl ImageStore {
             let (worker, sender) = (Arc::clone(&store), progress.clone());
             let result = super::pull::blocking(move || {
                 let archive = spool(&worker, feed)?;
-                Load { store: &worker, archive, progress: &sender, platform, quiet }.run()
+                let documents = MAX_DOCUMENTS.into();
+                Load { store: &worker, archive, progress: &sender, platform, quiet, documents }.run()
             })
             .await;
             if let Err(error) = result {
@@ -125,9 +130,6 @@ impl Load<'_> {
         } else {
             return Err(Error::invalid("the archive has no manifest.json: it is not an image archive"));
         };
-        if found.len() > MAX_IMAGES {
-            return Err(Error::invalid(format!("the archive has more than {MAX_IMAGES} images")));
-        }
         let mut nameless = String::new();
         for image in found {
             let named = !image.names.is_empty();
@@ -147,6 +149,9 @@ impl Load<'_> {
             json::from_slice(&self.read("manifest.json", MAX_MANIFEST)?).map_err(bad)?;
         let null = || Error::invalid("invalid manifest, manifest cannot be null (but can be [])");
         let items = items.ok_or_else(null)?;
+        if items.len() > MAX_IMAGES {
+            return Err(Error::invalid(format!("the archive has more than {MAX_IMAGES} images")));
+        }
         items
             .into_iter()
             .map(|item| {
@@ -259,7 +264,11 @@ impl Load<'_> {
     }
 
     fn read(&self, path: &str, cap: usize) -> Result<Vec<u8>> {
-        self.archive.read(path, cap).map_err(|error| Error::invalid(error.to_string()))
+        let left = self.documents.get();
+        let bytes =
+            self.archive.read(path, cap.min(left)).map_err(|error| Error::invalid(error.to_string()))?;
+        self.documents.set(left - bytes.len());
+        Ok(bytes)
     }
 }
 

@@ -161,12 +161,12 @@ impl<'a> Session<'a> {
             let tags: Tags = serde_json::from_slice(&bytes).map_err(|error| invalid(error.to_string()))?;
             let before = all.len();
             for tag in tags.tags.unwrap_or_default() {
+                if all.len() > MAX_TAGS {
+                    return Err(invalid(format!("it has more than {MAX_TAGS} entries")));
+                }
                 if !all.contains(&tag) {
                     all.push(tag);
                 }
-            }
-            if all.len() > MAX_TAGS {
-                return Err(invalid(format!("it has more than {MAX_TAGS} entries")));
             }
             if !more || all.len() == before {
                 return Ok(all);

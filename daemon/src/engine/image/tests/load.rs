@@ -131,3 +131,14 @@ async fn a_tar_is_imported_as_an_image_of_one_layer() {
     let error = here.images.import(bad, body(&[])).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Invalid);
 }
+
+#[tokio::test]
+async fn one_document_named_ever_so_often_does_not_exhaust_memory() {
+    let here = Fixture::new();
+    let item = serde_json::json!({"Config": "config.json", "RepoTags": [], "Layers": []});
+    let manifest = serde_json::Value::Array(vec![item; 900]).to_string();
+    let config = vec![b' '; 1 << 20];
+    let archive = tar_of(&[("config.json", &config), ("manifest.json", manifest.as_bytes())]);
+    let error = load(&here, archive).await.unwrap_err();
+    assert!(error.message.contains("has more than"), "{}", error.message);
+}
