@@ -237,7 +237,7 @@ impl Engine {
             open_stdout: request.attach_stdout,
             can_remove: false,
             container_id: exec.container.clone(),
-            detach_keys: String::new(),
+            detach_keys: request.detach_keys.clone(),
             pid: pid.into(),
         })
     }
@@ -294,7 +294,10 @@ async fn begin(exec: &Arc<Exec>, workload: &Arc<Workload>, stdio: Stdio) -> Resu
     let call = Call::Exec { process: process.clone(), spec: Box::new(exec.process.clone()), stdio };
     let pid = match workload.sandbox.call(call).await {
         Ok(Answer::Started { pid }) => pid,
-        Ok(_) => return Err((128, Error::internal(CallError::Unexpected.to_string()))),
+        Ok(_) => {
+            workload.forget_exec(&exec.id);
+            return Err((128, Error::internal(CallError::Unexpected.to_string())));
+        }
         Err(error) => {
             workload.forget_exec(&exec.id);
             return Err(match error {

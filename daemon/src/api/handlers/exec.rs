@@ -27,7 +27,7 @@ async fn create(mut call: Call) -> Result<Response<Body>> {
     if call.version < ApiVersion::new(1, 42) {
         request.console_size = None;
     }
-    DetachKeys::parse(&request.detach_keys)?;
+    request.detach_keys = encoded_keys(&request.detach_keys)?;
     let id = call.engine.exec_create(call.name(), request).await?;
     json_with(StatusCode::CREATED, &CreateResponse { id })
 }
@@ -59,6 +59,14 @@ async fn start(mut call: Call) -> Result<Reply> {
     }
 }
 
+/// Detach keys as inspect shows them and [`exec_keys`] reads them.
+fn encoded_keys(text: &str) -> Result<String> {
+    use base64::Engine as _;
+    let keys = DetachKeys::parse(text)?;
+    let bytes = if text.is_empty() { &[][..] } else { keys.bytes() };
+    Ok(base64::engine::general_purpose::STANDARD.encode(bytes))
+}
+
 /// The keys that the exec was created with: base64 in its inspect, as Go writes bytes.
 fn exec_keys(encoded: &str) -> Result<DetachKeys> {
     use base64::Engine as _;
@@ -74,4 +82,17 @@ async fn resize(call: Call) -> Result<Response<Body>> {
 
 async fn inspect(call: Call) -> Result<Response<Body>> {
     json(&call.engine.exec_inspect(call.name()).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_execs_keys_survive_until_its_start() {
+        for text in ["", "ctrl-x", "a,ctrl-@"] {
+            assert_eq!(exec_keys(&encoded_keys(text).unwrap()).unwrap(), DetachKeys::parse(text).unwrap());
+        }
+        assert!(encoded_keys("odd").is_err());
+    }
 }

@@ -47,6 +47,11 @@ impl DetachKeys {
         Self { keys, matched: 0 }
     }
 
+    /// The keys' own bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.keys
+    }
+
     /// Takes input.
     pub fn scan(&mut self, bytes: &[u8]) -> Scanned {
         let mut input = Vec::with_capacity(bytes.len());
