@@ -66,7 +66,8 @@ impl OutputStream {
     pub(crate) async fn next(&mut self) -> io::Result<Option<Bytes>> {
         self.buffer.reserve(CHUNK);
         let read = (&mut self.reader).take(CHUNK as u64).read_buf(&mut self.buffer).await?;
-        self.taken += read as u64;
+        // Where it begins is the guest's word.
+        self.taken = self.taken.saturating_add(read as u64);
         Ok((read > 0).then(|| self.buffer.split().freeze()))
     }
 
@@ -144,6 +145,15 @@ mod tests {
         assert_eq!(theirs.read_u64_le().await.unwrap(), 10 + ACKNOWLEDGE_EVERY);
         theirs.shutdown().await.unwrap();
         assert!(output.next().await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_senseless_beginning_does_no_harm() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"hello").await.unwrap();
+        let mut output = OutputStream::new(ours, u64::MAX - 1);
+        assert_eq!(output.next().await.unwrap().unwrap(), "hello");
+        assert_eq!(output.taken(), u64::MAX);
     }
 
     #[tokio::test]

@@ -83,15 +83,22 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
     // `in_the_child`), allocates nothing and takes no lock; the descriptors it names are open in this
     // function until the spawn has returned.
     unsafe { command.pre_exec(move || in_the_child(identity_fd, &inherited)) };
-    let child = command.spawn()?;
-    let process = Process::of_child(child.id());
+    let mut child = command.spawn()?;
+    let held = hold(child.id(), &mut identity);
+    if held.is_err() {
+        // One that we have no hold of must not run on.
+        child.kill()?;
+        child.wait()?;
+    }
+    held
+}
 
+fn hold(child: u32, identity: &mut File) -> io::Result<Process> {
+    let process = Process::of_child(child)?;
     identity.rewind()?;
     let mut text = String::new();
     identity.read_to_string(&mut text)?;
-    let process = process?;
     if Identity::parse(&text).is_none_or(|identity| identity.pid != process.pid()) {
-        process.kill();
         return Err(io::Error::other("the VMM's identity was not written"));
     }
     Ok(process)
