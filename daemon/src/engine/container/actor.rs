@@ -16,7 +16,7 @@ use super::{
     record::Record,
     signal,
     start::{self, Found, Started},
-    state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, State},
+    state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, State, Then},
     workload::{self, Watch, Workload},
 };
 use crate::{
@@ -33,7 +33,9 @@ const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(10);
 
 /// What a container's own tasks report.
 enum Report {
-    Booted(u64, Result<Started, Failure>),
+    /// The guard is dropped when the report was taken, and with it the sandbox that nobody wants any more:
+    /// what waits for the boot's end must not find its disk in use.
+    Booted(u64, Result<Started, Failure>, oneshot::Sender<()>),
     Over(u64, Exit),
     BackOffOver(u64),
     Deleted(std::io::Result<()>),
@@ -129,6 +131,12 @@ impl Actor {
         if found && self.workload.is_none() {
             self.step(Event::Found(Timestamp::now())).await.unwrap_or_default();
         }
+        if let State::Running(running) = &self.record.life.state
+            && running.then == Some(Then::Remove)
+        {
+            // An earlier daemon died between the promise and the deed.
+            self.run_effect(&Effect::Kill);
+        }
         loop {
             let go_on = tokio::select! {
                 Some(report) = self.reports.recv() => self.report(report).await,
@@ -167,13 +175,19 @@ impl Actor {
 
     async fn report(&mut self, report: Report) -> bool {
         match report {
-            Report::Booted(turn, result) if turn == self.turn => match result {
+            Report::Booted(turn, result, _taken) if turn == self.turn => match result {
                 Ok(started) => self.started(started).await,
                 Err(failure) => self.start_failed(failure).await,
             },
             // A boot that was given up at the moment of its success.
-            Report::Booted(_, Ok(started)) => self.end(Arc::clone(&started.workload.sandbox), false),
-            Report::Booted(_, Err(_)) => {}
+            Report::Booted(_, Ok(started), taken) => {
+                // Not in the queue of endings: its head may wait for this very guard.
+                tokio::spawn(async move {
+                    started.workload.sandbox.destroy().await;
+                    drop(taken);
+                });
+            }
+            Report::Booted(_, Err(_), _) => {}
             Report::Over(turn, exit) if turn == self.turn => {
                 if self.step(Event::Exited(exit)).await.is_ok() {
                     self.tell_stoppers();
@@ -254,6 +268,10 @@ impl Actor {
     }
 
     async fn rename(&mut self, name: String) -> Result<()> {
+        // Its record is being deleted: it must not be written anew.
+        if matches!(self.record.life.state, State::Removing(_) | State::Dead(_)) {
+            return Err(Error::conflict("container is marked for removal and cannot be renamed"));
+        }
         let mut next = self.record.clone();
         let old = std::mem::replace(&mut next.name, name);
         self.save(&next)
@@ -407,6 +425,10 @@ impl Actor {
                 }
             }
             Effect::Ended(code) => {
+                // Who attaches while the view says that it runs is of the run that is over, and goes with it;
+                // who attaches after the exit was told is of the next.
+                self.publish();
+                self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();
                 self.tell("die", [("exitCode".into(), code.to_string()), ("execDuration".into(), ran)]);
                 for waiter in self.exit_waiters.drain(..) {
@@ -448,11 +470,15 @@ impl Actor {
             {
                 sandbox.destroy().await;
             }
-            if let Some(result) = result
-                && let Err(mpsc::error::SendError(Report::Booted(_, Ok(started)))) =
-                    reporter.send(Report::Booted(turn, result)).await
-            {
-                started.workload.sandbox.destroy().await;
+            let Some(result) = result else { return };
+            let (guard, taken) = oneshot::channel();
+            match reporter.send(Report::Booted(turn, result, guard)).await {
+                // Its end without a word is the word.
+                Ok(()) => drop(taken.await),
+                Err(mpsc::error::SendError(Report::Booted(_, Ok(started), _))) => {
+                    started.workload.sandbox.destroy().await;
+                }
+                Err(_) => {}
             }
         }));
     }

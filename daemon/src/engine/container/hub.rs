@@ -91,6 +91,8 @@ impl Hub {
             inner.next += 1;
             let client =
                 Client { number: inner.next, stdout: options.stdout, stderr: options.stderr, sender };
+            // Those who left are otherwise noticed when there is output, of which there may be none.
+            inner.clients.retain(|client| !client.sender.is_closed());
             inner.clients.push(client);
             inner.input.clone()
         });
@@ -210,6 +212,15 @@ mod tests {
         assert!(futures_util::poll!(&mut blocked).is_pending());
         slow.output.recv().await.unwrap();
         blocked.await;
+    }
+
+    #[tokio::test]
+    async fn clients_that_left_do_not_heap_up() {
+        let hub = Hub::new(kind(false, false, false));
+        for _ in 0..100 {
+            drop(hub.attach(BOTH));
+        }
+        assert_eq!(hub.with(|inner| inner.clients.len()), 1);
     }
 
     #[tokio::test(start_paused = true)]

@@ -28,6 +28,9 @@ use crate::{
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdinit=/init";
 
+/// How long a running guest may take to tell a restarted daemon of its container and open the streams.
+const ADOPT_WITHIN: Duration = Duration::from_secs(30);
+
 /// MiB of guest memory beyond a container's limit: for the guest's kernel, its page tables and the agent.
 const OVERHEAD_MIB: u32 = 64;
 
@@ -88,9 +91,15 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         Err(AdoptError::Dead(death)) => return Found::Gone(format!("while no daemon ran: {death}")),
         Err(error @ AdoptError::Mute(_)) => return Found::Gone(error.to_string()),
     };
-    let adopted: Result<_, Error> = async {
-        let path = shared.layout().container_log(&record.id);
-        let (log, durable) = Log::resume(&record.host_config.log_config.kind, &path, running.log_start)?;
+    let path = shared.layout().container_log(&record.id);
+    let (driver, run) = (record.host_config.log_config.kind.clone(), running.log_start);
+    // All of the run's log is read.
+    let resumed = tokio::task::spawn_blocking(move || Log::resume(&driver, &path, run)).await;
+    let (log, durable) = match resumed.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+        Ok(resumed) => resumed,
+        Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
+    };
+    let adopted = async {
         let state = container_state(&sandbox, &record.id).await?;
         let exit = match state.init {
             Some(ProcessState::Exited(exit)) => Some(exit),
@@ -100,12 +109,13 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, &record.id, state.execs);
-        Ok((workload, watch))
-    }
-    .await;
-    match adopted {
-        Ok((workload, watch)) => Found::Alive(workload, watch),
-        Err(error) => Found::Gone(format!("it could not be taken over: {error}")),
+        Ok::<_, Error>((workload, watch))
+    };
+    // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
+    match tokio::time::timeout(ADOPT_WITHIN, adopted).await {
+        Ok(Ok((workload, watch))) => Found::Alive(workload, watch),
+        Ok(Err(error)) => Found::Gone(format!("it could not be taken over: {error}")),
+        Err(_) => Found::Gone("it could not be taken over: the guest agent does not answer".into()),
     }
 }
 

@@ -344,6 +344,8 @@ impl Lifecycle {
             State::Running(running) => {
                 if running.then != Some(Then::Remove) {
                     running.then = Some(Then::Start);
+                    // The user's last word is that it runs.
+                    self.manually_stopped = false;
                 }
                 Ok(vec![])
             }

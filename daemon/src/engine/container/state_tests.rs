@@ -54,6 +54,13 @@ fn a_restart_of_a_container_with_rm_does_not_delete_it() {
 }
 
 #[test]
+fn a_restart_takes_a_stop_back() {
+    let rules = Rules { policy: Policy::UnlessStopped, auto_remove: false };
+    let (life, _) = run(rules, [Event::Start, started(1), Event::Stop, Event::Restart]);
+    assert!(!life.manually_stopped, "the user wants it to run, after the daemon's restart too");
+}
+
+#[test]
 fn a_failed_start_of_a_container_that_ran_keeps_its_times() {
     let failure = Failure { code: 126, error: "denied".into() };
     let events = [Event::Start, started(5), exited(0, 6), Event::Start, Event::StartFailed(failure)];

@@ -30,6 +30,9 @@ use crate::{
 /// How long a sandbox whose agent has hung up may take to end, before it is killed.
 const DIE_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long the events of a dead sandbox may take to come to their end.
+const LAST_WORDS_WITHIN: Duration = Duration::from_secs(2);
+
 /// How long the agent may take to deliver a signal.
 const SIGNAL_WITHIN: Duration = Duration::from_secs(10);
 
@@ -110,7 +113,8 @@ impl Workload {
         let _ = self.exited.subscribe().wait_for(|exited| *exited).await;
     }
 
-    /// Watches until it is over, and answers how it ended.
+    /// Watches until it is over, and answers how it ended. All output is delivered then; whoever records the
+    /// end calls [`Hub::end_run`].
     pub(crate) async fn watch(&self, mut watch: Watch, hub: &Hub, mut oom: impl FnMut()) -> Exit {
         let mut exit = watch.exit;
         if exit.is_some() {
@@ -119,23 +123,7 @@ impl Workload {
         let death = loop {
             tokio::select! {
                 event = watch.events.recv() => match event {
-                    Some(Event::Exited { process, exit: how }) if process.container == self.container => {
-                        match process.exec {
-                            None => {
-                                exit.get_or_insert(how);
-                                self.process_ended(hub);
-                            }
-                            Some(exec) => {
-                                let waiter = self.execs(|execs| execs.as_mut()?.remove(&exec));
-                                if let Some(waiter) = waiter {
-                                    let _ = waiter.send(how);
-                                }
-                            }
-                        }
-                    }
-                    Some(Event::Oom { container }) if container == self.container => oom(),
-                    // Of a container that is not ours: a guest may say what it likes.
-                    Some(_) => {}
+                    Some(event) => self.take(event, &mut exit, hub, &mut oom),
                     None => break Some(self.die().await),
                 },
                 _ = watch.outputs.join_next(), if exit.is_some() && !watch.outputs.is_empty() => {}
@@ -143,6 +131,15 @@ impl Workload {
                 () = std::future::ready(()), if exit.is_some() && watch.outputs.is_empty() => break None,
             }
         };
+        if death.is_some() {
+            // What the agent said before the end counts: the last of it may lie behind the news of the death.
+            let rest = async {
+                while let Some(event) = watch.events.recv().await {
+                    self.take(event, &mut exit, hub, &mut oom);
+                }
+            };
+            let _ = tokio::time::timeout(LAST_WORDS_WITHIN, rest).await;
+        }
         self.process_ended(hub);
         // Of a dead sandbox the streams end at once; what they still hold is taken.
         while watch.outputs.join_next().await.is_some() {}
@@ -151,8 +148,30 @@ impl Workload {
         }
         watch.inputs.shutdown().await;
         self.execs(Option::take);
-        hub.end_run();
         conclude(exit, death)
+    }
+
+    /// Takes one of the agent's events.
+    fn take(&self, event: Event, exit: &mut Option<AgentExit>, hub: &Hub, oom: &mut impl FnMut()) {
+        match event {
+            Event::Exited { process, exit: how } if process.container == self.container => {
+                match process.exec {
+                    None => {
+                        exit.get_or_insert(how);
+                        self.process_ended(hub);
+                    }
+                    Some(exec) => {
+                        let waiter = self.execs(|execs| execs.as_mut()?.remove(&exec));
+                        if let Some(waiter) = waiter {
+                            let _ = waiter.send(how);
+                        }
+                    }
+                }
+            }
+            Event::Oom { container } if container == self.container => oom(),
+            // Of a container that is not ours: a guest may say what it likes.
+            _ => {}
+        }
     }
 
     fn process_ended(&self, hub: &Hub) {
@@ -292,6 +311,7 @@ mod tests {
         let exit = over.await;
         assert_eq!((exit.code, exit.error.as_str(), exit.at.as_nanosecond()), (7, "", 7));
         assert_eq!(client.output.recv().await.unwrap().bytes, "last words");
+        hub.end_run();
         assert!(client.output.recv().await.is_none());
     }
 
@@ -309,6 +329,25 @@ mod tests {
         assert!(exit.error.contains("Kernel panic"), "{}", exit.error);
         assert!(exec.await.is_err(), "an exec goes with its container");
         assert!(workload.expect_exec("e2").is_none());
+    }
+
+    #[tokio::test]
+    async fn an_exit_that_was_told_before_the_vmm_died_is_not_lost() {
+        let Bench { agent: _agent, mut machine, workload, hub, mut watch, stdout, base: _base } =
+            bench().await;
+        // It is still on its way when the death is seen.
+        let (late, events) = mpsc::channel(1);
+        watch.events = events;
+        machine.process.kill().unwrap();
+        workload.sandbox.ended().await;
+        drop(stdout);
+        let mut over = Box::pin(workload.watch(watch, &hub, || {}));
+        assert!(futures_util::poll!(&mut over).is_pending());
+        let process = workload.init();
+        let exit = AgentExit { code: 7, oom_killed: false, unix_ns: 7 };
+        late.send(Event::Exited { process, exit }).await.unwrap();
+        drop(late);
+        assert_eq!(over.await.code, 7);
     }
 
     #[tokio::test]
