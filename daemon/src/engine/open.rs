@@ -97,6 +97,7 @@ fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>,
         let made = DirBuilder::new().recursive(true).mode(mode).create(&path);
         made.map_err(|error| failed("make", &path, &error))?;
     }
+    make_id(&layout.daemon_id()).map_err(|error| failed("write", &layout.daemon_id(), &error))?;
     make_template(layout, u64::from(config.vm.disk_gib) << 30)?;
     let layers = LayerStore::open(layout.layers())
         .map_err(|error| Error::internal(format!("the layer store cannot be opened: {error}")))?;
@@ -121,6 +122,23 @@ pub(super) fn registry_settings(config: &Config) -> image::RegistrySettings {
     };
     settings.patience.attempts = u32::try_from(config.max_download_attempts).unwrap_or(u32::MAX);
     settings
+}
+
+/// Gives the daemon the id by which clients tell it from others, once: a random UUID.
+fn make_id(path: &Path) -> io::Result<()> {
+    if std::fs::metadata(path).is_ok_and(|meta| meta.len() > 0) {
+        return Ok(());
+    }
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let text = hex::encode(bytes);
+    let parts = [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)].map(|(from, to)| &text[from..to]);
+    let new = path.with_extension("new");
+    std::fs::write(&new, format!("{}\n", parts.join("-")))?;
+    File::open(&new)?.sync_all()?;
+    std::fs::rename(&new, path)
 }
 
 /// Makes the disk that writable layers are clones of, anew when its size is to be another.
@@ -223,6 +241,17 @@ mod tests {
         ] {
             assert_eq!(Engine::validate(&config(base.path(), text)).is_ok(), valid, "{text}");
         }
+    }
+
+    #[test]
+    fn a_daemon_keeps_its_id() {
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("id");
+        make_id(&path).unwrap();
+        let id = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(id.trim().split('-').map(str::len).collect::<Vec<_>>(), [8, 4, 4, 4, 12]);
+        make_id(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), id);
     }
 
     #[tokio::test]
