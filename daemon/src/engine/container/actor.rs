@@ -31,6 +31,9 @@ const COMMANDS: usize = 64;
 /// How long a guest may take to power off.
 const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long after a state could not be saved it is tried again.
+const SAVE_AGAIN: Duration = Duration::from_secs(5);
+
 /// What a container's own tasks report.
 enum Report {
     /// The guard is dropped when the report was taken, and with it the sandbox that nobody wants any more:
@@ -39,6 +42,8 @@ enum Report {
     Over(u64, Exit),
     BackOffOver(u64),
     Deleted(std::io::Result<()>),
+    /// A state that could not be saved may be tried again.
+    Unsaved,
 }
 
 /// The owner of a container.
@@ -197,6 +202,12 @@ impl Actor {
                 let _ = self.step(Event::BackOffOver).await;
             }
             Report::Over(..) | Report::BackOffOver(..) => {}
+            Report::Unsaved => {
+                let passing = matches!(self.record.life.state, State::Starting(_) | State::Removing(_));
+                if !passing && let Err(error) = self.save(&self.record).await {
+                    self.save_later(&error);
+                }
+            }
             Report::Deleted(Ok(())) => {
                 self.gone();
                 return false;
@@ -205,6 +216,12 @@ impl Actor {
                 let message =
                     format!("container {}: driver failed to remove root filesystem: {error}", self.record.id);
                 let _ = self.step(Event::RemoveFailed).await;
+                // `docker run --rm` waits for the removal, which will not come by itself.
+                let error = Some(WaitError { message: message.clone() });
+                let response = WaitResponse { error, ..self.outcome() };
+                for waiter in self.removal_waiters.drain(..).chain(self.exit_waiters.drain(..)) {
+                    let _ = waiter.send(response.clone());
+                }
                 for reply in self.removers.drain(..) {
                     answer(reply, Err(Error::internal(message.clone())));
                 }
@@ -387,7 +404,7 @@ impl Actor {
         let was_under_way = matches!(self.record.life.state, State::Starting(_) | State::Restarting(_));
         self.record.life = life;
         if kept && let Err(error) = self.save(&self.record).await {
-            tracing::error!(container = self.record.id, %error, "a container's state was not saved");
+            self.save_later(&error);
         }
         for effect in effects {
             self.run_effect(&effect);
@@ -595,6 +612,16 @@ impl Actor {
     }
 
     // ---- Record, view, events
+
+    /// A full disk may have room again: until then the state is known to this daemon alone.
+    fn save_later(&self, error: &std::io::Error) {
+        tracing::error!(container = self.record.id, %error, "a container's state was not saved; it is tried again");
+        let reporter = self.reporter.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(SAVE_AGAIN).await;
+            let _ = reporter.send(Report::Unsaved).await;
+        });
+    }
 
     async fn save(&self, record: &Record) -> std::io::Result<()> {
         let (record, path) = (record.clone(), self.shared.layout().container_record(&record.id));
