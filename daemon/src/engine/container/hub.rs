@@ -69,6 +69,9 @@ struct Client {
     sender: mpsc::Sender<Output>,
 }
 
+/// Those who are to get a chunk.
+pub(crate) struct Audience(Vec<(u64, mpsc::Sender<Output>)>);
+
 impl Hub {
     pub(crate) fn new(kind: Kind) -> Self {
         let (input, queue) = mpsc::channel(WAITING);
@@ -86,18 +89,39 @@ impl Hub {
 
     /// Adds a client. From here on it misses nothing.
     pub(crate) fn attach(&self, options: AttachOptions) -> Attachment {
+        self.attach_at(options, || ()).0
+    }
+
+    /// Adds a client at the moment of `at`: what was recorded before is not delivered to it, what is recorded
+    /// after is.
+    pub(crate) fn attach_at<R>(&self, options: AttachOptions, at: impl FnOnce() -> R) -> (Attachment, R) {
         let (sender, output) = mpsc::channel(WAITING);
-        let input = self.with(|inner| {
+        let (input, result) = self.with(|inner| {
+            let result = at();
             inner.next += 1;
             let client =
                 Client { number: inner.next, stdout: options.stdout, stderr: options.stderr, sender };
             // Those who left are otherwise noticed when there is output, of which there may be none.
             inner.clients.retain(|client| !client.sender.is_closed());
             inner.clients.push(client);
-            inner.input.clone()
+            (inner.input.clone(), result)
         });
         let stdin = (options.stdin && self.kind.stdin).then(|| self.forward(input));
-        Attachment { terminal: self.kind.terminal, stdin, output }
+        (Attachment { terminal: self.kind.terminal, stdin, output }, result)
+    }
+
+    /// Does `record` and answers in the same moment who is to get what it recorded.
+    pub(crate) fn record<R>(&self, stream: Stream, record: impl FnOnce() -> R) -> (R, Audience) {
+        let wants = |client: &&Client| match stream {
+            Stream::Stdout => client.stdout,
+            Stream::Stderr => client.stderr,
+            Stream::Stdin => false,
+        };
+        self.with(|inner| {
+            let recorded = record();
+            let clients = inner.clients.iter().filter(wants);
+            (recorded, Audience(clients.map(|c| (c.number, c.sender.clone())).collect()))
+        })
     }
 
     /// Passes one client's input on; its end is the process's by Docker's rule.
@@ -118,15 +142,15 @@ impl Hub {
     }
 
     /// Hands a chunk to every client that wants the stream and waits until each has taken it or is gone.
+    #[cfg(test)]
     pub(crate) async fn deliver(&self, stream: Stream, bytes: &Bytes) {
-        let wants = |client: &&Client| match stream {
-            Stream::Stdout => client.stdout,
-            Stream::Stderr => client.stderr,
-            Stream::Stdin => false,
-        };
-        let clients: Vec<_> = self
-            .with(|inner| inner.clients.iter().filter(wants).map(|c| (c.number, c.sender.clone())).collect());
-        for (number, sender) in clients {
+        let ((), audience) = self.record(stream, || ());
+        self.deliver_to(audience, stream, bytes).await;
+    }
+
+    /// Hands a chunk to each of them and waits until each has taken it or is gone.
+    pub(crate) async fn deliver_to(&self, audience: Audience, stream: Stream, bytes: &Bytes) {
+        for (number, sender) in audience.0 {
             let output = Output { stream, bytes: bytes.clone() };
             let sent = tokio::select! {
                 biased;

@@ -204,17 +204,29 @@ impl Engine {
     pub async fn container_attach(&self, name: Name<'_>, options: AttachOptions) -> Result<Attachment> {
         let container = self.container(name)?;
         let view = container.view();
-        let past = if options.logs { Some(self.log_source(&container).read(replay(options))?) } else { None };
-        let attachment = if options.stream {
-            container.hub().attach(options)
-        } else {
-            Attachment { terminal: container.hub().kind().terminal, stdin: None, output: mpsc::channel(1).1 }
+        let hub = container.hub();
+        let attachment = match (&view.workload, options) {
+            (_, AttachOptions { stream: false, logs, .. }) => {
+                let nothing =
+                    Attachment { terminal: hub.kind().terminal, stdin: None, output: mpsc::channel(1).1 };
+                match logs {
+                    true => prepend(self.log_source(&container).read(replay(options))?, Vec::new(), nothing),
+                    false => nothing,
+                }
+            }
+            (_, AttachOptions { logs: false, .. }) => hub.attach(options),
+            // In one moment, so that everything comes once: from the log or live.
+            (Some(workload), _) => {
+                let (live, (lines, unfinished)) =
+                    hub.attach_at(options, || workload.log.snapshot(Timestamp::now()));
+                prepend(lines.read(replay(options))?, wanted(unfinished, options), live)
+            }
+            (None, _) => {
+                prepend(self.log_source(&container).read(replay(options))?, Vec::new(), hub.attach(options))
+            }
         };
         self.shared.publish(&view.record, "attach", []);
-        Ok(match past {
-            None => attachment,
-            Some(past) => prepend(past, attachment),
-        })
+        Ok(attachment)
     }
 
     /// Reads its log; the flag is whether it has a terminal, which decides the wire form.
@@ -251,6 +263,15 @@ impl Engine {
     }
 }
 
+/// Those of the streams that are asked for.
+fn wanted(mut records: Vec<logs::Record>, options: AttachOptions) -> Vec<logs::Record> {
+    records.retain(|record| match record.stream {
+        logs::Stream::Stderr => options.stderr,
+        _ => options.stdout,
+    });
+    records
+}
+
 fn stop(signal: Option<&str>, timeout: Option<i64>) -> Result<Stop> {
     let signal = signal.filter(|signal| !signal.is_empty()).map(signal::parse).transpose()?;
     Ok(Stop { signal, grace: timeout.map(Grace::from_seconds) })
@@ -260,12 +281,17 @@ fn replay(options: AttachOptions) -> logs::ReadOptions {
     logs::ReadOptions { stdout: options.stdout, stderr: options.stderr, ..logs::ReadOptions::default() }
 }
 
-/// Puts a log before what comes.
-fn prepend(mut past: mpsc::Receiver<logs::Record>, attachment: Attachment) -> Attachment {
+/// Puts a log and its unfinished lines before what comes.
+fn prepend(
+    mut past: mpsc::Receiver<logs::Record>,
+    unfinished: Vec<logs::Record>,
+    attachment: Attachment,
+) -> Attachment {
     let (sender, output) = mpsc::channel(16);
     let Attachment { terminal, stdin, output: mut live } = attachment;
     tokio::spawn(async move {
-        while let Some(record) = past.recv().await {
+        let mut unfinished = unfinished.into_iter();
+        while let Some(record) = past.recv().await.or_else(|| unfinished.next()) {
             if sender.send(Output { stream: record.stream, bytes: record.bytes }).await.is_err() {
                 return;
             }

@@ -5,7 +5,7 @@ use std::{io, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::sync::mpsc;
 
-use super::hub::{Hub, Input};
+use super::hub::{Audience, Hub, Input};
 use crate::{
     engine::logs::{Log, Stream},
     sandbox::{InputStream, OutputStream},
@@ -35,11 +35,11 @@ pub(crate) async fn output(mut output: OutputStream, stream: Stream, log: Option
                 break;
             }
         };
-        let safe = match &log {
-            Some(log) => append(log, stream, &bytes).await,
-            None => Some(output.taken()),
+        let (safe, audience) = match &log {
+            Some(log) => append(log, stream, &bytes, &hub).await,
+            None => hub.record(stream, || Some(output.taken())),
         };
-        hub.deliver(stream, &bytes).await;
+        hub.deliver_to(audience, stream, &bytes).await;
         if let Some(safe) = safe
             && output.acknowledge(safe).await.is_err()
         {
@@ -54,18 +54,22 @@ pub(crate) async fn output(mut output: OutputStream, stream: Stream, log: Option
     }
 }
 
-async fn append(log: &Log, stream: Stream, bytes: &[u8]) -> Option<u64> {
-    for attempt in 1..=ATTEMPTS {
-        match log.append(stream, bytes, Timestamp::now()) {
-            Ok(safe) => return Some(safe),
-            Err(error) if attempt < ATTEMPTS => {
+async fn append(log: &Log, stream: Stream, bytes: &[u8], hub: &Hub) -> (Option<u64>, Audience) {
+    let mut attempt = 1;
+    loop {
+        match hub.record(stream, || log.append(stream, bytes, Timestamp::now())) {
+            (Ok(safe), audience) => return (Some(safe), audience),
+            (Err(error), _) if attempt < ATTEMPTS => {
                 tracing::warn!(%error, attempt, "a log cannot be written; the process's output waits");
                 tokio::time::sleep(RETRY).await;
+                attempt += 1;
             }
-            Err(error) => tracing::error!(%error, lost = bytes.len(), "output is missing in a log"),
+            (Err(error), audience) => {
+                tracing::error!(%error, lost = bytes.len(), "output is missing in a log");
+                return (None, audience);
+            }
         }
     }
-    None
 }
 
 /// Feeds a process's stdin from its clients; `close` tells the agent of the end. Goes on taking what clients
@@ -97,6 +101,7 @@ pub(crate) async fn input<F: Future<Output = ()>>(
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::UnixStream,
@@ -150,6 +155,36 @@ mod tests {
             logged.extend_from_slice(&record.bytes);
         }
         assert_eq!(logged, text);
+    }
+
+    #[tokio::test]
+    async fn who_attaches_with_the_log_gets_everything_once() {
+        let base = tempfile::tempdir().unwrap();
+        let (log, _) = Log::begin("json-file", &base.path().join("log")).unwrap();
+        let hub = Hub::new(KIND);
+        // Appended, not yet delivered when the client comes.
+        let chunk = |text: &'static str| Bytes::from_static(text.as_bytes());
+        let write = |bytes: &Bytes| {
+            hub.record(Stream::Stdout, || log.append(Stream::Stdout, bytes, Timestamp::now()))
+        };
+        let (first, second) = (chunk("one\ntw"), chunk("o\nthree\n"));
+        let (_, before) = write(&first);
+        let (mut live, (lines, unfinished)) = hub.attach_at(BOTH, || log.snapshot(Timestamp::now()));
+        let (_, after) = write(&second);
+        hub.deliver_to(before, Stream::Stdout, &first).await;
+        hub.deliver_to(after, Stream::Stdout, &second).await;
+        hub.end_run();
+        let options = ReadOptions { stdout: true, stderr: true, ..ReadOptions::default() };
+        let mut records = lines.read(options).unwrap();
+        let mut all = vec![];
+        while let Some(record) = records.recv().await {
+            all.extend_from_slice(&record.bytes);
+        }
+        unfinished.iter().for_each(|record| all.extend_from_slice(&record.bytes));
+        while let Some(output) = live.output.recv().await {
+            all.extend_from_slice(&output.bytes);
+        }
+        assert_eq!(String::from_utf8(all).unwrap(), "one\ntwo\nthree\n");
     }
 
     #[tokio::test]

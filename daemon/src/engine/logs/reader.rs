@@ -21,12 +21,14 @@ pub struct Source {
     /// None: the driver keeps nothing.
     pub(super) path: Option<PathBuf>,
     pub(super) progress: Option<watch::Receiver<Progress>>,
+    /// Nothing behind this place is read.
+    pub(super) end: Option<u64>,
 }
 
 impl Source {
     /// The log of a container that does not run; it need not exist yet.
     pub fn stopped(driver: &str, path: &Path) -> Self {
-        Self { path: (driver != "none").then(|| path.to_owned()), progress: None }
+        Self { path: (driver != "none").then(|| path.to_owned()), progress: None, end: None }
     }
 
     /// Starts reading; records come in the log's order. It ends when everything asked for was sent, when
@@ -39,9 +41,9 @@ impl Source {
             return Err(Error::not_implemented("configured logging driver does not support reading"));
         };
         let (records, receiver) = mpsc::channel(64);
-        let progress = self.progress;
+        let (progress, end) = (self.progress, self.end);
         tokio::spawn(async move {
-            if let Err(error) = run(path, progress, options, records).await {
+            if let Err(error) = run(path, progress, end, options, records).await {
                 tracing::warn!(%error, "a log could not be read");
             }
         });
@@ -52,13 +54,14 @@ impl Source {
 async fn run(
     path: PathBuf,
     mut progress: Option<watch::Receiver<Progress>>,
+    fixed_end: Option<u64>,
     options: ReadOptions,
     records: mpsc::Sender<Record>,
 ) -> io::Result<()> {
     let mut cursor = Cursor { file: None, at: None, options };
     loop {
         let now = progress.as_mut().map(|progress| *progress.borrow_and_update());
-        let mut end = now.map(|progress| progress.committed);
+        let mut end = fixed_end.or(now.map(|progress| progress.committed));
         // A batch at a time: a client that does not read must not keep a thread.
         loop {
             let read_path = path.clone();

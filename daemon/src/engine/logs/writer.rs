@@ -12,7 +12,7 @@ use std::{
 use jiff::Timestamp;
 use tokio::sync::watch;
 
-use super::{Source, Stream, format};
+use super::{Record, Source, Stream, format};
 
 /// A line longer than this is written in parts.
 const MAX_TEXT: usize = 16 << 10;
@@ -132,7 +132,25 @@ impl Log {
     /// What readers need.
     pub fn source(&self) -> Source {
         let readable = self.lock().file.is_some();
-        Source { path: readable.then(|| self.path.clone()), progress: Some(self.progress.subscribe()) }
+        Source {
+            path: readable.then(|| self.path.clone()),
+            progress: Some(self.progress.subscribe()),
+            end: None,
+        }
+    }
+
+    /// What was appended until now, and nothing of what comes: a source of the lines, and the unfinished ones.
+    pub fn snapshot(&self, now: Timestamp) -> (Source, Vec<Record>) {
+        let state = self.lock();
+        let path = state.file.is_some().then(|| self.path.clone());
+        let unfinished = [(Stream::Stdout, &state.stdout), (Stream::Stderr, &state.stderr)];
+        let unfinished = unfinished.into_iter().filter(|(_, line)| !line.text.is_empty());
+        let records = unfinished.map(|(stream, line)| Record {
+            stream,
+            time: line.began.unwrap_or(now),
+            bytes: line.text.clone().into(),
+        });
+        (Source { path, progress: None, end: Some(state.committed) }, records.collect())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
