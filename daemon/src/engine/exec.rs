@@ -156,6 +156,11 @@ impl Engine {
         let id = exec.id.clone();
         let action = format!("exec_create: {}", exec.command_line());
         self.shared.execs.insert(exec)?;
+        // A container that was removed in the meantime has already forgotten its execs.
+        if let Err(error) = self.shared.registry.find(&view.record.id) {
+            self.shared.execs.forget(&view.record.id);
+            return Err(error);
+        }
         self.shared.publish(&view.record, &action, [("execID".into(), id.clone())]);
         Ok(id)
     }

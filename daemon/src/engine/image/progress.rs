@@ -1,13 +1,20 @@
 //! What a client sees while images come in: the lines of JSON that the docker CLI draws.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{
+    fmt::Write as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use serde::Serialize;
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::engine::Error;
 
-/// Lines that may wait for a slow client; then the work waits too.
+/// Lines that may wait for a slow client; then the work waits too, for [`STALL`] at most.
 const WAITING: usize = 128;
 /// Between two counts of one transfer.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -108,7 +115,12 @@ impl Message {
 #[derive(Debug, Clone)]
 pub struct Progress {
     messages: mpsc::Sender<Result<Message, Error>>,
+    /// The client has stopped reading: it gets what it has room for.
+    stalled: Arc<AtomicBool>,
 }
+
+/// How long a client that does not read may hold the work up, which others may be waiting for.
+const STALL: Duration = Duration::from_secs(60);
 
 /// Messages until the work is done; an error is the last. Dropping it calls the work off.
 pub type Messages = mpsc::Receiver<Result<Message, Error>>;
@@ -117,12 +129,16 @@ impl Progress {
     /// A sender and its receiver.
     pub fn channel() -> (Self, Messages) {
         let (messages, receiver) = mpsc::channel(WAITING);
-        (Self { messages }, receiver)
+        (Self { messages, stalled: Arc::default() }, receiver)
     }
 
-    /// Sends a message; to nobody if the client has gone.
+    /// Sends a message; to nobody if the client has gone or does not read for long.
     pub async fn send(&self, message: Message) {
-        let _ = self.messages.send(Ok(message)).await;
+        if self.stalled.load(Ordering::Relaxed) {
+            let _ = self.messages.try_send(Ok(message));
+        } else if tokio::time::timeout(STALL, self.messages.send(Ok(message))).await.is_err() {
+            self.stalled.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Sends a message from a thread that may block.
@@ -203,6 +219,22 @@ mod tests {
         let line = message.line();
         assert!(line.ends_with(b"\r\n"));
         String::from_utf8(line).unwrap().trim_end().to_owned()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_stopped_reading_does_not_stop_the_work() {
+        let (progress, mut messages) = Progress::channel();
+        for number in 0..WAITING + 10 {
+            progress.send(Message::status(number.to_string())).await;
+        }
+        // The error that ends the work is not left out.
+        let failing = tokio::spawn(async move { progress.fail(Error::internal("full")).await });
+        let mut last = None;
+        while let Some(message) = messages.recv().await {
+            last = Some(message);
+        }
+        failing.await.unwrap();
+        assert_eq!(last.unwrap().unwrap_err().message, "full");
     }
 
     #[test]
