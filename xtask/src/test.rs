@@ -112,8 +112,16 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
             scope.spawn(move || run_share(tree, bundle, venue, filter, machine_tests, (share, shares)))
         };
         let runs: Vec<_> = (1..=shares).map(run).collect();
-        runs.into_iter()
-            .try_for_each(|run| run.join().unwrap_or_else(|_| bail!("a share of the tests panicked")))
+        let outcomes: Vec<Result<()>> = runs
+            .into_iter()
+            .map(|run| run.join().unwrap_or_else(|_| bail!("a share of the tests panicked")))
+            .collect();
+        for (share, outcome) in outcomes.iter().enumerate() {
+            if let Err(error) = outcome {
+                eprintln!("share {} of {shares}: {error:#}", share + 1);
+            }
+        }
+        outcomes.into_iter().collect()
     })
 }
 
@@ -150,7 +158,9 @@ fn run_share(
     if let Some(program) = machine_tests {
         let mut command = place.host.command(program);
         command.env("BULKHEAD_VMM", bundle.vmm()).env("BULKHEAD_KERNEL", bundle.kernel());
-        sh::run(command.env("BULKHEAD_INITRAMFS", bundle.initramfs()))?;
+        // Layers need a file system with extended attributes of users: in the test host, /run and not /tmp.
+        command.env("BULKHEAD_INITRAMFS", bundle.initramfs()).env("TMPDIR", "/run");
+        sh::run(&mut command).context("the guest agent's tests on a machine")?;
     }
     let suite = SuiteOwner::start(&place.host, bundle.dir()).with_context(|| console(&place))?;
     let mut tests = test_command(tree);

@@ -131,7 +131,7 @@ fn wait_answers_with_the_code_of_the_next_end() -> Test {
     let container =
         docker.run_detached(&["busybox", "sh", "-c", "while [ ! -e /go ]; do sleep 0.1; done; exit 21"])?;
     let waiting = docker.spawn(&["wait", container.name()])?;
-    container.exec(&["touch", "/go"])?;
+    container.touch("/go")?;
     let output = waiting.wait_with_output()?;
     assert_eq!(String::from_utf8(output.stdout)?.trim(), "21");
     Ok(())
