@@ -155,6 +155,15 @@ impl Container {
         self.docker.ok(&[&["exec", &self.name], words].concat())
     }
 
+    /// Makes a file that the workload waits for. Detached: where the workload then ends, that ends its execs,
+    /// this one maybe before its own end.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn touch(&self, path: &str) -> Result<()> {
+        self.docker.ok(&["exec", "-d", &self.name, "touch", path]).map(drop)
+    }
+
     /// Runs `docker COMMAND NAME`.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Every check and test. Lints and unit tests need neither root nor KVM; end-to-end tests get a daemon, a registry
 //! and real clients.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Instant;
@@ -81,6 +82,8 @@ fn lint(tree: &Tree) -> Result<()> {
 
 fn unit(tree: &Tree, filter: &[String]) -> Result<()> {
     let mut tests = cargo(tree);
+    // Where a registry is at hand, the client's tests ask it too.
+    tests.env("PATH", deps::path_with_tools()?);
     if has_nextest(tree) {
         tests.args(["nextest", "run", "--workspace", "--status-level", "fail", "--no-tests", "pass"]);
     } else {
@@ -100,13 +103,46 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let cpus = thread::available_parallelism().map_or(1, usize::from);
     let shares =
         if venue == Venue::TestHost && filter.is_empty() && has_nextest(tree) { cpus.clamp(1, 2) } else { 1 };
+    let machine_tests = if filter.is_empty() { Some(machine_tests(tree)?) } else { None };
     thread::scope(|scope| {
-        let bundle = &bundle;
-        let run = |share| scope.spawn(move || run_share(tree, bundle, venue, filter, (share, shares)));
+        let (bundle, machine_tests) = (&bundle, machine_tests.as_deref());
+        let run = |share| {
+            // The last share, since the first has the longest test.
+            let machine_tests = machine_tests.filter(|_| share == shares);
+            scope.spawn(move || run_share(tree, bundle, venue, filter, machine_tests, (share, shares)))
+        };
         let runs: Vec<_> = (1..=shares).map(run).collect();
-        runs.into_iter()
-            .try_for_each(|run| run.join().unwrap_or_else(|_| bail!("a share of the tests panicked")))
+        let outcomes: Vec<Result<()>> = runs
+            .into_iter()
+            .map(|run| run.join().unwrap_or_else(|_| bail!("a share of the tests panicked")))
+            .collect();
+        for (share, outcome) in outcomes.iter().enumerate() {
+            if let Err(error) = outcome {
+                eprintln!("share {} of {shares}: {error:#}", share + 1);
+            }
+        }
+        outcomes.into_iter().collect()
     })
+}
+
+/// Builds the guest agent's tests on a machine of their own and gives the program.
+fn machine_tests(tree: &Tree) -> Result<PathBuf> {
+    let built = sh::output(cargo(tree).args([
+        "test",
+        "--quiet",
+        "--no-run",
+        "-p",
+        "bulkhead-agent",
+        "--test",
+        "machine",
+        "--message-format",
+        "json",
+    ]))?;
+    built
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .context("cargo named no program for the agent's machine tests")
 }
 
 /// Runs the tests of one share of several, in a host of its own.
@@ -115,9 +151,17 @@ fn run_share(
     bundle: &Bundle,
     venue: Venue,
     filter: &[String],
+    machine_tests: Option<&Path>,
     (share, of): (usize, usize),
 ) -> Result<()> {
     let place = venue.open(tree, &format!("e2e-{share}"), MEMORY_MIB)?;
+    if let Some(program) = machine_tests {
+        let mut command = place.host.command(program);
+        command.env("BULKHEAD_VMM", bundle.vmm()).env("BULKHEAD_KERNEL", bundle.kernel());
+        // Layers need a file system with extended attributes of users: in the test host, /run and not /tmp.
+        command.env("BULKHEAD_INITRAMFS", bundle.initramfs()).env("TMPDIR", "/run");
+        sh::run(&mut command).context("the guest agent's tests on a machine")?;
+    }
     let suite = SuiteOwner::start(&place.host, bundle.dir()).with_context(|| console(&place))?;
     let mut tests = test_command(tree);
     if of > 1 {

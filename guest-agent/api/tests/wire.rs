@@ -110,12 +110,14 @@ fn every_message_is_as_it_was() {
         wire.message(&message);
     }
     for stream in [StreamKind::Stdin, StreamKind::Stdout, StreamKind::Stderr] {
-        wire.message(&StreamOpen { process: exec(), stream, from: 4096 });
+        wire.message(&StreamOpen { process: exec(), stream, from: Some(4096) });
     }
-    wire.message(&StreamReady { error: None });
+    wire.message(&StreamReady { error: None, from: 4096 });
     wire.message(&StreamReady {
+        from: 0,
         error: Some(AgentError { kind: ErrorKind::Conflict, message: "why".into() }),
     });
+    wire.message(&StreamOpen { process: init(), stream: StreamKind::Stdout, from: None });
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);
     }
@@ -129,5 +131,5 @@ fn unknown_fields_of_a_newer_peer_are_ignored() {
     assert_eq!(call, ToAgent { id: 1, call: Call::State });
     let open: StreamOpen =
         serde_json::from_str(r#"{"process":{"container":"c"},"stream":"stdout","new":{}}"#).unwrap();
-    assert_eq!(open.from, 0);
+    assert_eq!(open.from, None);
 }

@@ -47,7 +47,7 @@ fn follow_shows_lines_as_they_come_and_ends_with_the_container() -> Test {
     let mut child = docker.spawn(&["logs", "-f", container.name()])?;
     let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
     assert_eq!(lines.next().context("no line")??, "first");
-    container.exec(&["touch", "/go"])?;
+    container.touch("/go")?;
     assert_eq!(lines.next().context("no line")??, "last");
     assert!(lines.next().is_none());
     assert!(child.wait()?.success());

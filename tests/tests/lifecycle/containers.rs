@@ -85,7 +85,6 @@ fn rename_keeps_the_container_and_frees_the_name() -> Test {
 fn events_tell_the_story_in_order() -> Test {
     let docker = docker()?;
     let container = docker.container();
-    let since = docker.inspect("busybox", "{{.Metadata.LastTagTime.Unix}}")?;
     docker
         .ok(&["run", "--name", container.name(), "busybox", "sh", "-c", "exit 4"])
         .expect_err("exit code 4");
@@ -97,7 +96,7 @@ fn events_tell_the_story_in_order() -> Test {
     let text = docker.ok(&[
         "events",
         "--since",
-        &since,
+        "1h",
         "--until",
         &now.to_string(),
         "--filter",
@@ -132,7 +131,7 @@ fn wait_answers_with_the_code_of_the_next_end() -> Test {
     let container =
         docker.run_detached(&["busybox", "sh", "-c", "while [ ! -e /go ]; do sleep 0.1; done; exit 21"])?;
     let waiting = docker.spawn(&["wait", container.name()])?;
-    container.exec(&["touch", "/go"])?;
+    container.touch("/go")?;
     let output = waiting.wait_with_output()?;
     assert_eq!(String::from_utf8(output.stdout)?.trim(), "21");
     Ok(())

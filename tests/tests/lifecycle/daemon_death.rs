@@ -31,7 +31,7 @@ fn after_kill_9_ps_logs_exec_and_wait_work_on_what_runs() -> Test {
         assert_eq!(container.docker(&["logs"])?, "before");
         assert_eq!(container.exec(&["echo", "still there"])?, "still there");
         let waiting = docker.spawn(&["wait", container.name()])?;
-        container.exec(&["touch", "/go"])?;
+        container.touch("/go")?;
         let output = waiting.wait_with_output()?;
         assert_eq!(String::from_utf8(output.stdout)?.trim(), "23");
         assert_eq!(container.docker(&["logs"])?, "before\nafter");
@@ -108,7 +108,7 @@ fn a_following_client_sees_the_end_of_its_connection_and_can_follow_again() -> T
         following.wait()?;
         daemon.start_again()?;
         let following = docker.spawn(&["logs", "-f", container.name()])?;
-        container.exec(&["touch", "/go"])?;
+        container.touch("/go")?;
         assert_eq!(String::from_utf8(following.wait_with_output()?.stdout)?, "up\ndown\n");
         Ok(())
     })

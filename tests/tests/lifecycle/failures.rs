@@ -150,7 +150,9 @@ fn two_daemons_do_not_share_a_data_root() -> Test {
     with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
         let socket = format!("unix://{}/second.sock", daemon.data_root());
         let bundle = std::env::var(bulkhead_tests::daemon::BUNDLE_VARIABLE)?;
-        let mut second = Host::from_env()?.command(format!("{bundle}/bulkheadd"));
+        // One that is not refused would run on.
+        let mut second = Host::from_env()?.command("timeout");
+        second.args(["-s", "KILL", "30", &format!("{bundle}/bulkheadd")]);
         second.args([
             "--host",
             &socket,
@@ -161,8 +163,8 @@ fn two_daemons_do_not_share_a_data_root() -> Test {
         ]);
         second.args(["--pidfile", "/run/bulkhead-second.pid"]);
         let output = second.stdin(Stdio::null()).output()?;
-        assert!(!output.status.success());
         let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "not refused: {stderr}");
         assert!(stderr.contains(&daemon.data_root()) || stderr.contains("in use"), "{stderr}");
         Ok(())
     })
