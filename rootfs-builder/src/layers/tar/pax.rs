@@ -154,11 +154,13 @@ mod tests {
     #[test]
     fn what_many_headers_add_up_to_is_bounded() {
         let mut pax = Pax::default();
-        let many = (0..100_000).find(|at| pax.extend(&record(&format!("SCHILY.xattr.user.{at}"), b"")).is_err());
+        let many =
+            (0..100_000).find(|at| pax.extend(&record(&format!("SCHILY.xattr.user.{at}"), b"")).is_err());
         assert_eq!(many, Some(MAX_XATTRS));
         let mut pax = Pax::default();
         let value = vec![b'v'; 1000];
-        let long = (0..100_000).find(|at| pax.extend(&record(&format!("SCHILY.xattr.{at}"), &value)).is_err());
+        let long =
+            (0..100_000).find(|at| pax.extend(&record(&format!("SCHILY.xattr.{at}"), &value)).is_err());
         assert!(long.is_some_and(|count| count <= MAX_XATTR_BYTES / 1000));
         // The same one again and again takes no more room.
         let mut pax = Pax::default();
