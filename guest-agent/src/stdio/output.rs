@@ -325,7 +325,7 @@ mod tests {
         bench.settle();
         drop(first);
         bench.settle();
-        assert!(bench.output.connect(3).is_err());
+        assert!(bench.output.connect(Some(3)).is_err());
         let mut second = bench.connect(6);
         writer.write_all(b"ab").unwrap();
         drop(writer);

@@ -258,7 +258,7 @@ impl Machine {
         let mut connection = UnixStream::connect(self.directory.join("vsock")).expect("connect");
         writeln!(connection, "CONNECT {STREAM_PORT}").expect("write");
         assert!(line(&mut connection).starts_with("OK "));
-        let open = StreamOpen { process: process.clone(), stream, from };
+        let open = StreamOpen { process: process.clone(), stream, from: Some(from) };
         connection.write_all(&frame::encode(&open).expect("frame")).expect("write");
         let mut header = [0; 4];
         connection.read_exact(&mut header).expect("read");
