@@ -21,7 +21,7 @@ use std::{
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use vmm_sys_util::{
@@ -284,12 +284,20 @@ impl Watch {
 /// bound for sources that never fall silent.
 const LAST_ROUNDS: usize = 256;
 
+/// How long it spends on them: a queue can be made to fill itself, by requests whose results are written into
+/// its ring.
+const LAST_TIME: Duration = Duration::from_secs(5);
+
 fn run(port: &Port, mut watch: Watch) {
     while !port.stop.load(Ordering::SeqCst) {
         guarded(port, || round(port, &mut watch, -1));
     }
+    let stopped = Instant::now();
     for _ in 0..LAST_ROUNDS {
-        if port.failed() || guarded(port, || round(port, &mut watch, 0)) != Some(true) {
+        if stopped.elapsed() > LAST_TIME
+            || port.failed()
+            || guarded(port, || round(port, &mut watch, 0)) != Some(true)
+        {
             break;
         }
     }
