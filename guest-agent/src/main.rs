@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use bulkhead_agent::{init, log, server, tiny_init, transport::Vsock};
+use bulkhead_agent::{init, log, server, sys, tiny_init, transport::Vsock};
 use rustix::time::{ClockId, clock_gettime};
 
 fn main() -> ExitCode {
@@ -14,6 +14,9 @@ fn main() -> ExitCode {
     if std::process::id() != 1 {
         eprintln!("bulkhead-agent is the init of a microVM and does nothing elsewhere");
         return ExitCode::FAILURE;
+    }
+    if let Err(error) = sys::hide() {
+        log::warn(format_args!("hide: {error}"));
     }
     if let Err(error) = init::boot() {
         log::warn(format_args!("boot: {error}"));

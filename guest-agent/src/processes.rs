@@ -1,6 +1,9 @@
 //! The processes of a container, as `/proc` tells of them.
 
-use std::fs;
+use std::{
+    fs,
+    io::{self, Read},
+};
 
 use bulkhead_agent_api::ProcessInfo;
 
@@ -27,8 +30,15 @@ fn boot_time() -> u64 {
 fn one(pid: i32, boot: u64) -> Option<ProcessInfo> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let line = read_command(format!("/proc/{pid}/cmdline")).ok()?;
     parse(pid, &stat, &status, &line, boot)
+}
+
+/// As much of a command line as is told. A workload makes them megabytes long.
+fn read_command(path: impl AsRef<std::path::Path>) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    fs::File::open(path)?.take(MAX_COMMAND as u64).read_to_end(&mut line)?;
+    Ok(line)
 }
 
 fn parse(pid: i32, stat: &str, status: &str, line: &[u8], boot: u64) -> Option<ProcessInfo> {
@@ -54,8 +64,7 @@ fn parse(pid: i32, stat: &str, status: &str, line: &[u8], boot: u64) -> Option<P
 }
 
 fn command(line: &[u8]) -> String {
-    let cut = line.get(..MAX_COMMAND).unwrap_or(line);
-    let text: Vec<u8> = cut.iter().map(|byte| if *byte == 0 { b' ' } else { *byte }).collect();
+    let text: Vec<u8> = line.iter().map(|byte| if *byte == 0 { b' ' } else { *byte }).collect();
     String::from_utf8_lossy(&text).trim_end().to_owned()
 }
 
@@ -98,6 +107,11 @@ mod tests {
         assert!(parse(1, "1 (x", "", b"", 0).is_none());
         assert!(parse(1, "1 (x) S", "Uid: 0", b"", 0).is_none());
         assert!(list(&[i32::MAX]).is_empty());
+    }
+
+    #[test]
+    fn no_more_of_a_command_line_is_read_than_is_told() {
+        assert_eq!(read_command("/dev/zero").unwrap().len(), MAX_COMMAND);
     }
 
     #[test]

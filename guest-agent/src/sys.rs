@@ -57,6 +57,11 @@ pub fn fork_into(flags: u64, cgroup: Option<&OwnedFd>, body: impl FnOnce() -> i3
     let pid =
         check(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) })?;
     if pid == 0 {
+        if let Err(error) = hide() {
+            crate::log::warn(format_args!("a child cannot be hidden: {error}"));
+            // SAFETY: always sound; nothing of the parent's is run at exit.
+            unsafe { libc::_exit(125) }
+        }
         let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(125);
         // SAFETY: always sound; nothing of the parent's is run at exit.
         unsafe { libc::_exit(code) }
@@ -64,6 +69,37 @@ pub fn fork_into(flags: u64, cgroup: Option<&OwnedFd>, body: impl FnOnce() -> i3
     // SAFETY: the kernel has put a new descriptor there, ours alone.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     Ok(Child { pid: pid as i32, pidfd })
+}
+
+/// Until `execve`, lets nobody trace this process or reach its descriptors, executable and directories
+/// through `/proc`, but with CAP_SYS_PTRACE: an exec is in its container's pid namespace, with as many rights
+/// as the container's own root, while it still holds what is the agent's (CVE-2016-9962).
+///
+/// # Errors
+/// Of `prctl`.
+pub fn hide() -> io::Result<()> {
+    Ok(rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?)
+}
+
+/// Closes every descriptor from 3 on but those in `keep`.
+///
+/// For a child that is about to `execve`: whatever object owned a closed descriptor must not be used or
+/// dropped any more, which the child's end, `execve` or `_exit`, sees to.
+///
+/// # Errors
+/// Of `close_range`.
+pub fn close_all_but(keep: &[&OwnedFd]) -> io::Result<()> {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok()).collect();
+    keep.sort_unstable();
+    let mut first = 3u32;
+    for fd in keep.into_iter().filter(|fd| *fd >= 3).chain([u32::MAX]) {
+        if let Some(last) = fd.checked_sub(1).filter(|last| *last >= first) {
+            // SAFETY: see above: the owners of these descriptors are never used again.
+            check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
+        }
+        first = fd.saturating_add(1);
+    }
+    Ok(())
 }
 
 /// Sends any signal by number, real-time ones too.
@@ -334,5 +370,50 @@ pub fn exec_descriptor(file: &OwnedFd, args: &[CString], environment: &[CString]
     match nix::unistd::execveat(file, c"", args, environment, flags) {
         Ok(never) => match never {},
         Err(error) => error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The exit code of a child that runs `body`.
+    fn in_child(body: impl FnOnce() -> i32) -> i32 {
+        let child = fork_into(0, None, body).unwrap();
+        let pid = rustix::process::Pid::from_raw(child.pid);
+        let (_, status) =
+            rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap().unwrap();
+        status.exit_status().unwrap()
+    }
+
+    #[test]
+    fn nobody_looks_into_a_child_before_it_executes() {
+        let hidden = || {
+            let behavior = rustix::process::dumpable_behavior();
+            i32::from(behavior == Ok(rustix::process::DumpableBehavior::NotDumpable))
+        };
+        assert_eq!(in_child(hidden), 1);
+        assert_eq!(hidden(), 0, "this process is as it was");
+    }
+
+    #[test]
+    fn descriptors_are_closed_but_for_those_kept() {
+        let open = || std::fs::File::open("/dev/null").map(OwnedFd::from).unwrap();
+        let descriptors: Vec<OwnedFd> = (0..6).map(|_| open()).collect();
+        let left = in_child(|| {
+            if close_all_but(&[&descriptors[4], &descriptors[1]]).is_err() {
+                return 99;
+            }
+            let is_open = |fd: i32| {
+                // SAFETY: asks for flags; any number may be asked about.
+                unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+            };
+            let mut bits = 0;
+            for (at, descriptor) in descriptors.iter().enumerate() {
+                bits |= i32::from(is_open(descriptor.as_raw_fd())) << at;
+            }
+            if (0..3).all(is_open) { bits } else { 98 }
+        });
+        assert_eq!(left, 0b01_0010);
     }
 }

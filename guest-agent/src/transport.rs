@@ -12,7 +12,7 @@ use crate::sys;
 
 /// How the agent reaches the daemon and is reached.
 pub trait Transport {
-    /// Begins to connect to the daemon, without blocking.
+    /// Begins to connect to the daemon that has booted the machine, without blocking.
     ///
     /// # Errors
     /// When that failed at once.
@@ -24,7 +24,13 @@ pub trait Transport {
     /// Of the system calls.
     fn listen(&self) -> io::Result<OwnedFd>;
 
-    /// Whether the peer of an accepted connection may open streams.
+    /// A listening socket for later daemons, which does not block.
+    ///
+    /// # Errors
+    /// Of the system calls.
+    fn listen_for_control(&self) -> io::Result<OwnedFd>;
+
+    /// Whether the peer of an accepted connection may open streams and control.
     fn is_daemon(&self, connection: BorrowedFd<'_>) -> bool;
 }
 
@@ -32,7 +38,7 @@ pub trait Transport {
 #[derive(Debug, Clone, Copy)]
 pub struct Vsock;
 
-/// A connection waits in the VMM until a daemon listens, so this is the longest time without a daemon
+/// The connection waits in the VMM until the daemon listens, so this is the longest time without a daemon
 /// before the agent asks anew.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
@@ -46,6 +52,12 @@ impl Transport for Vsock {
     fn listen(&self) -> io::Result<OwnedFd> {
         let socket = sys::vsock_socket()?;
         sys::vsock_listen(&socket, STREAM_PORT)?;
+        Ok(socket)
+    }
+
+    fn listen_for_control(&self) -> io::Result<OwnedFd> {
+        let socket = sys::vsock_socket()?;
+        sys::vsock_listen(&socket, CONTROL_PORT)?;
         Ok(socket)
     }
 

@@ -8,6 +8,7 @@
 use std::{
     fs::File,
     io::Write,
+    os::unix::fs::FileExt,
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     sync::Arc,
@@ -86,8 +87,46 @@ fn machine(
     Ok(reason)
 }
 
-/// One write, so that a reader sees a whole report or none.
+/// One write, so that a reader sees a whole report or none. Where there is no room for all of it, the reason
+/// is told without the console, in the room that was found.
 fn write_report(mut file: File, report: &Report) -> std::io::Result<()> {
     let bytes = serde_json::to_vec(report)?;
-    file.write_all(&bytes)
+    file.write_all(&bytes).or_else(|error| {
+        let short = serde_json::to_vec(&Report { console: String::new(), ..report.clone() })?;
+        file.write_all_at(&short, 0).and_then(|()| file.set_len(short.len() as u64)).map_err(|_| error)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek};
+
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+    use super::*;
+
+    fn report() -> Report {
+        Report { reason: ExitReason::TripleFault, console: "x".repeat(5000), uptime_us: 7 }
+    }
+
+    #[test]
+    fn a_full_disk_still_gets_the_reason() {
+        let mut file = File::from(memfd_create("report", MemfdFlags::ALLOW_SEALING).unwrap());
+        file.set_len(4096).unwrap();
+        fcntl_add_seals(&file, SealFlags::GROW).unwrap();
+        write_report(file.try_clone().unwrap(), &report()).unwrap();
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        let found: Report = serde_json::from_str(&text).unwrap();
+        assert_eq!(found, Report { console: String::new(), ..report() });
+    }
+
+    #[test]
+    fn a_report_that_nobody_reads_is_an_error() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        assert!(write_report(file, &report()).is_err());
+    }
 }

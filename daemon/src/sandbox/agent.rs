@@ -17,6 +17,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bulkhead_agent_api::{
@@ -42,6 +43,9 @@ const EVENTS: usize = 64;
 
 /// How many calls may wait to be written.
 const CALLS: usize = 16;
+
+/// How long after a refusal a running agent is asked again.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Why a call has no successful answer.
 #[derive(Debug, thiserror::Error)]
@@ -97,9 +101,25 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// Waits for the agent of this sandbox to connect and say Hello.
-    pub(super) async fn connect(dir: &SandboxDir) -> Result<(Self, mpsc::Receiver<Event>), ConnectError> {
+    /// Waits for the agent of a sandbox that is booting to connect and say Hello. Nothing else runs in the
+    /// guest yet that could connect in its place.
+    pub(super) async fn awaited(dir: &SandboxDir) -> Result<(Self, mpsc::Receiver<Event>), ConnectError> {
         Self::over(vsock::listen(dir, CONTROL_PORT).await?).await
+    }
+
+    /// Connects to the agent of a sandbox that runs: it holds the port from before any workload's start, so
+    /// who answers there is the agent. A refusal says that it is not yet up, or that a workload crowds its
+    /// port; the caller bounds the time.
+    pub(super) async fn connect(dir: &SandboxDir) -> Result<(Self, mpsc::Receiver<Event>), ConnectError> {
+        loop {
+            match vsock::connect(dir, CONTROL_PORT).await {
+                Ok(stream) => return Self::over(stream).await,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Takes up the protocol on a connection.

@@ -64,10 +64,11 @@ impl FakeMachine {
         (sandbox, events, agent)
     }
 
-    /// Lets the agent connect to a daemon that waits for it.
+    /// Lets the agent answer a daemon that connects to it.
     pub(crate) async fn agent(&self) -> FakeAgent {
         let (line, stream) = self.accept().await;
-        assert_eq!(line, "LISTEN 1024\n");
+        // Never LISTEN: what connects by then may be anybody.
+        assert_eq!(line, "CONNECT 1024\n");
         let mut agent = FakeAgent::new(stream);
         agent.send(&hello()).await;
         agent

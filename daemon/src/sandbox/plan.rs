@@ -80,7 +80,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
     let control = Control::default();
     let ready = async {
         attach(&control, &dir, &spec.disk, &spec.layers).await?;
-        let (agent, events) = Agent::connect(&dir).await?;
+        let (agent, events) = Agent::awaited(&dir).await?;
         set_clock(&agent).await?;
         Ok::<_, BootError>((agent, events))
     };

@@ -1,11 +1,17 @@
 //! The wire between the daemon and the guest agent, over vsock.
 //!
 //! ```text
-//!  agent ──connect host port CONTROL_PORT──▶ daemon      one control connection at a time
+//!  agent ──connect host port CONTROL_PORT───▶ daemon     the first control connection, at boot
+//!  daemon ─connect guest port CONTROL_PORT──▶ agent      every later one; it replaces the one before
 //!        frames: agent sends Hello, then Answers and Events; daemon sends Calls
 //!  daemon ─connect guest port STREAM_PORT──▶ agent       one connection for each stdio stream
 //!        one frame StreamOpen →, one frame StreamReady ←, then raw bytes
 //! ```
+//!
+//! **Who is the agent.** Anything in the guest that may open a vsock socket can connect to the host, so a
+//! connection from the guest says nothing of who made it, but for the first: then nothing but the agent
+//! runs. From before that on, the agent holds the guest port CONTROL_PORT, and a daemon that comes later
+//! connects there, where nobody else can be.
 //!
 //! A frame is a little-endian `u32` length and that many bytes of JSON ([`frame`]). JSON describes
 //! itself: an agent that was started by an older daemon goes on working after an upgrade, and unknown
@@ -37,7 +43,7 @@ pub mod frame;
 /// Version of this wire, in [`Hello`].
 pub const VERSION: u32 = 1;
 
-/// The host port that the agent connects to for control.
+/// The host port that the agent connects to at boot, and the guest port at which it is found afterwards.
 pub const CONTROL_PORT: u32 = 1024;
 
 /// The guest port on which the agent takes stdio streams.

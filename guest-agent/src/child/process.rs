@@ -45,6 +45,10 @@ pub(super) fn take_stdio(plan: &Plan<'_>, terminal: Option<&Terminal>) -> Result
 /// Becomes the process.
 pub(super) fn execute(plan: &Plan<'_>) -> Result<Infallible> {
     let process = plan.process;
+    // From here on names come from the image, and some lead through descriptors (`/proc/self/fd/7`): the
+    // agent's own must not be among them (CVE-2024-21626).
+    let keep: Vec<&OwnedFd> = [Some(&plan.status), plan.init.as_ref()].into_iter().flatten().collect();
+    sys::close_all_but(&keep).context("close_range")?;
     let identity = identity(plan)?;
     give_stdio(&identity, plan.stdio.terminal);
     set_limits(process)?;
@@ -262,9 +266,8 @@ fn bit(capability: Capability) -> CapabilitySet {
 fn check_cwd() -> Result<()> {
     match rustix::process::getcwd(Vec::new()) {
         Ok(path) if path.as_bytes().first() == Some(&b'/') => Ok(()),
-        Ok(_) => Err(invalid("the working directory is outside of the container")),
-        // One that is unreadable or was removed is the workload's own affair.
-        Err(_) => Ok(()),
+        // One that was removed has no path, and might have been anywhere.
+        _ => Err(invalid("the working directory is outside of the container")),
     }
 }
 

@@ -1,17 +1,22 @@
 //! The control connection.
 //!
 //! ```text
-//!            dial                connected               end, error, bad frame
-//!   Waiting ──────▶ Connecting ─────────────▶ Up ──────────────────┐
-//!      ▲                 │ refused            frames both ways     │
-//!      └─────────────────┴──────────── after a moment ◀────────────┘
+//!            dial                 connected             end, error, bad frame
+//!   Waiting ──────▶ Connecting ─────────────▶ Up ────────────────────────────▶ Alone
+//!      ▲                 │ refused            ▲  frames both ways               │
+//!      └─ after a moment ┘                    └───── a later daemon connects ◀──┘
 //! ```
+//!
+//! Only the first connection is the agent's own doing: the daemon that booted the machine awaits it before
+//! there is any workload. Later daemons connect to the agent, lest they take a workload's connection for
+//! it. One that connects replaces whatever was before.
 //!
 //! Answers belong to the connection that asked. What a lost connection had not taken is not sent again:
 //! a new daemon asks for the state.
 
 use std::{
     io,
+    os::fd::AsFd,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -20,7 +25,10 @@ use bulkhead_agent_api::{
     AgentError, Answer, Event, FromAgent, Hello, ToAgent,
     frame::{self, FrameError},
 };
-use rustix::{io::Errno, net::SendFlags};
+use rustix::{
+    io::Errno,
+    net::{SendFlags, SocketFlags},
+};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -35,7 +43,8 @@ use crate::{
 
 const RETRY: Duration = Duration::from_millis(200);
 
-/// When the daemon does not take this much, no further calls are read.
+/// When the daemon does not take this much, no further calls are read; when it does not take twice as much,
+/// the connection is given up: a workload can cause events without end.
 const MAX_QUEUED: usize = 8 << 20;
 
 /// Which connection a call came on.
@@ -50,9 +59,13 @@ pub(super) struct Control {
 }
 
 enum Link {
-    Waiting { until: Instant },
+    Waiting {
+        until: Instant,
+    },
     Connecting(Watched<Key>),
     Up(Connection),
+    /// No daemon, until one connects.
+    Alone,
 }
 
 struct Connection {
@@ -97,7 +110,7 @@ impl Control {
     pub(super) fn ready(&mut self, readable: bool, scratch: &mut [u8]) -> Vec<ToAgent> {
         let mut calls = Vec::new();
         let served = match &mut self.link {
-            Link::Waiting { .. } => Ok(()),
+            Link::Waiting { .. } | Link::Alone => Ok(()),
             Link::Connecting(_) => self.connected(),
             Link::Up(connection) => connection
                 .flush()
@@ -135,7 +148,9 @@ impl Control {
         };
         let flushed = frame.map_err(io::Error::other).and_then(|frame| {
             connection.outgoing.extend(frame);
-            connection.flush()
+            connection.flush()?;
+            let queued = connection.outgoing.len() - connection.sent;
+            if queued > 2 * MAX_QUEUED { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
         if flushed.is_err() {
             self.drop_link();
@@ -151,6 +166,27 @@ impl Control {
         else {
             return Ok(());
         };
+        self.greet(fd)
+    }
+
+    /// Takes daemons that connect; the last one counts.
+    pub(super) fn accept(&mut self, listener: &Watched<Key>, transport: &dyn Transport) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        while let Ok(fd) = rustix::net::accept_with(listener, flags) {
+            if !transport.is_daemon(fd.as_fd()) {
+                continue;
+            }
+            self.drop_link();
+            let fd = self.poller.watch(fd, Key::Control);
+            if self.greet(fd).is_err() {
+                self.drop_link();
+            }
+            self.update_interest();
+        }
+    }
+
+    /// Begins the protocol on a new connection.
+    fn greet(&mut self, fd: Watched<Key>) -> io::Result<()> {
         self.epoch += 1;
         let outgoing = frame::encode(&self.hello).map_err(io::Error::other)?;
         let mut connection = Connection { fd, incoming: Vec::new(), outgoing, sent: 0 };
@@ -163,7 +199,11 @@ impl Control {
         if let Link::Up(connection) = &self.link {
             hang_up(&connection.fd);
         }
-        self.link = Link::Waiting { until: Instant::now() + RETRY };
+        self.link = match self.epoch {
+            // Nobody has ever been greeted.
+            0 => Link::Waiting { until: Instant::now() + RETRY },
+            _ => Link::Alone,
+        };
     }
 
     fn update_interest(&mut self) {
@@ -233,4 +273,110 @@ fn parse(body: &RawValue) -> Received {
         let id = serde_json::from_str::<Id>(body.get()).map_or(0, |call| call.id);
         (id, invalid(format!("the agent does not understand the call: {error}")))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        cell::Cell,
+        io::Read,
+        os::{
+            fd::{BorrowedFd, OwnedFd},
+            unix::net::{UnixListener, UnixStream},
+        },
+    };
+
+    use super::*;
+
+    /// Dials daemons that are there at once, and takes connections while `host` says that they are the
+    /// daemon's.
+    struct Local {
+        dialed: Cell<Option<UnixStream>>,
+        host: Cell<bool>,
+    }
+
+    impl Transport for Local {
+        fn dial(&self) -> io::Result<OwnedFd> {
+            let (ours, theirs) = UnixStream::pair()?;
+            ours.set_nonblocking(true)?;
+            self.dialed.set(Some(theirs));
+            Ok(ours.into())
+        }
+        fn listen(&self) -> io::Result<OwnedFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn listen_for_control(&self) -> io::Result<OwnedFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn is_daemon(&self, _: BorrowedFd<'_>) -> bool {
+            self.host.get()
+        }
+    }
+
+    /// Whether the greeting comes on a connection.
+    fn greeted(mut stream: &UnixStream) -> bool {
+        let mut bytes = vec![0; 4096];
+        let count = stream.read(&mut bytes).unwrap();
+        let hello = frame::decode::<Hello>(&bytes[..count]).unwrap();
+        hello.is_some_and(|(hello, _)| hello.kernel == "test")
+    }
+
+    #[test]
+    fn the_agent_connects_once_and_then_later_daemons_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control");
+        let poller = Poller::new().unwrap();
+        let daemons = UnixListener::bind(&path).unwrap();
+        daemons.set_nonblocking(true).unwrap();
+        let daemons = poller.watch(daemons.into(), Key::Daemons);
+        let transport = Local { dialed: Cell::new(None), host: Cell::new(true) };
+        let hello = Hello { version: 1, kernel: "test".into(), started_us: 0 };
+        let mut control = Control::new(Rc::clone(&poller), hello);
+        let mut scratch = vec![0; 4096];
+
+        control.tick(&transport);
+        assert!(control.ready(false, &mut scratch).is_empty());
+        let first = transport.dialed.take().unwrap();
+        assert!(greeted(&first));
+
+        drop(first);
+        control.ready(true, &mut scratch);
+        control.tick(&transport);
+        assert!(control.deadline().is_none() && transport.dialed.take().is_none(), "it must not dial again");
+
+        let second = UnixStream::connect(&path).unwrap();
+        control.accept(&daemons, &transport);
+        assert!(greeted(&second));
+        let epoch = control.epoch();
+
+        // One that is not the host's changes nothing.
+        transport.host.set(false);
+        let stranger = UnixStream::connect(&path).unwrap();
+        control.accept(&daemons, &transport);
+        assert_eq!((&stranger).read(&mut [0; 16]).unwrap(), 0);
+        assert!(control.epoch() == epoch);
+
+        transport.host.set(true);
+        let third = UnixStream::connect(&path).unwrap();
+        control.accept(&daemons, &transport);
+        assert!(greeted(&third));
+        assert_eq!((&second).read(&mut [0; 16]).unwrap(), 0, "the one before is hung up");
+        assert!(control.epoch() != epoch);
+    }
+
+    #[test]
+    fn a_daemon_that_takes_nothing_is_given_up() {
+        let transport = Local { dialed: Cell::new(None), host: Cell::new(true) };
+        let hello = Hello { version: 1, kernel: "test".into(), started_us: 0 };
+        let mut control = Control::new(Poller::new().unwrap(), hello);
+        control.tick(&transport);
+        control.ready(false, &mut []);
+        let _deaf = transport.dialed.take().unwrap();
+        let container = "c".repeat(1 << 20);
+        let given_up = (0..100).position(|_| {
+            control.event(Event::Oom { container: container.clone() });
+            !matches!(control.link, Link::Up(_))
+        });
+        assert!(given_up.is_some_and(|events| (16..20).contains(&events)), "{given_up:?}");
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   epoll ─┬─ SIGCHLD ───────▶ reap: the only place that waits for children
+//!          ├─ later daemons ─▶ control
 //!          ├─ control ───────▶ calls ──▶ answers, at once or when a start or a disk has come
 //!          ├─ listener ──────▶ openings ──▶ a stream of a process
 //!          ├─ start channels ▶ Started or an error
@@ -56,6 +57,10 @@ use crate::{
 /// How soon a container whose last processes are being killed is looked at again.
 const DYING: Duration = Duration::from_millis(2);
 
+/// Children that are waited for in one round: a container without a pid namespace of its own can orphan them
+/// to us as fast as we reap.
+const REAPED: usize = 512;
+
 /// Whom an event of epoll is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Key {
@@ -65,6 +70,8 @@ pub enum Key {
     Listener,
     /// The control connection.
     Control,
+    /// The listening socket for later daemons.
+    Daemons,
     /// The kernel's news of devices.
     Uevents,
     /// A stream connection whose first frame has not yet come.
@@ -88,6 +95,7 @@ pub struct Server {
     transport: Box<dyn Transport>,
     signals: Watched<Key>,
     listener: Watched<Key>,
+    daemons: Watched<Key>,
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
@@ -97,6 +105,8 @@ pub struct Server {
     starts: BTreeMap<i32, StartCall>,
     /// Every process that has not been reaped.
     pids: BTreeMap<i32, Rc<ProcessId>>,
+    /// Children may be left to be waited for: the last round has ended with its turn.
+    unreaped: bool,
     /// First processes that have ended before all others of their container.
     dying: Vec<(Rc<ProcessId>, i32)>,
     scratch: Vec<u8>,
@@ -117,6 +127,8 @@ impl Server {
         signals.want(true, false)?;
         let listener = poller.watch(transport.listen()?, Key::Listener);
         listener.want(true, false)?;
+        let daemons = poller.watch(transport.listen_for_control()?, Key::Daemons);
+        daemons.want(true, false)?;
         let uevents = watch_uevents(&poller)
             .inspect_err(|error| log::warn(format_args!("no news of devices: {error}")))
             .ok();
@@ -129,11 +141,13 @@ impl Server {
             transport,
             signals,
             listener,
+            daemons,
             uevents,
             containers: BTreeMap::new(),
             pending: Vec::new(),
             starts: BTreeMap::new(),
             pids: BTreeMap::new(),
+            unreaped: false,
             dying: Vec::new(),
             scratch: vec![0; TURN],
         })
@@ -147,6 +161,9 @@ impl Server {
         loop {
             self.control.tick(self.transport.as_ref());
             self.retry_creates();
+            if self.unreaped {
+                self.wait_for_children();
+            }
             self.bury();
             for ready in self.poller.wait(self.timeout())? {
                 if self.handle(ready) {
@@ -158,6 +175,9 @@ impl Server {
     }
 
     fn timeout(&self) -> Option<Duration> {
+        if self.unreaped {
+            return Some(Duration::ZERO);
+        }
         let now = Instant::now();
         let dying = (!self.dying.is_empty()).then(|| now + DYING);
         let pending = self.pending.iter().map(PendingCreate::next_try).min();
@@ -174,6 +194,7 @@ impl Server {
                 let calls = self.control.ready(ready.readable, &mut self.scratch);
                 return calls.into_iter().any(|call| self.call(call));
             }
+            Key::Daemons => self.control.accept(&self.daemons, self.transport.as_ref()),
             Key::Uevents => self.drain_uevents(),
             Key::Opening(number) => self.open_stream(number),
             Key::Start(id) => self.start_news(&id),
@@ -265,7 +286,12 @@ impl Server {
     }
 
     fn wait_for_children(&mut self) {
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+        self.unreaped = true;
+        for _ in 0..REAPED {
+            let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) else {
+                self.unreaped = false;
+                return;
+            };
             let pid = pid.as_raw_nonzero().get();
             let Some(id) = self.pids.remove(&pid) else { continue };
             // It may have begun to run, or said why it cannot, since epoll was asked.

@@ -166,10 +166,12 @@ impl Machine {
         assert_eq!(response, vmm::Response::Ok, "{request:?}");
     }
 
-    /// Hangs up and listens anew, as a restarted daemon does.
+    /// Hangs up and connects anew, as a restarted daemon does.
     pub(crate) fn reconnect(&mut self) {
         self.agent.shutdown(std::net::Shutdown::Both).expect("hang up");
-        self.agent = listen_control(&self.directory);
+        self.agent = UnixStream::connect(self.directory.join("vsock")).expect("connect");
+        writeln!(self.agent, "CONNECT {CONTROL_PORT}").expect("write");
+        assert!(line(&mut self.agent).starts_with("OK "));
         self.incoming.clear();
         self.events.clear();
         self.hello = self.frame();

@@ -94,7 +94,13 @@ impl AttachError {
 }
 
 /// The devices of one kind by the name that requests use.
-type Named<D> = BTreeMap<String, Arc<Mutex<D>>>;
+type Named<D> = BTreeMap<String, Slot<D>>;
+
+/// A device, and the port through which others use it.
+struct Slot<D> {
+    device: Arc<Mutex<D>>,
+    port: Arc<Port>,
+}
 
 /// All virtio devices of a machine. Their workers end when it is dropped.
 pub struct DeviceSet {
@@ -207,8 +213,8 @@ fn find<'a, D>(
     devices: &'a Named<D>,
     name: &str,
 ) -> Result<MutexGuard<'a, D>, AttachError> {
-    let device = devices.get(name).ok_or_else(|| AttachError::Unknown { kind, name: name.to_owned() })?;
-    Ok(device.lock().unwrap_or_else(PoisonError::into_inner))
+    let slot = devices.get(name).ok_or_else(|| AttachError::Unknown { kind, name: name.to_owned() })?;
+    Ok(slot.port.before_the_worker(&slot.device))
 }
 
 /// Devices on their way to the bus.
@@ -223,11 +229,7 @@ struct Assembly<'a> {
 
 impl Assembly<'_> {
     /// Puts a device into the next window.
-    fn add<D: VirtioDevice + 'static>(
-        &mut self,
-        name: &str,
-        device: D,
-    ) -> Result<Arc<Mutex<D>>, DeviceSetError> {
+    fn add<D: VirtioDevice + 'static>(&mut self, name: &str, device: D) -> Result<Slot<D>, DeviceSetError> {
         let index = self.transports.len();
         let irq = layout::VIRTIO_IRQS.clone().nth(index).ok_or(DeviceSetError::TooMany)?;
         let window = layout::virtio_window(index as u32);
@@ -240,8 +242,8 @@ impl Assembly<'_> {
             .insert(window, mmio::WINDOW, Arc::<Mutex<MmioTransport>>::clone(&transport))
             .map_err(|source| DeviceSetError::Window { device: name.to_owned(), source })?;
         self.transports.push(transport);
-        self.workers.push(Worker::start(port).map_err(DeviceSetError::device(name))?);
-        Ok(device)
+        self.workers.push(Worker::start(Arc::clone(&port)).map_err(DeviceSetError::device(name))?);
+        Ok(Slot { device, port })
     }
 
     fn port(&self, name: &str, device: Arc<Mutex<dyn VirtioDevice>>) -> io::Result<Arc<Port>> {

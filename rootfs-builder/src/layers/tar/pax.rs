@@ -4,6 +4,12 @@ use super::super::LayerError;
 
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
+/// The most extended attributes of one entry, and the most bytes of all their names and values: far more
+/// than a file of a layer can have. An archive may put any number of extended headers before an entry, so
+/// what they add up to is bounded here and not by the length of one.
+const MAX_XATTRS: usize = 256;
+const MAX_XATTR_BYTES: usize = 64 << 10;
+
 /// The records that matter. A later record of a key replaces an earlier one; an empty value removes it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Pax {
@@ -28,6 +34,12 @@ impl Pax {
                 let key = String::from_utf8_lossy(key).chars().take(100).collect::<String>();
                 LayerError::Archive(format!("the value of PAX record {key:?} is not valid"))
             })?;
+            let bytes: usize = self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+            if self.xattrs.len() > MAX_XATTRS || bytes > MAX_XATTR_BYTES {
+                return Err(LayerError::Archive(format!(
+                    "an entry has over {MAX_XATTRS} extended attributes or {MAX_XATTR_BYTES} bytes of them"
+                )));
+            }
         }
         Ok(())
     }
@@ -137,6 +149,22 @@ mod tests {
         pax.extend(&[record("path", b"a"), record("path", b"b"), record("uid", b"1")].concat()).unwrap();
         pax.extend(&record("uid", b"")).unwrap();
         assert_eq!((pax.path.as_deref(), pax.uid), (Some(&b"b"[..]), None));
+    }
+
+    #[test]
+    fn what_many_headers_add_up_to_is_bounded() {
+        let mut pax = Pax::default();
+        let many =
+            (0..100_000).find(|at| pax.extend(&record(&format!("SCHILY.xattr.user.{at}"), b"")).is_err());
+        assert_eq!(many, Some(MAX_XATTRS));
+        let mut pax = Pax::default();
+        let value = vec![b'v'; 1000];
+        let long =
+            (0..100_000).find(|at| pax.extend(&record(&format!("SCHILY.xattr.{at}"), &value)).is_err());
+        assert!(long.is_some_and(|count| count <= MAX_XATTR_BYTES / 1000));
+        // The same one again and again takes no more room.
+        let mut pax = Pax::default();
+        assert!((0..1000).all(|_| pax.extend(&record("SCHILY.xattr.user.x", &value)).is_ok()));
     }
 
     #[test]

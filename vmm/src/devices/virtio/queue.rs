@@ -66,37 +66,6 @@ pub fn notify(
     Ok(())
 }
 
-/// Works a queue until it is empty: kicks are suppressed meanwhile, and what arrives just as they are
-/// enabled again is seen. `each` gets one chain and says how many bytes it wrote into it, or None when it
-/// keeps the chain to complete it later. The driver is notified once at the end.
-///
-/// # Errors
-/// As for [`pop`] and [`complete`], and what `each` answers.
-pub fn drain<F>(
-    queue: &mut Queue,
-    index: usize,
-    memory: &GuestMemory,
-    interrupt: &Interrupt,
-    mut each: F,
-) -> Result<(), DeviceError>
-where
-    F: FnMut(Chain<'_>) -> Result<Option<u32>, DeviceError>,
-{
-    loop {
-        queue.disable_notification(memory).map_err(|error| queue_error(index, &error))?;
-        while let Some(chain) = pop(queue, index, memory)? {
-            let head = chain.head_index();
-            if let Some(written) = each(chain)? {
-                complete(queue, index, memory, head, written)?;
-            }
-        }
-        if !queue.enable_notification(memory).map_err(|error| queue_error(index, &error))? {
-            break;
-        }
-    }
-    notify(queue, index, memory, interrupt)
-}
-
 /// A [`DeviceError::Queue`] from whatever went wrong with queue `queue`.
 pub fn queue_error(queue: usize, error: &dyn std::fmt::Display) -> DeviceError {
     DeviceError::Queue { queue, message: error.to_string() }

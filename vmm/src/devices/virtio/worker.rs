@@ -18,9 +18,10 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use vmm_sys_util::{
@@ -58,6 +59,8 @@ pub struct Port {
     status: AtomicU32,
     wake: EventFd,
     stop: AtomicBool,
+    /// Threads other than the worker that wait for the device.
+    waiting: AtomicUsize,
     on_failure: FailureHandler,
 }
 
@@ -76,8 +79,8 @@ impl Port {
         let queues = lock(&device).queue_max_sizes().len();
         let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = (0..queues).map(|_| eventfd()).collect::<io::Result<_>>()?;
-        let (status, stop) = (AtomicU32::new(0), AtomicBool::new(false));
-        Ok(Self { name, device, interrupt, kicks, status, wake: eventfd()?, stop, on_failure })
+        let (status, stop, waiting) = (AtomicU32::new(0), AtomicBool::new(false), AtomicUsize::new(0));
+        Ok(Self { name, device, interrupt, kicks, status, wake: eventfd()?, stop, waiting, on_failure })
     }
 
     /// Its name.
@@ -89,8 +92,32 @@ impl Port {
     /// Locks the device. A panic of one thread does not keep the others from it: the panicking one reports
     /// the device as failed.
     pub fn device(&self) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+        self.before_the_worker(&self.device)
+    }
+
+    /// Locks this port's device under whatever type the caller knows it by. The worker lets it go first.
+    pub fn before_the_worker<'a, D: ?Sized>(&self, device: &'a Mutex<D>) -> MutexGuard<'a, D> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let guard = device.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        guard
+    }
+
+    /// Locks the device for the worker, after those who wait already: a mutex gives no turns, and a guest
+    /// that keeps its worker busy must not keep the control thread out. Not for ever, since the guest's vCPUs
+    /// are among those who may wait.
+    fn after_the_others(&self) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+        for _ in 0..Self::PATIENCE {
+            if self.waiting.load(Ordering::SeqCst) == 0 {
+                break;
+            }
+            thread::sleep(Duration::from_micros(50));
+        }
         lock(&self.device)
     }
+
+    /// How often the worker lets others go first before it insists.
+    const PATIENCE: usize = 1000;
 
     /// The device's interrupt.
     #[must_use]
@@ -257,12 +284,20 @@ impl Watch {
 /// bound for sources that never fall silent.
 const LAST_ROUNDS: usize = 256;
 
+/// How long it spends on them: a queue can be made to fill itself, by requests whose results are written into
+/// its ring.
+const LAST_TIME: Duration = Duration::from_secs(5);
+
 fn run(port: &Port, mut watch: Watch) {
     while !port.stop.load(Ordering::SeqCst) {
         guarded(port, || round(port, &mut watch, -1));
     }
+    let stopped = Instant::now();
     for _ in 0..LAST_ROUNDS {
-        if port.failed() || guarded(port, || round(port, &mut watch, 0)) != Some(true) {
+        if stopped.elapsed() > LAST_TIME
+            || port.failed()
+            || guarded(port, || round(port, &mut watch, 0)) != Some(true)
+        {
             break;
         }
     }
@@ -285,7 +320,7 @@ fn handle_kick(port: &Port, queue: usize) {
     if port.kicks.get(queue).is_none_or(|kick| kick.read().is_err()) {
         return;
     }
-    let mut device = port.device();
+    let mut device = port.after_the_others();
     if port.active() {
         device.queue_event(queue).unwrap_or_else(|error| port.fail(&error));
     }
@@ -304,7 +339,7 @@ fn round(port: &Port, watch: &mut Watch, timeout: i32) -> Result<bool, DeviceErr
             }
             Event::Queue(queue) => handle_kick(port, queue),
             Event::Source(source) => {
-                let mut device = port.device();
+                let mut device = port.after_the_others();
                 if !port.failed() {
                     device.source_event(source).unwrap_or_else(|error| port.fail(&error));
                 }
@@ -404,6 +439,28 @@ mod tests {
         // after activation, which a driver cannot tell from a spurious kick.
         let call = f.calls.recv().unwrap();
         assert!(call == "queue 1" || (call == "queue 0" && f.calls.recv().unwrap() == "queue 1"));
+    }
+
+    #[test]
+    fn the_worker_lets_others_go_first() {
+        let f = fixture();
+        let held = f.device.lock().unwrap();
+        let (entered, order) = mpsc::channel();
+        let first = entered.clone();
+        let port = Arc::clone(&f.port);
+        let other = thread::spawn(move || {
+            let _device = port.device();
+            first.send("other").unwrap();
+        });
+        while f.port.waiting.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+        drop(held);
+        let device = f.port.after_the_others();
+        entered.send("worker").unwrap();
+        drop(device);
+        other.join().unwrap();
+        assert_eq!(order.recv().unwrap(), "other");
     }
 
     #[test]

@@ -34,6 +34,10 @@ const MAX_REPLY: usize = 1 << 20;
 /// The most pages one READ may ask for: 1 MiB.
 const MAX_PAGES: u16 = 256;
 
+/// The most bytes that one READ gets, whatever it asks for and has room for: buffers may name the same
+/// memory many times over, and a file may be as large as a layer.
+const MAX_READ: usize = MAX_PAGES as usize * 4096;
+
 /// What the server is willing to do, as flags of INIT. Not among them:
 /// * EXPORT_SUPPORT: node ids do not outlive the mount, and NO_EXPORT_SUPPORT says so, lest overlayfs trust
 ///   a file handle in an upper layer that was written over another machine's node ids;
@@ -172,7 +176,7 @@ fn answer(server: &mut Server, request: Request<'_>, room: usize) -> Result<Vec<
 
 fn read(server: &mut Server, request: Request<'_>, sink: &mut impl Sink) -> Result<usize> {
     let wire::ReadIn { offset, size, .. } = take(&mut &*request.body)?;
-    let length = (size as usize).min(sink.room());
+    let length = (size as usize).min(sink.room()).min(MAX_READ);
     if i64::try_from(offset).is_err() {
         return Err(Errno::INVAL);
     }

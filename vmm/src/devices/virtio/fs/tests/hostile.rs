@@ -23,6 +23,27 @@ fn forged_nodes_are_stale() {
 }
 
 #[test]
+fn a_read_has_a_bound_whatever_it_has_room_for() {
+    struct Endless(usize);
+    impl Sink for Endless {
+        fn room(&self) -> usize {
+            usize::MAX
+        }
+        fn fill(&mut self, _: &OwnedFd, _: u64, length: usize) -> Result<usize, Errno> {
+            self.0 = length;
+            Ok(length)
+        }
+    }
+    let mut guest = Guest::new();
+    let nodeid = guest.walk("layer/large").nodeid;
+    let header = wire::InHeader { opcode: opcode::READ, nodeid, ..Default::default() };
+    let body = read_in(0, u32::MAX);
+    let mut sink = Endless(0);
+    let reply = dispatch::serve(&mut guest.server, Request { header, body: &body }, &mut sink);
+    assert_eq!((reply, sink.0), (Reply::Filled(1 << 20), 1 << 20));
+}
+
+#[test]
 fn names_are_single_names() {
     let mut guest = Guest::new();
     let dir = guest.walk("layer").nodeid;
