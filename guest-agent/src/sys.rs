@@ -342,6 +342,16 @@ fn address_size() -> libc::socklen_t {
     size_of::<libc::sockaddr_vm>() as libc::socklen_t
 }
 
+/// Blocks every signal. What comes meanwhile waits, even for PID 1, which gets no signal that it neither
+/// handles nor blocks.
+///
+/// # Errors
+/// Of `sigprocmask`.
+pub fn block_signals() -> io::Result<()> {
+    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+    Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?)
+}
+
 /// Gives this process the signal state that a program expects: nothing blocked, nothing ignored.
 ///
 /// # Errors

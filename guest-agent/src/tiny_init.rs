@@ -10,7 +10,7 @@ use std::{ffi::CString, io, process::ExitCode};
 use nix::{
     errno::Errno,
     sys::{
-        signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask},
+        signal::{SigSet, Signal, kill},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::{ForkResult, Pid, fork, getpid, setpgid, tcsetpgrp},
@@ -57,8 +57,7 @@ pub fn run(workload: &[CString]) -> ExitCode {
 }
 
 fn supervise(program: &CString, workload: &[CString]) -> nix::Result<u8> {
-    // Blocked signals are kept for sigwait, even those that PID 1 would not get at all.
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
+    // Every signal has been blocked since before this program was executed, and is kept for sigwait.
     // SAFETY: this process has one thread.
     let child = match unsafe { fork() }? {
         ForkResult::Child => become_workload(program, workload),

@@ -93,6 +93,8 @@ pub(super) fn execute(plan: &Plan<'_>) -> Result<Infallible> {
     let error = match &plan.init {
         Some(init) => {
             let args = tiny_init::arguments(args)?;
+            // From here on: a signal that comes before the init waits for it would be lost.
+            sys::block_signals().context("block signals")?;
             sys::exec_descriptor(init, &args, &environment)
         }
         None => {
