@@ -3,6 +3,7 @@
 pub mod api;
 pub mod check;
 pub mod config;
+pub mod data_root;
 pub mod engine;
 pub mod layout;
 pub mod sandbox;

@@ -12,6 +12,7 @@ use bulkhead_daemon::{
     api::{server, version},
     check,
     config::{Config, Options},
+    data_root::DataRoot,
     engine::Engine,
 };
 use clap::Parser;
@@ -97,7 +98,9 @@ fn log_filter(config: &Config) -> tracing_subscriber::EnvFilter {
 async fn daemon(config: Arc<Config>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    // Bound first, so that a second daemon ends before it touches anything; clients wait in the backlog.
+    // Locked and bound first, so that a second daemon ends before it touches anything; clients wait in the
+    // backlog.
+    let _data_root = DataRoot::open(&config.layout)?;
     let listeners = server::bind(&config)?;
     let engine = Engine::open(Arc::clone(&config)).await.context("the engine cannot be started")?;
     let _pidfile = PidFile::create(&config.pidfile)?;

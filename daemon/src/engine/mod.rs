@@ -135,8 +135,6 @@ pub(crate) struct Shared {
     pub(crate) images: Arc<image::ImageStore>,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
-    /// Held, so that the directories are ours alone.
-    pub(crate) _lock: [std::fs::File; 2],
 }
 
 impl Shared {

@@ -1,16 +1,16 @@
 //! Opens the engine: what is on disk is loaded, what runs is taken over, what is nobody's goes.
 //!
 //! ```text
-//!   lock ─▶ directories ─▶ disk template ─▶ images ─▶ records ─▶ adopt running sandboxes (all at once)
+//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ adopt running sandboxes (all at once)
 //!     ─▶ discard every other sandbox ─▶ tell images which layers are in use ─▶ actors: restart policies
 //! ```
 
 use std::{
     collections::HashSet,
-    fs::{DirBuilder, File, OpenOptions},
+    fs::{DirBuilder, File},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    os::unix::fs::DirBuilderExt,
+    path::Path,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -33,22 +33,14 @@ const SWEEP_WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let events = Arc::new(Events::default());
-    let (stores, lock) = tokio::task::spawn_blocking({
+    let (images, records) = tokio::task::spawn_blocking({
         let (config, events) = (Arc::clone(&config), Arc::clone(&events));
-        // First of all: nothing may be touched that is another daemon's.
-        move || lock(&config.layout).and_then(|lock| Ok((open_stores(&config, events)?, lock)))
+        move || open_stores(&config, events)
     })
     .await
     .map_err(|error| Error::internal(error.to_string()))??;
-    let (images, records) = stores;
-    let shared = Arc::new(Shared {
-        config,
-        events,
-        images,
-        registry: Registry::default(),
-        execs: Execs::default(),
-        _lock: lock,
-    });
+    let shared =
+        Arc::new(Shared { config, events, images, registry: Registry::default(), execs: Execs::default() });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -69,32 +61,10 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
     Error::internal(format!("cannot {what} {}: {error}", path.display()))
 }
 
-/// Claims the daemon's directories for as long as the files are open: a second daemon on the same ones would
-/// take the first one's containers for its own.
-fn lock(layout: &Layout) -> Result<[File; 2]> {
-    let claim = |root: &Path, path: PathBuf, mode| {
-        let made = DirBuilder::new().recursive(true).mode(mode).create(root);
-        made.map_err(|error| failed("make", root, &error))?;
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(|error| failed("open", &path, &error))?;
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                Err(Error::conflict(format!("{} is in use by another daemon", root.display())))
-            }
-            Err(error) => Err(failed("lock", &path, &error.into())),
-        }
-    };
-    Ok([
-        claim(&layout.data_root, layout.lock(), 0o700)?,
-        claim(&layout.exec_root, layout.exec_root.join("lock"), 0o711)?,
-    ])
-}
-
 fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, Vec<Record>)> {
     let layout = &config.layout;
-    for (path, mode) in [(layout.tmp(), 0o700), (layout.containers(), 0o700), (layout.sandboxes(), 0o700)] {
-        let made = DirBuilder::new().recursive(true).mode(mode).create(&path);
+    for path in [layout.tmp(), layout.containers(), layout.sandboxes()] {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.map_err(|error| failed("make", &path, &error))?;
     }
     make_id(&layout.daemon_id()).map_err(|error| failed("write", &layout.daemon_id(), &error))?;
@@ -252,19 +222,6 @@ mod tests {
         assert_eq!(id.trim().split('-').map(str::len).collect::<Vec<_>>(), [8, 4, 4, 4, 12]);
         make_id(&path).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), id);
-    }
-
-    #[tokio::test]
-    async fn two_daemons_do_not_share_a_directory() {
-        let base = tempfile::tempdir().unwrap();
-        let layout = config(base.path(), "{}").layout;
-        let first = lock(&layout).unwrap();
-        let other = Layout { exec_root: base.path().join("exec2"), ..layout.clone() };
-        assert_eq!(lock(&other).unwrap_err().kind, ErrorKind::Conflict);
-        let other = Layout { data_root: base.path().join("data2"), ..layout.clone() };
-        assert_eq!(lock(&other).unwrap_err().kind, ErrorKind::Conflict);
-        drop(first);
-        lock(&layout).unwrap();
     }
 
     #[tokio::test]
