@@ -141,6 +141,8 @@ fn machine_tests(tree: &Tree) -> Result<PathBuf> {
     built
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        // Beside the agent's own program, which cargo builds too.
+        .filter(|message| message["target"]["name"] == "machine")
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
         .context("cargo named no program for the agent's machine tests")
 }
