@@ -375,9 +375,15 @@ fn new_daemon(machine: &mut Machine) {
     stream.write_all(&4u64.to_le_bytes()).unwrap();
     drop(stream);
     machine.reconnect();
-    std::thread::sleep(std::time::Duration::from_millis(2000));
-    let Answer::State { containers } = machine.call(Call::State).unwrap() else { panic!() };
-    let Some(ProcessState::Exited(exit)) = containers[0].init else { panic!("{containers:?}") };
+    // Whether it ends before the new daemon asks or after, the state comes to tell.
+    let exit = loop {
+        let Answer::State { containers } = machine.call(Call::State).unwrap() else { panic!() };
+        match containers[0].init {
+            Some(ProcessState::Exited(exit)) => break exit,
+            Some(ProcessState::Running { .. }) => std::thread::sleep(std::time::Duration::from_millis(100)),
+            None => panic!("{containers:?}"),
+        }
+    };
     assert_eq!(exit.code, 4);
     let mut rest = String::new();
     machine.stream(&process, StreamKind::Stdout, 4).unwrap().read_to_string(&mut rest).unwrap();
