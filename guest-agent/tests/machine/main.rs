@@ -331,10 +331,9 @@ fn exec(machine: &mut Machine, id: &str, process: Value, stdio: Stdio) -> Result
 
 fn execs(machine: &mut Machine) {
     let first = start(machine, "c", sh("echo here > /tmp/x; sleep 100"), PIPES);
-    let script = "cat /tmp/x; hostname; id -u; exit 3";
-    let changes = json!({"args": ["sh", "-c", script], "user": {"username": "web"}});
     // The first process may not have written yet.
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    let script = "until [ -s /tmp/x ]; do sleep 0.1; done; cat /tmp/x; hostname; id -u; exit 3";
+    let changes = json!({"args": ["sh", "-c", script], "user": {"username": "web"}});
     let process = exec(machine, "e1", changes, PIPES).unwrap();
     assert_eq!(machine.exit(&process).code, 3);
     let out = String::from_utf8(machine.read_all(&process, StreamKind::Stdout)).unwrap();
