@@ -33,6 +33,9 @@ pub(crate) struct BenchArgs {
     /// How often each thing is measured.
     #[arg(long, default_value_t = 10, value_name = "N")]
     rounds: u32,
+    /// Measure what `install` installs (link-time optimised, minutes to build) and not what the tests run.
+    #[arg(long)]
+    dist: bool,
     /// Only figures whose name contains this.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
@@ -45,7 +48,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
         bail!("nothing comes of no rounds");
     }
     deps::ensure()?;
-    let bundle = bundle::build(tree, "dist")?;
+    let bundle = bundle::build(tree, if args.dist { "dist" } else { "release" })?;
     let venue = venue::choose(&bundle)?;
     println!("measuring on {}", venue.describe());
     let place = venue.open(tree, "bench", MEMORY_MIB)?;
