@@ -4,7 +4,6 @@
 //! data_root/                    0700; survives a reboot
 //!   id                          the daemon's own id
 //!   lock                        held while a daemon runs
-//!   tmp/                        downloads and the like; emptied at start
 //!   images/                     metadata and blobs of the image store
 //!   layers/                     the layer store (bulkhead-rootfs)
 //!   template.img                the formatted disk that writable layers are clones of
@@ -14,7 +13,7 @@
 //!     disk.img                  its writable layer
 //! exec_root/                    0711; gone after a reboot
 //!   bulkheadd.pid
-//!   s/ID/                       0700: one sandbox
+//!   s/ID/                       0700: one sandbox (`sandbox::dir` names what is in it)
 //!     control.sock vsock.sock   what its VMM listens on
 //!     report.json               what its VMM wrote last
 //!     console.log               the guest kernel's console
@@ -41,11 +40,6 @@ impl Layout {
     /// Locked while a daemon uses the data root.
     pub fn lock(&self) -> PathBuf {
         self.data_root.join("lock")
-    }
-
-    /// For files that are to be renamed into place; emptied at start.
-    pub fn tmp(&self) -> PathBuf {
-        self.data_root.join("tmp")
     }
 
     /// The image store.
@@ -101,30 +95,5 @@ impl Layout {
     /// A sandbox's directory.
     pub fn sandbox(&self, id: &str) -> PathBuf {
         self.sandboxes().join(id)
-    }
-
-    /// A VMM's control socket.
-    pub fn sandbox_control(&self, id: &str) -> PathBuf {
-        self.sandbox(id).join("control.sock")
-    }
-
-    /// A VMM's vsock socket.
-    pub fn sandbox_vsock(&self, id: &str) -> PathBuf {
-        self.sandbox(id).join("vsock.sock")
-    }
-
-    /// What a VMM wrote last.
-    pub fn sandbox_report(&self, id: &str) -> PathBuf {
-        self.sandbox(id).join("report.json")
-    }
-
-    /// The guest kernel's console.
-    pub fn sandbox_console(&self, id: &str) -> PathBuf {
-        self.sandbox(id).join("console.log")
-    }
-
-    /// What a restarted daemon needs to adopt a sandbox.
-    pub fn sandbox_record(&self, id: &str) -> PathBuf {
-        self.sandbox(id).join("sandbox.json")
     }
 }

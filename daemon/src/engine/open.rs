@@ -63,7 +63,7 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
 
 fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, Vec<Record>)> {
     let layout = &config.layout;
-    for path in [layout.tmp(), layout.containers(), layout.sandboxes()] {
+    for path in [layout.containers(), layout.sandboxes()] {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.map_err(|error| failed("make", &path, &error))?;
     }
