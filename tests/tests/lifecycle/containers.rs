@@ -1,6 +1,6 @@
 //! States that a container goes through, as `ps`, `inspect` and `events` tell of them.
 
-use bulkhead_tests::{Docker, Suite};
+use bulkhead_tests::{Docker, Suite, with_daemon};
 
 use crate::Test;
 
@@ -135,4 +135,20 @@ fn wait_answers_with_the_code_of_the_next_end() -> Test {
     let output = waiting.wait_with_output()?;
     assert_eq!(String::from_utf8(output.stdout)?.trim(), "21");
     Ok(())
+}
+
+#[test]
+fn system_prune_takes_what_is_over_and_leaves_what_runs() -> Test {
+    with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
+        let docker = daemon.docker();
+        docker.ok(&["pull", "-q", "busybox"])?;
+        docker.ok(&["tag", "busybox", "other:v1"])?;
+        docker.ok(&["create", "--name", "over", "busybox"])?;
+        let container = docker.run_detached(&["busybox", "sleep", "1000"])?;
+        docker.ok(&["system", "prune", "-f", "-a", "--volumes"])?;
+        assert_eq!(docker.ok(&["ps", "-a", "--format", "{{.Names}}"])?, container.name());
+        assert_eq!(docker.ok(&["images", "--format", "{{.Repository}}"])?, "busybox");
+        assert_eq!(container.exec(&["echo", "still there"])?, "still there");
+        Ok(())
+    })
 }

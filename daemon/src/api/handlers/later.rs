@@ -56,7 +56,7 @@ pub(super) const ROUTES: &[Route] = table! {
     DELETE "/containers/{name}/checkpoints/{checkpoint}" => checkpoint,
     POST "/commit" => commit,
     POST "/build" => build,
-    POST "/build/prune" => build,
+    POST "/build/prune" => build_prune,
     POST "/build/cancel" => build,
     POST "/session" => session,
     POST "/grpc" => session,
@@ -190,6 +190,11 @@ fn no_network(name: &str) -> Error {
 async fn networks_prune(call: Call) -> Result<Response<Body>> {
     call.filters(&["label", "label!", "until"])?;
     json_response(&json!({ "NetworksDeleted": null }))
+}
+
+/// There is no build cache; `docker system prune` asks for this, too.
+async fn build_prune(_: Call) -> Result<Response<Body>> {
+    json_response(&json!({ "CachesDeleted": null, "SpaceReclaimed": 0 }))
 }
 
 async fn plugins(call: Call) -> Result<Response<Body>> {
