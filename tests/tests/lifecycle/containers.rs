@@ -142,7 +142,6 @@ fn system_prune_takes_what_is_over_and_leaves_what_runs() -> Test {
     with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
         let docker = daemon.docker();
         docker.ok(&["pull", "-q", "busybox"])?;
-        docker.ok(&["tag", "busybox", "other:v1"])?;
         docker.ok(&["create", "--name", "over", "busybox"])?;
         let container = docker.run_detached(&["busybox", "sleep", "1000"])?;
         docker.ok(&["system", "prune", "-f", "-a", "--volumes"])?;
