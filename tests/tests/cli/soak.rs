@@ -8,10 +8,18 @@ use anyhow::bail;
 use crate::{Test, docker};
 
 const RUNS: u32 = 200;
-const AT_A_TIME: u32 = 8;
+
+#[test]
+fn two_hundred_short_workloads_in_a_row_lose_no_line() -> Test {
+    run_all(1)
+}
 
 #[test]
 fn two_hundred_short_workloads_eight_at_a_time_lose_no_line() -> Test {
+    run_all(8)
+}
+
+fn run_all(at_a_time: u32) -> Test {
     let docker = docker()?;
     let next = AtomicU32::new(0);
     let worker = || -> Test {
@@ -28,7 +36,7 @@ fn two_hundred_short_workloads_eight_at_a_time_lose_no_line() -> Test {
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(worker)).collect();
+        let workers: Vec<_> = (0..at_a_time).map(|_| scope.spawn(worker)).collect();
         workers
             .into_iter()
             .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a worker panicked")))
