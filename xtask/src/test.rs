@@ -158,7 +158,9 @@ fn run_share(
 ) -> Result<()> {
     let place = venue.open(tree, &format!("e2e-{share}"), MEMORY_MIB)?;
     if let Some(program) = machine_tests {
-        let mut command = place.host.command(program);
+        // Bounded: a guest that hangs must not hold up everything else for ever.
+        let mut command = place.host.command("timeout");
+        command.args(["-k", "10", "600"]).arg(program);
         command.env("BULKHEAD_VMM", bundle.vmm()).env("BULKHEAD_KERNEL", bundle.kernel());
         // Layers need a file system with extended attributes of users: in the test host, /run and not /tmp.
         command.env("BULKHEAD_INITRAMFS", bundle.initramfs()).env("TMPDIR", "/run");

@@ -271,9 +271,10 @@ fn start_failures(machine: &mut Machine) {
 
 fn signals(machine: &mut Machine) {
     for (script, signal, code) in
-        [("sleep 100", 9, 137), ("trap 'exit 5' TERM; while :; do sleep 0.05; done", 15, 5)]
+        [("echo up; sleep 100", 9, 137), ("trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done", 15, 5)]
     {
-        let process = start(machine, "c", sh(&format!("echo up; {script}")), PIPES);
+        // Up with its handler: before, PID 1 would not get the signal at all.
+        let process = start(machine, "c", sh(script), PIPES);
         let mut up = [0; 3];
         machine.stream(&process, StreamKind::Stdout, 0).unwrap().read_exact(&mut up).unwrap();
         assert_eq!(machine.call(Call::Signal { process: process.clone(), signal }), Ok(Answer::Done));
