@@ -84,6 +84,8 @@ impl Machine {
         let (kernel, initramfs) = (open(&needs.kernel), open(&needs.initramfs));
         let report: OwnedFd = File::create(directory.join("report")).expect("report").into();
         let console: OwnedFd = File::create(directory.join("console")).expect("console").into();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm");
+        let kvm: OwnedFd = kvm.into();
         let number = |fd: &OwnedFd| {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).expect("inherit");
             fd.as_raw_fd()
@@ -98,6 +100,8 @@ impl Machine {
             cmdline: "console=ttyS0 quiet panic=-1 reboot=k mitigations=off rdinit=/init".into(),
             control: number(&control),
             report: number(&report),
+            kvm: number(&kvm),
+            jail: vmm::Jail::Process,
             console: Some(number(&console)),
             devices: vmm::DeviceConfig {
                 block: vec![vmm::BlockConfig { id: DISK.into() }],

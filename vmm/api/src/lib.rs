@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub type FdNumber = i32;
 
 /// Version of this contract. A VMM refuses a configuration of another version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Largest control message in bytes, either way: a seqpacket datagram of JSON.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -50,11 +50,27 @@ pub struct VmConfig {
     pub control: FdNumber,
     /// A writable, empty regular file; the last thing the VMM does is to write one [`Report`] to it.
     pub report: FdNumber,
+    /// `/dev/kvm`, open for reading and writing: the VMM opens no path, not even this one.
+    pub kvm: FdNumber,
+    /// How the process confines itself before the guest runs.
+    pub jail: Jail,
     /// A writable file or pipe for every byte of the guest's console; capped by the VMM at 1 MiB. None:
     /// only the tail is kept.
     pub console: Option<FdNumber>,
     /// The devices, fixed for the machine's life.
     pub devices: DeviceConfig,
+}
+
+/// How far a VMM is confined. Either way each of its threads runs under its own system call filter, and what
+/// fails of it ends the machine before it has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Jail {
+    /// The process was started under a user id and in namespaces of its own, with the capabilities of its own
+    /// user namespace. It makes its root an empty directory and gives all of them up.
+    Full,
+    /// It was not, since nobody with the right to do so started it: only what needs no privilege is done.
+    Process,
 }
 
 /// The device set of a machine.

@@ -11,7 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use bulkhead_vmm_api::{DeviceConfig, VERSION, VmConfig};
+use bulkhead_vmm_api::{DeviceConfig, Jail, VERSION, VmConfig};
 use rustix::{
     fs::{MemfdFlags, SealFlags},
     net::SocketType,
@@ -30,6 +30,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) memory_mib: u32,
     pub(crate) kernel: File,
     pub(crate) initramfs: File,
+    /// `/dev/kvm`.
+    pub(crate) kvm: File,
     pub(crate) cmdline: String,
     /// With the listener's number still to be filled in.
     pub(crate) devices: DeviceConfig,
@@ -62,6 +64,8 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
         cmdline: launch.cmdline,
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
+        kvm: launch.kvm.as_raw_fd(),
+        jail: Jail::Process,
         console: None,
         devices,
     };
@@ -74,6 +78,7 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
         config.as_raw_fd(),
         launch.kernel.as_raw_fd(),
         launch.initramfs.as_raw_fd(),
+        launch.kvm.as_raw_fd(),
         control.as_raw_fd(),
         report.as_raw_fd(),
         vsock.as_raw_fd(),
@@ -173,6 +178,7 @@ exit 3
             memory_mib: 128,
             kernel: empty(),
             initramfs: empty(),
+            kvm: empty(),
             cmdline: "quiet".into(),
             devices: DeviceConfig {
                 vsock: Some(VsockConfig { cid: 3, listener: -1 }),
@@ -215,6 +221,7 @@ exit 3
             memory_mib: 128,
             kernel: empty(),
             initramfs: empty(),
+            kvm: empty(),
             cmdline: String::new(),
             devices: DeviceConfig::default(),
         };
