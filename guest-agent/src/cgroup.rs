@@ -98,6 +98,17 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.kill"), "1").context("cgroup.kill")
     }
 
+    /// Begins to freeze every process in it, or to let them run again; see [`Cgroup::is_frozen`].
+    pub fn freeze(&self, frozen: bool) -> Result<()> {
+        fs::write(self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" }).context("cgroup.freeze")
+    }
+
+    /// Whether every process in it is frozen. One that waits in the kernel for a disk is so only afterwards.
+    pub fn is_frozen(&self) -> bool {
+        let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();
+        counter(&events, "frozen") > 0
+    }
+
     /// Whether any process, zombies excepted, is left.
     pub fn is_populated(&self) -> bool {
         let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();

@@ -61,11 +61,18 @@ impl Server {
     /// Serves a call; true when it asked for a shutdown.
     pub(super) fn call(&mut self, ToAgent { id, call }: ToAgent) -> bool {
         let epoch = self.control.epoch();
+        if let Err(error) = self.stillness.admit(epoch, &call) {
+            self.control.answer(epoch, id, Err(error));
+            return false;
+        }
         let outcome = match call {
             Call::Shutdown => return true,
             Call::Create(create) => self.create(epoch, id, create),
             Call::Start { container, stdio } => self.start(epoch, id, container, stdio),
             Call::Exec { process, spec, stdio } => self.exec(epoch, id, process, &spec, stdio),
+            Call::Personalize(identity) => self.personalize(epoch, &identity).map(Outcome::Answer),
+            Call::Quiesce => self.quiesce(epoch).map(Outcome::Answer),
+            Call::Thaw => self.thaw().map(Outcome::Answer),
             call => self.simple(call).map(Outcome::Answer),
         };
         match outcome {
@@ -109,14 +116,14 @@ impl Server {
                 return Ok(Answer::Processes { processes: processes::list(&container.cgroup.pids()) });
             }
             Call::Delete { process } => self.delete(&process)?,
-            Call::SetClock { unix_ns } => {
-                let seconds =
-                    i64::try_from(unix_ns / 1_000_000_000).map_err(|_| invalid("the time is too late"))?;
-                let nanoseconds = (unix_ns % 1_000_000_000) as i64;
-                let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
-                rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")?;
-            }
-            Call::Create(_) | Call::Start { .. } | Call::Exec { .. } | Call::Shutdown => {
+            Call::SetClock { unix_ns } => set_clock(unix_ns)?,
+            Call::Create(_)
+            | Call::Start { .. }
+            | Call::Exec { .. }
+            | Call::Shutdown
+            | Call::Personalize(_)
+            | Call::Quiesce
+            | Call::Thaw => {
                 return Err(invalid("this call is not a simple one"));
             }
         }
@@ -248,7 +255,14 @@ impl Server {
     }
 }
 
-fn no_container() -> AgentError {
+pub(super) fn set_clock(unix_ns: u64) -> Result<()> {
+    let seconds = i64::try_from(unix_ns / 1_000_000_000).map_err(|_| invalid("the time is too late"))?;
+    let nanoseconds = (unix_ns % 1_000_000_000) as i64;
+    let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")
+}
+
+pub(super) fn no_container() -> AgentError {
     not_found("there is no such container")
 }
 

@@ -17,6 +17,7 @@
 mod calls;
 mod control;
 mod openings;
+mod saving;
 mod shutdown;
 
 pub use shutdown::power_off;
@@ -43,6 +44,7 @@ use self::{
     calls::PendingCreate,
     control::{Control, Epoch},
     openings::Openings,
+    saving::Stillness,
 };
 use crate::{
     child::status::{self, Message},
@@ -99,6 +101,7 @@ pub struct Server {
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
+    stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
@@ -137,6 +140,7 @@ impl Server {
         Ok(Self {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
+            stillness: Stillness::default(),
             poller,
             transport,
             signals,
