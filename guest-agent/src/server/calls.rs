@@ -66,6 +66,10 @@ impl Server {
             Call::Create(create) => self.create(epoch, id, create),
             Call::Start { container, stdio } => self.start(epoch, id, container, stdio),
             Call::Exec { process, spec, stdio } => self.exec(epoch, id, process, &spec, stdio),
+            Call::Pause { container } => self.pause(epoch, id, container).map(|done| match done {
+                true => Outcome::Answer(Answer::Done),
+                false => Outcome::Later,
+            }),
             call => self.simple(call).map(Outcome::Answer),
         };
         match outcome {
@@ -108,6 +112,16 @@ impl Server {
                 let container = self.containers.get(&container).ok_or_else(no_container)?;
                 return Ok(Answer::Processes { processes: processes::list(&container.cgroup.pids()) });
             }
+            Call::Resume { container } => self.resume(&container)?,
+            Call::Update { container, resources } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                container.cgroup.update(&resources)?;
+            }
+            Call::Stats { container } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                let init = container.init.as_ref().map(|init| init.pid);
+                return Ok(Answer::Stats(Box::new(container.cgroup.stats(init))));
+            }
             Call::Delete { process } => self.delete(&process)?,
             Call::SetClock { unix_ns } => {
                 let seconds =
@@ -116,7 +130,11 @@ impl Server {
                 let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
                 rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")?;
             }
-            Call::Create(_) | Call::Start { .. } | Call::Exec { .. } | Call::Shutdown => {
+            Call::Create(_)
+            | Call::Start { .. }
+            | Call::Exec { .. }
+            | Call::Pause { .. }
+            | Call::Shutdown => {
                 return Err(invalid("this call is not a simple one"));
             }
         }
@@ -205,6 +223,10 @@ impl Server {
         if !container.init.as_ref().is_some_and(|init| matches!(init.phase, Phase::Running)) {
             return Err(conflict("the container is not running"));
         }
+        if container.paused {
+            // It would be born frozen, and its start never answered.
+            return Err(conflict("the container is paused"));
+        }
         if container.execs.contains_key(exec) {
             return Err(conflict(format!("the exec {exec} exists already")));
         }
@@ -248,7 +270,7 @@ impl Server {
     }
 }
 
-fn no_container() -> AgentError {
+pub(super) fn no_container() -> AgentError {
     not_found("there is no such container")
 }
 
