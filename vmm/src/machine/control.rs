@@ -135,6 +135,8 @@ enum RequestError {
     Descriptors { wanted: usize, found: usize },
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error("the machine cannot do this yet")]
+    NotYet,
 }
 
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
@@ -160,6 +162,7 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
+        Request::SetRateLimit { .. } | Request::Recent => return Err(RequestError::NotYet),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
         Request::Kill => machine.end().report(ExitReason::Killed),

@@ -76,6 +76,7 @@ impl Machine {
             paused: self.vcpus.paused(),
             entered_guest_us: u64::try_from(entered).unwrap_or(u64::MAX),
             exits: shared.exits.by_frequency(),
+            devices: Vec::new(),
         }
     }
 
