@@ -49,6 +49,8 @@ pub struct Container {
     pub memory: Watched<Key>,
     /// How often it struck, as far as was told.
     pub oom_kills: u64,
+    /// Whether it is frozen, or about to be.
+    pub paused: bool,
     root: Mounted,
 }
 
@@ -103,7 +105,8 @@ impl Container {
         });
         match made {
             Ok((root, memory)) => {
-                Ok(Self { spec, init: None, execs: BTreeMap::new(), cgroup, memory, oom_kills: 0, root })
+                let (init, execs) = (None, BTreeMap::new());
+                Ok(Self { spec, init, execs, cgroup, memory, oom_kills: 0, paused: false, root })
             }
             Err(error) => {
                 let _ = cgroup.remove();
@@ -233,6 +236,7 @@ impl Container {
             container: id.to_owned(),
             init: self.init.as_ref().map(Process::state),
             execs: self.execs.iter().map(|(id, process)| (id.clone(), process.state())).collect(),
+            paused: self.paused,
         }
     }
 

@@ -185,6 +185,29 @@ pub enum Call {
         /// The container's id.
         container: String,
     },
+    /// Freezes every process of a container: those that run, and those started while it is frozen. Answered
+    /// when all of them stand still. Nothing if it is frozen already.
+    Pause {
+        /// The container's id.
+        container: String,
+    },
+    /// Lets a frozen container run on. Nothing if it is not frozen.
+    Resume {
+        /// The container's id.
+        container: String,
+    },
+    /// Changes the limits of a container that was created: those that are given are set, all others stay.
+    Update {
+        /// The container's id.
+        container: String,
+        /// The limits; devices are ignored.
+        resources: Box<runtime::LinuxResources>,
+    },
+    /// What a container uses. Answer: [`Answer::Stats`].
+    Stats {
+        /// The container's id.
+        container: String,
+    },
     /// Forgets an ended exec, or with `exec: None` a whole container whose first process has ended: kills
     /// what is left of it, unmounts its root and flushes its disk.
     Delete {
@@ -357,6 +380,107 @@ pub enum Answer {
         /// One each.
         processes: Vec<ProcessInfo>,
     },
+    /// To [`Call::Stats`].
+    Stats(Box<Stats>),
+}
+
+/// What a container uses, by its cgroup in the guest. Times are microseconds of guest processors, sizes are
+/// bytes, counters begin with the container's creation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Stats {
+    /// Processor time.
+    pub cpu: CpuStats,
+    /// Memory.
+    pub memory: MemoryStats,
+    /// Processes and threads now.
+    pub pids: u64,
+    /// The most there may be; None: no limit.
+    pub pids_limit: Option<u64>,
+    /// Block devices.
+    pub io: Vec<IoStats>,
+    /// Network interfaces of the container but its loopback, by name.
+    pub networks: Vec<(String, NetworkStats)>,
+}
+
+/// Processor time of a container.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CpuStats {
+    /// In all.
+    pub usage_us: u64,
+    /// In user mode.
+    pub user_us: u64,
+    /// In the guest kernel.
+    pub system_us: u64,
+    /// Periods of the quota in which something ran.
+    pub periods: u64,
+    /// Those in which it was held back.
+    pub throttled_periods: u64,
+    /// How long it was held back.
+    pub throttled_us: u64,
+    /// Processors of the guest that are on line.
+    pub online: u32,
+}
+
+/// Memory of a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryStats {
+    /// Now, page cache included.
+    pub usage: u64,
+    /// The limit; None: no limit but the guest's memory.
+    pub limit: Option<u64>,
+    /// All of the guest's memory.
+    pub total: u64,
+    /// How often the limit was hit.
+    pub limit_hits: u64,
+    /// The kernel's `memory.stat`.
+    pub stat: Vec<(String, u64)>,
+}
+
+/// A container's use of one block device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct IoStats {
+    /// Of the device number.
+    pub major: u32,
+    /// Of the device number.
+    pub minor: u32,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Bytes discarded.
+    pub discarded_bytes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Discards.
+    pub discards: u64,
+}
+
+/// A container's use of one network interface.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetworkStats {
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Frames received.
+    pub rx_packets: u64,
+    /// Frames received with errors.
+    pub rx_errors: u64,
+    /// Frames dropped on reception.
+    pub rx_dropped: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Frames sent.
+    pub tx_packets: u64,
+    /// Frames not sent for errors.
+    pub tx_errors: u64,
+    /// Frames dropped on sending.
+    pub tx_dropped: u64,
 }
 
 /// A container as the agent knows it.
@@ -368,6 +492,9 @@ pub struct ContainerState {
     pub init: Option<ProcessState>,
     /// Its execs by id.
     pub execs: Vec<(String, ProcessState)>,
+    /// Whether [`Call::Pause`] has frozen it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
 }
 
 /// A process's state.

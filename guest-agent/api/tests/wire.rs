@@ -3,9 +3,9 @@
 //! this test shows is a new version.
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerIdentity, ContainerState, Create, Disk, ErrorKind, Event, Exit,
-    FromAgent, Hello, Identity, InjectedFile, KnownOutput, ProcessId, ProcessInfo, ProcessState, Rootfs,
-    Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    AgentError, Answer, Call, ContainerIdentity, ContainerState, CpuStats, Create, Disk, ErrorKind, Event,
+    Exit, FromAgent, Hello, Identity, InjectedFile, IoStats, KnownOutput, MemoryStats, NetworkStats,
+    ProcessId, ProcessInfo, ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -94,6 +94,7 @@ fn from_agent() -> Vec<FromAgent> {
         container: "c1".into(),
         init: Some(ProcessState::Running { pid: 5 }),
         execs: vec![("e1".into(), ProcessState::Exited(exit))],
+        paused: false,
     };
     let answers = [
         Answer::Done,
@@ -116,6 +117,41 @@ fn from_agent() -> Vec<FromAgent> {
     messages
 }
 
+fn stats() -> Stats {
+    Stats {
+        cpu: CpuStats { usage_us: 30, user_us: 10, system_us: 20, online: 2, ..CpuStats::default() },
+        memory: MemoryStats {
+            usage: 4096,
+            limit: Some(8192),
+            stat: vec![("anon".into(), 5)],
+            ..MemoryStats::default()
+        },
+        pids: 3,
+        pids_limit: None,
+        io: vec![IoStats { major: 254, read_bytes: 512, ..IoStats::default() }],
+        networks: vec![("eth0".into(), NetworkStats { rx_bytes: 100, ..NetworkStats::default() })],
+    }
+}
+
+/// Pausing, updating and watching a container.
+fn pausing_and_stats(wire: &mut Wire) {
+    for call in [
+        Call::Pause { container: "c1".into() },
+        Call::Resume { container: "c1".into() },
+        Call::Update {
+            container: "c1".into(),
+            resources: Box::new(serde_json::from_str(r#"{"pids":{"limit":7}}"#).unwrap()),
+        },
+        Call::Stats { container: "c1".into() },
+    ] {
+        wire.message(&ToAgent { id: 9, call });
+    }
+    let paused = ContainerState { container: "c1".into(), init: None, execs: vec![], paused: true };
+    for answer in [Answer::State { containers: vec![paused] }, Answer::Stats(Box::new(stats()))] {
+        wire.message(&FromAgent::Answer { id: 9, result: Ok(answer) });
+    }
+}
+
 #[test]
 fn every_message_is_as_it_was() {
     let mut wire = Wire::default();
@@ -135,6 +171,7 @@ fn every_message_is_as_it_was() {
         error: Some(AgentError { kind: ErrorKind::Conflict, message: "why".into() }),
     });
     wire.message(&StreamOpen { process: init(), stream: StreamKind::Stdout, from: None });
+    pausing_and_stats(&mut wire);
     for call in saving() {
         wire.message(&ToAgent { id: 9, call });
     }

@@ -70,6 +70,10 @@ impl Server {
             Call::Create(create) => self.create(epoch, id, create),
             Call::Start { container, stdio } => self.start(epoch, id, container, stdio),
             Call::Exec { process, spec, stdio } => self.exec(epoch, id, process, &spec, stdio),
+            Call::Pause { container } => self.pause(epoch, id, container).map(|done| match done {
+                true => Outcome::Answer(Answer::Done),
+                false => Outcome::Later,
+            }),
             Call::Personalize(identity) => self.personalize(epoch, &identity).map(Outcome::Answer),
             Call::Quiesce => self.quiesce(epoch).map(Outcome::Answer),
             Call::Thaw => self.thaw().map(Outcome::Answer),
@@ -115,11 +119,22 @@ impl Server {
                 let container = self.containers.get(&container).ok_or_else(no_container)?;
                 return Ok(Answer::Processes { processes: processes::list(&container.cgroup.pids()) });
             }
+            Call::Resume { container } => self.resume(&container)?,
+            Call::Update { container, resources } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                container.cgroup.update(&resources)?;
+            }
+            Call::Stats { container } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                let init = container.init.as_ref().map(|init| init.pid);
+                return Ok(Answer::Stats(Box::new(container.cgroup.stats(init))));
+            }
             Call::Delete { process } => self.delete(&process)?,
             Call::SetClock { unix_ns } => set_clock(unix_ns)?,
             Call::Create(_)
             | Call::Start { .. }
             | Call::Exec { .. }
+            | Call::Pause { .. }
             | Call::Shutdown
             | Call::Personalize(_)
             | Call::Quiesce
@@ -211,6 +226,10 @@ impl Server {
         let exec = id.exec.as_ref().ok_or_else(|| invalid("an exec needs an id"))?;
         if !container.init.as_ref().is_some_and(|init| matches!(init.phase, Phase::Running)) {
             return Err(conflict("the container is not running"));
+        }
+        if container.paused {
+            // It would be born frozen, and its start never answered.
+            return Err(conflict("the container is paused"));
         }
         if container.execs.contains_key(exec) {
             return Err(conflict(format!("the exec {exec} exists already")));

@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_agent_api::{AgentError, Answer, Call, Identity, MAX_ENTROPY, MIN_ENTROPY};
+use bulkhead_agent_api::{Answer, Call, Identity, MAX_ENTROPY, MIN_ENTROPY};
 
 use super::{
     Server,
@@ -44,9 +44,12 @@ impl Stillness {
         match call {
             Call::Shutdown | Call::Personalize(_) => Ok(()),
             _ if by != epoch => Err(conflict("the machine may be a copy and must be personalized first")),
-            Call::Create(_) | Call::Start { .. } | Call::Exec { .. } | Call::Delete { .. } => {
-                Err(conflict("the machine is being saved"))
-            }
+            Call::Create(_)
+            | Call::Start { .. }
+            | Call::Exec { .. }
+            | Call::Delete { .. }
+            | Call::Pause { .. }
+            | Call::Resume { .. } => Err(conflict("the machine is being saved")),
             _ => Ok(()),
         }
     }
@@ -78,7 +81,10 @@ impl Server {
 
     /// Freezes every container and flushes every disk.
     pub(super) fn quiesce(&mut self, epoch: Epoch) -> Result<Answer> {
-        if !self.pending.is_empty() || self.containers.values().any(super::Container::is_starting) {
+        if !self.pending.is_empty()
+            || !self.freezing.is_empty()
+            || self.containers.values().any(super::Container::is_starting)
+        {
             return Err(conflict("a process is being started"));
         }
         if let Err(error) = self.freeze() {
@@ -99,7 +105,7 @@ impl Server {
 
     fn freeze(&self) -> Result<()> {
         for container in self.containers.values() {
-            container.cgroup.freeze(true)?;
+            container.cgroup.freeze()?;
         }
         let deadline = Instant::now() + FREEZE_WITHIN;
         while !self.containers.values().all(|container| container.cgroup.is_frozen()) {
@@ -112,10 +118,9 @@ impl Server {
     }
 
     fn unfreeze(&self) {
-        for container in self.containers.values() {
-            if let Err(AgentError { message, .. }) = container.cgroup.freeze(false) {
-                log::warn(format_args!("a container stays frozen: {message}"));
-            }
+        // One that is paused was frozen before, and stays so.
+        for container in self.containers.values().filter(|container| !container.paused) {
+            container.cgroup.thaw().unwrap_or_else(log::warn);
         }
     }
 }
@@ -139,6 +144,7 @@ mod tests {
             Call::Signal { process: process.clone(), signal: 9 },
             Call::Delete { process },
             Call::Start { container: "c".into(), stdio: bulkhead_agent_api::Stdio::default() },
+            Call::Resume { container: "c".into() },
         ];
         let (first, second) = (Epoch::of(1), Epoch::of(2));
         let quiet = Stillness::Quiet(first);
@@ -152,6 +158,6 @@ mod tests {
         }
         // Who made it quiet may look, signal and end it, and start nothing.
         let admitted: Vec<bool> = calls.iter().map(|call| quiet.admit(first, call).is_ok()).collect();
-        assert_eq!(admitted, [true, true, true, true, true, false, false]);
+        assert_eq!(admitted, [true, true, true, true, true, false, false, false]);
     }
 }

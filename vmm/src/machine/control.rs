@@ -133,13 +133,18 @@ fn receive(client: BorrowedFd<'_>) -> io::Result<Option<Message>> {
 enum RequestError {
     #[error("the request needs {wanted} file descriptors, {found} came with it")]
     Descriptors { wanted: usize, found: usize },
+    #[error("a machine cannot be saved yet")]
+    Snapshot,
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error("the machine cannot do this yet")]
+    NotYet,
 }
 
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
     let wanted = match &request {
         Request::AttachDisk { .. } | Request::AttachShare { .. } | Request::AttachTap { .. } => 1,
+        Request::Snapshot => 2,
         _ => 0,
     };
     let found = fds.len();
@@ -160,8 +165,10 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
+        Request::SetRateLimit { .. } | Request::Recent => return Err(RequestError::NotYet),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
+        Request::Snapshot => return Err(RequestError::Snapshot),
         Request::Kill => machine.end().report(ExitReason::Killed),
     }
     Ok(Response::Ok)
