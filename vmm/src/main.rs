@@ -63,7 +63,7 @@ fn run(report: File, config: Result<Config, String>, started: Instant) -> ExitCo
     let orderly = matches!(reason, ExitReason::PoweredOff | ExitReason::Killed);
     let console = console.map_or_else(String::new, |console| console.tail());
     let uptime_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-    if let Err(error) = write_report(report, &Report { reason, console, uptime_us }) {
+    if let Err(error) = write_report(report, &Report { reason, console, uptime_us, recent: Vec::new() }) {
         eprintln!("bulkhead-vmm: report: {error}");
         return ExitCode::from(2);
     }
@@ -110,7 +110,12 @@ mod tests {
     use super::*;
 
     fn report() -> Report {
-        Report { reason: ExitReason::TripleFault, console: "x".repeat(5000), uptime_us: 7 }
+        Report {
+            reason: ExitReason::TripleFault,
+            console: "x".repeat(5000),
+            uptime_us: 7,
+            recent: Vec::new(),
+        }
     }
 
     #[test]

@@ -137,6 +137,8 @@ enum RequestError {
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error("the machine cannot do this yet")]
+    NotYet,
 }
 
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
@@ -163,6 +165,7 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
+        Request::SetRateLimit { .. } | Request::Recent => return Err(RequestError::NotYet),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
         Request::Snapshot => {

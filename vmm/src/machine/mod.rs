@@ -86,6 +86,7 @@ impl Machine {
             entered_guest_us: u64::try_from(entered).unwrap_or(u64::MAX),
             phases: self.phases.list(),
             exits: shared.exits.by_frequency(),
+            devices: Vec::new(),
         }
     }
 
