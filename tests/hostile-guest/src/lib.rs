@@ -47,6 +47,7 @@ pub fn run(boot_params: u64) -> ! {
     cpu::take_over();
     let boot = boot::Boot::read(boot_params);
     let machine = virtio::Machine::probe(boot.memory_end);
+    machine.wait_until_attached();
     let (name, number) = boot.scenario();
     console::line(format_args!("scenario {name} {number}"));
     match scenarios::find(name) {

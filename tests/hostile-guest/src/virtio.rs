@@ -118,6 +118,15 @@ impl Machine {
         Self { memory_end, devices }
     }
 
+    /// Waits for the disk, which is what the test attaches last.
+    pub fn wait_until_attached(&self) {
+        for device in self.devices().filter(|device| device.kind == Kind::Block) {
+            while device.read(register::CONFIG) == 0 {
+                cpu::relax();
+            }
+        }
+    }
+
     /// Every device.
     pub fn devices(&self) -> impl Iterator<Item = Device> {
         self.devices.iter().filter_map(|device| *device)
