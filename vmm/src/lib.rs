@@ -9,4 +9,6 @@ pub mod devices;
 pub mod jail;
 pub mod machine;
 pub mod process;
+pub mod rate_limiter;
+pub mod recorder;
 pub mod seccomp;

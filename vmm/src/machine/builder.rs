@@ -45,6 +45,7 @@ use crate::{
         serial::{self, SavedSerial, SerialPort},
     },
     jail::JailError,
+    recorder::Recorder,
 };
 
 /// KVM_CAP_TSC_DEADLINE_TIMER, which kvm-ioctls does not name.
@@ -121,7 +122,7 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     phases.end("configuration");
     let start = Origin::of(config.start)?;
     let console = Arc::new(Console::new(config.console));
-    let end = Arc::new(End::new(Arc::clone(&console))?);
+    let end = Arc::new(End::new(Arc::clone(&console), Recorder::new(started))?);
 
     let kvm = check_kvm(config.kvm)?;
     let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bulkhead_vmm_api::{ExitReason, ShareKind};
+use bulkhead_vmm_api::{DeviceFigures, ExitReason, LimitedDevice, RateLimits, ShareKind};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -249,6 +249,24 @@ impl DeviceSet {
         find("net", &self.net, id)?.attach(tap).map_err(AttachError::refused)
     }
 
+    /// See [`super::Machine::set_rate_limit`].
+    pub(super) fn set_rate_limit(
+        &self,
+        device: &LimitedDevice,
+        limits: RateLimits,
+    ) -> Result<(), AttachError> {
+        match device {
+            LimitedDevice::Block { id } => find("block", &self.block, id)?.limit(limits),
+            LimitedDevice::Net { id } => find("net", &self.net, id)?.limit(limits),
+        }
+        Ok(())
+    }
+
+    /// What each device has done, in bus order.
+    pub(super) fn figures(&self) -> Vec<DeviceFigures> {
+        self.members.iter().map(|member| member.port.figures()).collect()
+    }
+
     /// Brings the devices, whose workers have not started, to their saved states.
     ///
     /// # Errors
@@ -326,6 +344,7 @@ impl Assembly<'_> {
         let window = layout::virtio_window(index as u32);
         let device = Arc::new(Mutex::new(device));
         let port = self.port(name, Arc::<Mutex<D>>::clone(&device)).map_err(DeviceSetError::device(name))?;
+        port.place().join(self.end.recorder(), name);
         self.connect(&port, window, irq)
             .map_err(|source| DeviceSetError::Kvm { device: name.to_owned(), source })?;
         let transport = Arc::new(Mutex::new(MmioTransport::new(Arc::clone(&port), self.memory.clone())));

@@ -9,7 +9,7 @@
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
-use bulkhead_vmm_api::{ShareKind, Status};
+use bulkhead_vmm_api::{LimitedDevice, RateLimits, ShareKind, Status};
 use kvm_ioctls::VmFd;
 
 pub mod builder;
@@ -86,6 +86,7 @@ impl Machine {
             entered_guest_us: u64::try_from(entered).unwrap_or(u64::MAX),
             phases: self.phases.list(),
             exits: shared.exits.by_frequency(),
+            devices: self.devices.figures(),
         }
     }
 
@@ -145,6 +146,14 @@ impl Machine {
     /// There is no such slot, or it refuses the descriptor.
     pub fn attach_tap(&self, id: &str, tap: OwnedFd) -> Result<(), AttachError> {
         self.devices.attach_tap(id, tap)
+    }
+
+    /// Limits what a device moves, from now on.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn set_rate_limit(&self, device: &LimitedDevice, limits: RateLimits) -> Result<(), AttachError> {
+        self.devices.set_rate_limit(device, limits)
     }
 
     /// Saves the machine, which is paused and stays so.

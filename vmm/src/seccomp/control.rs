@@ -39,6 +39,9 @@ pub(super) const CALLS: &[Call] = &[
         &[&[request(TUNGETIFF as u32)], &[request(TUNSETVNETHDRSZ as u32)], &[request(TUNSETOFFLOAD as u32)]],
         "a tap is made ready",
     ),
+    // ---- a rate limit is set
+    call(SYS_timerfd_create, "its timer"),
+    call(SYS_timerfd_settime, "the same"),
     // ---- the machine is saved
     call_if(
         SYS_ioctl,
