@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Command, Container, Grace, Reply, Stop, View,
     hub::{Hub, Kind},
+    machine,
     record::Record,
     signal,
     start::{self, Found, Started},
@@ -392,6 +393,9 @@ impl Actor {
         tokio::spawn(async move {
             let oom = || shared.publish(&record, "oom", []);
             let exit = workload.watch(watch, &hub, oom).await;
+            if let Some(death) = workload.death() {
+                machine::remember(&shared, &record, death).await;
+            }
             let _ = reporter.send(Report::Over(turn, exit)).await;
         });
     }

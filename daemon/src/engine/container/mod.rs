@@ -12,6 +12,7 @@ mod create;
 pub(crate) mod hub;
 mod inspect;
 mod list;
+mod machine;
 pub(crate) mod names;
 mod ops;
 mod prune;

@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    pump,
+    machine, pump,
     record::Record,
     state::{Failure, Running},
     workload::{Watch, Workload},
@@ -61,7 +61,17 @@ pub(crate) async fn start(
         )?;
     let create = create_call(shared, record).map_err(internal)?;
     let spec = sandbox_spec(shared, record).map_err(internal)?;
-    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    // The machine that it tells of is no longer the last.
+    let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
+    let (sandbox, events) = match Sandbox::boot(spec).await {
+        Ok(booted) => booted,
+        Err(error) => {
+            if let BootError::Died(death) = &error {
+                machine::remember(shared, record, death).await;
+            }
+            return Err(boot_failure(&error));
+        }
+    };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
     call(&sandbox, Call::Create(Box::new(create))).await?;

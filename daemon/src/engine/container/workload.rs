@@ -10,7 +10,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -45,6 +45,8 @@ pub(crate) struct Workload {
     execs: Mutex<Option<HashMap<String, oneshot::Sender<AgentExit>>>>,
     /// Whether the first process has ended, output or not.
     exited: watch::Sender<bool>,
+    /// How the sandbox ended before the first process did.
+    death: OnceLock<Death>,
 }
 
 /// What belongs to a workload's watch and is not shared.
@@ -67,7 +69,13 @@ impl Workload {
             container: container.to_owned(),
             execs: Mutex::new(Some(HashMap::new())),
             exited: watch::Sender::new(false),
+            death: OnceLock::new(),
         }
+    }
+
+    /// How the sandbox ended, if that was the container's end and not in order.
+    pub(crate) fn death(&self) -> Option<&Death> {
+        self.death.get().filter(|death| !death.in_order())
     }
 
     fn execs<R>(&self, f: impl FnOnce(&mut Option<HashMap<String, oneshot::Sender<AgentExit>>>) -> R) -> R {
@@ -148,6 +156,9 @@ impl Workload {
         }
         watch.inputs.shutdown().await;
         self.execs(Option::take);
+        if let (None, Some(death)) = (&exit, &death) {
+            let _ = self.death.set(death.clone());
+        }
         conclude(exit, death)
     }
 
