@@ -18,6 +18,7 @@ mod calls;
 mod control;
 mod openings;
 mod pause;
+mod saving;
 mod shutdown;
 
 pub use shutdown::power_off;
@@ -45,6 +46,7 @@ use self::{
     control::{Control, Epoch},
     openings::Openings,
     pause::Freeze,
+    saving::Stillness,
 };
 use crate::{
     child::status::{self, Message},
@@ -101,6 +103,7 @@ pub struct Server {
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
+    stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
@@ -141,6 +144,7 @@ impl Server {
         Ok(Self {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
+            stillness: Stillness::default(),
             poller,
             transport,
             signals,
