@@ -21,10 +21,11 @@ impl Engine {
     pub async fn info(&self) -> Info {
         let shared = &self.shared;
         let config = &shared.config;
-        let (mut running, mut stopped) = (0, 0);
+        let (mut running, mut paused, mut stopped) = (0, 0, 0);
         let containers = shared.registry.all();
         for container in &containers {
-            match container.view().record.life.state {
+            match &container.view().record.life.state {
+                State::Running(now) if now.paused => paused += 1,
                 State::Running(_) | State::Restarting(_) => running += 1,
                 _ => stopped += 1,
             }
@@ -35,7 +36,7 @@ impl Engine {
             id: daemon_id.trim().to_owned(),
             containers: count(containers.len()),
             containers_running: running,
-            containers_paused: 0,
+            containers_paused: paused,
             containers_stopped: stopped,
             images: count(shared.images.count()),
             driver: STORAGE_DRIVER.into(),

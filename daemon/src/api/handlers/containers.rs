@@ -29,6 +29,8 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/containers/{name}/stop" => stop,
     POST "/containers/{name}/restart" => restart,
     POST "/containers/{name}/kill" => kill,
+    POST "/containers/{name}/pause" => pause,
+    POST "/containers/{name}/unpause" => unpause,
     POST "/containers/{name}/rename" => rename,
     POST "/containers/{name}/resize" => resize,
     POST "/containers/{name}/wait" [WhileConnected] => wait,
@@ -128,6 +130,16 @@ fn stop_signal(call: &Call) -> Option<&str> {
 
 async fn kill(call: Call) -> Result<Response<Body>> {
     call.engine.container_kill(call.name(), call.query.non_empty("signal")).await?;
+    Ok(no_content())
+}
+
+async fn pause(call: Call) -> Result<Response<Body>> {
+    call.engine.container_pause(call.name(), true).await?;
+    Ok(no_content())
+}
+
+async fn unpause(call: Call) -> Result<Response<Body>> {
+    call.engine.container_pause(call.name(), false).await?;
     Ok(no_content())
 }
 

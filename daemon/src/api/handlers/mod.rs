@@ -6,6 +6,7 @@ pub mod images;
 pub mod later;
 pub mod logs;
 pub mod machine;
+pub mod stats;
 pub mod system;
 
 use super::router::Route;
@@ -16,6 +17,7 @@ pub(super) const TABLES: &[&[Route]] = &[
     containers::ROUTES,
     logs::ROUTES,
     machine::ROUTES,
+    stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,
     later::ROUTES,

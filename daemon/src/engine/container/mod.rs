@@ -22,6 +22,7 @@ pub(crate) mod registry;
 pub(crate) mod signal;
 pub(crate) mod start;
 pub mod state;
+mod stats;
 mod top;
 pub(crate) mod workload;
 
@@ -32,6 +33,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub(crate) use actor::Actor;
 pub use list::{LIST_FILTERS, ListOptions};
 pub use prune::PRUNE_FILTERS;
+pub use stats::StatsMode;
 
 use crate::{
     api::types::container::WaitResponse,
@@ -55,6 +57,8 @@ pub(crate) enum Command {
     Restart(Stop, Reply<()>),
     /// Answered when the signal is delivered.
     Kill(i32, Reply<()>),
+    /// Answered when its processes stand still (true), or run on.
+    Pause(bool, Reply<()>),
     /// Answered when nothing is left.
     Remove {
         /// Even if it runs.
@@ -117,6 +121,23 @@ impl View {
                 "Container {id} is restarting, wait until the container is running"
             ))),
             _ => Err(Error::conflict(format!("container {id} is not running"))),
+        }
+    }
+}
+
+impl View {
+    /// The workload of a container that runs and is not paused; `what` could not be done while it is.
+    ///
+    /// # Errors
+    /// 409 in Docker's words.
+    pub(crate) fn awake(&self, what: &str) -> Result<&Arc<Workload>> {
+        let workload = self.running()?;
+        match &self.record.life.state {
+            State::Running(running) if running.paused => Err(Error::conflict(format!(
+                "Container {} is paused, unpause the container before {what}",
+                self.record.id
+            ))),
+            _ => Ok(workload),
         }
     }
 }

@@ -88,7 +88,14 @@ pub(crate) async fn start(
 /// How a container that an earlier daemon left running was found.
 pub(crate) enum Found {
     /// It runs, or has ended in the meantime with its exit kept by the agent.
-    Alive(Arc<Workload>, Watch),
+    Alive {
+        /// What runs.
+        workload: Arc<Workload>,
+        /// For its watch.
+        watch: Watch,
+        /// Whether it stands still.
+        paused: bool,
+    },
     /// Its sandbox is gone; the text is why.
     Gone(String),
 }
@@ -119,11 +126,11 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, &record.id, state.execs);
-        Ok::<_, Error>((workload, watch))
+        Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
     match tokio::time::timeout(ADOPT_WITHIN, adopted).await {
-        Ok(Ok((workload, watch))) => Found::Alive(workload, watch),
+        Ok(Ok((workload, watch, paused))) => Found::Alive { workload, watch, paused },
         Ok(Err(error)) => Found::Gone(format!("it could not be taken over: {error}")),
         Err(_) => Found::Gone("it could not be taken over: the guest agent does not answer".into()),
     }
