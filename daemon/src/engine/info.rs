@@ -52,9 +52,8 @@ impl Engine {
             swap_limit: false,
             cpu_cfs_period: true,
             cpu_cfs_quota: true,
-            // Not the host's: create says so.
-            cpu_shares: false,
-            cpu_set: false,
+            cpu_shares: true,
+            cpu_set: true,
             pids_limit: true,
             debug: config.debug,
             open_files: std::fs::read_dir("/proc/self/fd").map_or(-1, |fds| count(fds.count())),

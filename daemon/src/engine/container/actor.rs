@@ -15,13 +15,13 @@ use super::{
     hub::{Hub, Kind},
     machine,
     record::Record,
-    signal,
+    restrain, signal,
     start::{self, Found, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
     workload::{self, Watch, Workload},
 };
 use crate::{
-    api::types::container::{WaitError, WaitResponse},
+    api::types::container::{HostConfig, WaitError, WaitResponse},
     engine::{Error, Result, Shared, WaitCondition},
     sandbox::Sandbox,
 };
@@ -63,6 +63,8 @@ pub(crate) struct Actor {
     turn: u64,
     workload: Option<Arc<Workload>>,
     boot: Option<CancellationToken>,
+    /// What the last boot was begun with.
+    booted_with: Option<Box<HostConfig>>,
     /// The end of the last sandbox, to be waited for before another boots or the disk goes.
     ending: Option<JoinHandle<()>>,
 
@@ -84,8 +86,13 @@ impl Actor {
         let (sender, commands) = mpsc::channel(COMMANDS);
         let (reporter, reports) = mpsc::channel(COMMANDS);
         let (view, receiver) = watch::channel(View { record: Arc::new(record.clone()), workload: None });
-        let container =
-            Container { id: record.id.clone(), commands: sender, view: receiver, hub: Arc::clone(&hub) };
+        let container = Container {
+            id: record.id.clone(),
+            commands: sender,
+            view: receiver,
+            hub: Arc::clone(&hub),
+            updates: tokio::sync::Mutex::default(),
+        };
         let actor = Self {
             shared,
             record,
@@ -97,6 +104,7 @@ impl Actor {
             turn: 0,
             workload: None,
             boot: None,
+            booted_with: None,
             ending: None,
             starters: Vec::new(),
             stoppers: Vec::new(),
@@ -169,6 +177,7 @@ impl Actor {
             Command::Restart(stop, reply) => self.restart(stop, reply).await,
             Command::Kill(signal, reply) => self.kill(signal, reply).await,
             Command::Pause(pause, reply) => self.pause(pause, reply),
+            Command::Update(host, reply) => answer(reply, self.update(*host).await),
             Command::Remove { force, reply } => match self.step(Event::Remove { force }).await {
                 Ok(()) => self.removers.push(reply),
                 Err(refusal) => answer(reply, Err(self.refused_removal(refusal))),
@@ -390,6 +399,21 @@ impl Actor {
         Ok(())
     }
 
+    async fn update(&mut self, host: HostConfig) -> Result<()> {
+        // Its record is being deleted: it must not be written anew.
+        if matches!(self.record.life.state, State::Removing(_) | State::Dead(_)) {
+            return Err(Error::conflict("container is marked for removal and cannot be \"update\""));
+        }
+        let next = Record { host_config: host, ..self.record.clone() };
+        self.save(&next)
+            .await
+            .map_err(|error| Error::internal(format!("the new limits were not saved: {error}")))?;
+        self.record = next;
+        self.publish();
+        self.tell("update", []);
+        Ok(())
+    }
+
     fn wait(&mut self, condition: WaitCondition) -> oneshot::Receiver<WaitResponse> {
         let (sender, receiver) = oneshot::channel();
         let active = matches!(self.record.life.state, State::Running(_) | State::Restarting(_));
@@ -447,6 +471,13 @@ impl Actor {
             let failure =
                 Failure { code: 128, error: format!("the container's state was not saved: {error}") };
             return self.start_failed(failure).await;
+        }
+        if self.booted_with.take().is_some_and(|then| *then != self.record.host_config) {
+            let (workload, shared, record) =
+                (Arc::clone(&workload), Arc::clone(&self.shared), self.record.clone());
+            tokio::spawn(async move {
+                restrain::catch_up(&workload, &record, &shared.layout().data_root).await;
+            });
         }
         self.watch(workload, watch);
         self.publish();
@@ -562,6 +593,7 @@ impl Actor {
         self.turn += 1;
         let cancel = CancellationToken::new();
         self.boot = Some(cancel.clone());
+        self.booted_with = Some(Box::new(self.record.host_config.clone()));
         let (shared, record, hub) = (Arc::clone(&self.shared), self.record.clone(), Arc::clone(&self.hub));
         let (reporter, turn, before) = (self.reporter.clone(), self.turn, self.ending.take());
         self.ending = Some(tokio::spawn(async move {

@@ -14,12 +14,13 @@ use super::{
     hub::Hub,
     machine, pump,
     record::Record,
+    restrain,
     state::{Failure, Running},
     workload::{Watch, Workload},
 };
 use crate::{
     engine::{
-        Error, Shared,
+        Error, Shared, limits,
         logs::{Durable, Log, Stream},
     },
     sandbox::{self, AdoptError, BootError, CallError, DISK, HostLimits, Sandbox, SandboxSpec, TAG},
@@ -77,6 +78,9 @@ pub(crate) async fn start(
     call(&sandbox, Call::Create(Box::new(create))).await?;
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
+    restrain::before_start(&sandbox, record, &shared.layout().data_root)
+        .await
+        .map_err(|error| Failure { code: 128, error })?;
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
     let at = Timestamp::now();
     let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
@@ -174,7 +178,7 @@ fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> 
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
-        vcpus: vcpus(record).unwrap_or(vm.vcpus),
+        vcpus: limits::vcpus(&record.host_config, vm.vcpus),
         memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
@@ -182,20 +186,9 @@ fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> 
         disk,
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         kvm: vm.kvm.clone(),
+        // The CPUs' come when it is up: a boot is to be quick.
         limits: HostLimits::default(),
     })
-}
-
-/// As many vCPUs as the limit needs, rounded up; None without a limit.
-fn vcpus(record: &Record) -> Option<u8> {
-    let host = &record.host_config;
-    let period = if host.cpu_period > 0 { host.cpu_period } else { 100_000 };
-    let cpus = match (host.nano_cpus, host.cpu_quota) {
-        (nano @ 1.., _) => nano.div_ceil_positive(1_000_000_000),
-        (_, quota @ 1..) => quota.div_ceil_positive(period),
-        _ => return None,
-    };
-    Some(u8::try_from(cpus.clamp(1, 64)).unwrap_or(64))
 }
 
 trait DivCeil {
@@ -328,25 +321,6 @@ pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn record() -> Record {
-        super::super::record::sample("ab")
-    }
-
-    #[test]
-    fn vcpus_are_the_limit_rounded_up() {
-        let mut record = record();
-        assert_eq!(vcpus(&record), None);
-        for (nano, vcpus_) in [(10_000_000, 1), (1_000_000_000, 1), (1_500_000_000, 2), (i64::MAX, 64)] {
-            record.host_config.nano_cpus = nano;
-            assert_eq!(vcpus(&record), Some(vcpus_));
-        }
-        record.host_config.nano_cpus = 0;
-        record.host_config.cpu_quota = 250_000;
-        assert_eq!(vcpus(&record), Some(3));
-        record.host_config.cpu_period = 1_000_000;
-        assert_eq!(vcpus(&record), Some(1));
-    }
 
     #[test]
     fn memory_is_the_limit_and_what_the_guest_needs() {
