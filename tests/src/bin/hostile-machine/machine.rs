@@ -11,8 +11,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::hostile::{MEMORY_MIB, Plan};
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, MAX_MESSAGE, NetConfig, Report, Request, Response, ShareKind, Start,
-    VERSION, VmConfig, VsockConfig,
+    BlockConfig, DeviceConfig, FsConfig, Jail, MAX_MESSAGE, NetConfig, Report, Request, Response, ShareKind,
+    Start, VERSION, VmConfig, VsockConfig,
 };
 use nix::libc;
 use rustix::net::{
@@ -52,6 +52,7 @@ impl Machine {
         let file = |name: &str| File::create(dir.join(name)).map(OwnedFd::from);
         let (report, console, words) = (file("report")?, file("console")?, file("words")?);
         let guest = OwnedFd::from(File::open(&plan.guest)?);
+        let kvm = OwnedFd::from(File::options().read(true).write(true).open("/dev/kvm")?);
         let config = VmConfig {
             version: VERSION,
             name: "hostile".into(),
@@ -63,6 +64,8 @@ impl Machine {
                 cmdline: format!("hostile={scenario}"),
             },
             control: inherit(&control)?,
+            kvm: inherit(&kvm)?,
+            jail: Jail::Process,
             report: inherit(&report)?,
             console: Some(inherit(&console)?),
             devices: DeviceConfig {
@@ -84,7 +87,7 @@ impl Machine {
         let client = seqpacket()?;
         rustix::net::connect(&client, &SocketAddrUnix::new(dir.join("control"))?)?;
         // Ours are closed, so that only the VMM has them.
-        drop((control, vsock));
+        drop((control, vsock, kvm));
         let machine = Self { dir, pid, control: client, done: false };
         world.listen(&machine.dir.join("vsock"));
         let share = Request::AttachShare { tag: TAG.into(), name: SHARE.into(), kind: ShareKind::Layer };
