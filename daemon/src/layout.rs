@@ -11,6 +11,7 @@
 //!     container.json            what it is and its state
 //!     ID-json.log               its log
 //!     disk.img                  its writable layer
+//!     end.json                  why its last microVM died, if it did not end in order
 //! exec_root/                    0711; gone after a reboot
 //!   bulkheadd.pid
 //!   s/ID/                       0700: one sandbox (`sandbox::dir` names what is in it)
@@ -80,6 +81,11 @@ impl Layout {
     /// A container's writable layer.
     pub fn container_disk(&self, id: &str) -> PathBuf {
         self.container(id).join("disk.img")
+    }
+
+    /// Why a container's last microVM died.
+    pub fn container_last_end(&self, id: &str) -> PathBuf {
+        self.container(id).join("end.json")
     }
 
     /// The daemon's pid, unless `--pidfile` says otherwise.

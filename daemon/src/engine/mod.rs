@@ -9,6 +9,7 @@ pub mod events;
 pub mod exec;
 pub mod image;
 mod info;
+pub(crate) mod limits;
 pub mod logs;
 mod open;
 pub mod spec;

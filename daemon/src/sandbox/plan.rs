@@ -18,11 +18,11 @@ use std::{
 };
 
 use bulkhead_agent_api::{Call, Event};
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Request, ShareKind, VsockConfig};
+use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, LimitedDevice, Request, ShareKind, VsockConfig};
 use tokio::sync::mpsc;
 
 use super::{
-    BootError, DISK, Sandbox, SandboxSpec, TAG,
+    BootError, ControlError, DISK, Rates, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     vmm::{
@@ -137,6 +137,16 @@ async fn attach(
         let layer = open("the layer", path)?;
         let request = Request::AttachShare { tag: TAG.into(), name: name.clone(), kind: ShareKind::Layer };
         control.call(dir, &request, Some(layer.as_fd())).await?;
+    }
+    Ok(())
+}
+
+/// Tells the VMM how fast its devices may be.
+pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates) -> Result<(), ControlError> {
+    let disk = (LimitedDevice::Block { id: DISK.into() }, rates.disk);
+    let net = devices().net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
+    for (device, limits) in std::iter::once(disk).chain(net) {
+        control.call(dir, &Request::SetRateLimit { device, limits }, None).await?;
     }
     Ok(())
 }

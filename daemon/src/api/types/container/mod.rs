@@ -2,6 +2,7 @@
 
 mod config;
 mod host_config;
+pub mod stats;
 
 use std::collections::BTreeMap;
 
