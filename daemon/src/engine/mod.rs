@@ -3,10 +3,12 @@
 //!
 //! [`Engine`]'s methods are the whole of what handlers may call; each is one API operation.
 
+mod checkpoint;
 pub mod container;
 pub mod error;
 pub mod events;
 pub mod exec;
+mod fork;
 pub mod image;
 mod info;
 pub mod logs;
@@ -23,7 +25,7 @@ use tokio::sync::mpsc;
 
 pub use error::{Error, ErrorKind, Result};
 
-use crate::{config::Config, layout::Layout};
+use crate::{config::Config, layout::Layout, sandbox};
 
 /// Names a container in a call: full id, unambiguous prefix of an id, or name (with or without `/`).
 pub type Name<'a> = &'a str;
@@ -110,6 +112,9 @@ impl Engine {
                 let _ = closed.await;
             }
         }
+        if let Some(templates) = &self.shared.templates {
+            templates.close().await;
+        }
     }
 
     /// The daemon's settings.
@@ -135,6 +140,10 @@ pub(crate) struct Shared {
     pub(crate) images: Arc<image::ImageStore>,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
+    /// None: every microVM is booted.
+    pub(crate) templates: Option<Arc<sandbox::template::Templates>>,
+    /// What the files that machines are made of hold.
+    pub(crate) digests: Arc<sandbox::Digests>,
 }
 
 impl Shared {
