@@ -26,7 +26,7 @@ use super::{
     image::{self, ContainerUse, ImageStore},
     store,
 };
-use crate::{config::Config, layout::Layout, sandbox};
+use crate::{config::Config, layout::Layout, phases::Timelines, sandbox};
 
 /// How long sandboxes that are nobody's may take to power off.
 const SWEEP_WITHIN: Duration = Duration::from_secs(10);
@@ -39,8 +39,14 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     })
     .await
     .map_err(|error| Error::internal(error.to_string()))??;
-    let shared =
-        Arc::new(Shared { config, events, images, registry: Registry::default(), execs: Execs::default() });
+    let shared = Arc::new(Shared {
+        config,
+        events,
+        images,
+        registry: Registry::default(),
+        execs: Execs::default(),
+        timelines: Timelines::default(),
+    });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();

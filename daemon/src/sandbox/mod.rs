@@ -38,6 +38,7 @@ pub use agent::{CallError, ConnectError};
 pub(crate) use stream::{InputStream, OutputStream};
 pub use vmm::{Death, control::ControlError};
 
+use crate::phases::Timeline;
 use agent::Agent;
 use dir::{IDENTITY, SandboxDir};
 use vmm::{
@@ -77,6 +78,8 @@ pub struct SandboxSpec {
     pub disk: File,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// Where the stages of the boot are marked.
+    pub timeline: Arc<Timeline>,
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.

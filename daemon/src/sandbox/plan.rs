@@ -21,6 +21,8 @@ use bulkhead_agent_api::{Call, Event};
 use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Request, ShareKind, VsockConfig};
 use tokio::sync::mpsc;
 
+use crate::phases::Stage;
+
 use super::{
     BootError, DISK, Sandbox, SandboxSpec, TAG,
     agent::Agent,
@@ -68,6 +70,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
     let process = spawn(&dir, launch)
         .map_err(|e| BootError::io(&format!("cannot start the VMM {}", spec.program.display()), e))?;
     let process = Arc::new(process);
+    spec.timeline.mark(Stage::Spawned);
     undo.push({
         let process = Arc::clone(&process);
         move || {
@@ -80,8 +83,11 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
     let control = Control::default();
     let ready = async {
         attach(&control, &dir, &spec.disk, &spec.layers).await?;
+        spec.timeline.mark(Stage::Attached);
         let (agent, events) = Agent::awaited(&dir).await?;
+        spec.timeline.mark(Stage::Greeted);
         set_clock(&agent).await?;
+        spec.timeline.mark(Stage::Personalised);
         Ok::<_, BootError>((agent, events))
     };
     let (agent, events) = tokio::select! {
@@ -182,7 +188,10 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::sandbox::{dir::IDENTITY, vmm::process::read_identity};
+    use crate::{
+        phases::{Timeline, TimelineKind},
+        sandbox::{dir::IDENTITY, vmm::process::read_identity},
+    };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
         let file = base.join("vmm");
@@ -199,6 +208,7 @@ mod tests {
             cmdline: String::new(),
             disk: File::open("/dev/null").unwrap(),
             layers: vec![],
+            timeline: Timeline::begin("c", TimelineKind::Run),
         }
     }
 

@@ -22,6 +22,7 @@ use crate::{
         Error, Shared,
         logs::{Durable, Log, Stream},
     },
+    phases::{Stage, Timeline},
     sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
 };
 
@@ -48,6 +49,7 @@ pub(crate) async fn start(
     shared: &Shared,
     record: &Record,
     hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
     let internal = |error: Error| Failure { code: 128, error: error.message };
@@ -60,18 +62,23 @@ pub(crate) async fn start(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
     let create = create_call(shared, record).map_err(internal)?;
-    let spec = sandbox_spec(shared, record).map_err(internal)?;
+    let spec = sandbox_spec(shared, record, timeline).map_err(internal)?;
+    timeline.mark(Stage::Prepared);
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
     call(&sandbox, Call::Create(Box::new(create))).await?;
+    timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
+    timeline.mark(Stage::Started);
     let at = Timestamp::now();
-    let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
+    let mut watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
+    watch.timeline = Some(Arc::clone(timeline));
     Ok(Started { workload, watch, log_start, at })
 }
 
@@ -145,7 +152,7 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> {
+fn sandbox_spec(shared: &Shared, record: &Record, timeline: &Arc<Timeline>) -> Result<SandboxSpec, Error> {
     let vm = &shared.config.vm;
     let disk = OpenOptions::new()
         .read(true)
@@ -164,6 +171,7 @@ fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> 
         cmdline: CMDLINE.into(),
         disk,
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        timeline: Arc::clone(timeline),
     })
 }
 
@@ -252,7 +260,7 @@ async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit })
+    Ok(Watch { events, outputs, inputs, exit, timeline: None })
 }
 
 async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
