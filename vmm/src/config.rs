@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FdNumber, FsConfig, NetConfig, VERSION, VmConfig};
+use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FdNumber, FsConfig, NetConfig, Start, VERSION, VmConfig};
 use rustix::{
     fs::{FileType, OFlags, fcntl_getfl, fstat},
     io::{FdFlags, fcntl_getfd, fcntl_setfd},
@@ -73,18 +73,35 @@ pub struct Config {
     pub vcpus: u8,
     /// Guest memory in bytes.
     pub memory: u64,
-    /// [`VmConfig::kernel`].
-    pub kernel: File,
-    /// [`VmConfig::initramfs`].
-    pub initramfs: Option<File>,
-    /// [`VmConfig::cmdline`].
-    pub cmdline: String,
+    /// [`VmConfig::start`].
+    pub start: StartFiles,
     /// [`VmConfig::control`].
     pub control: OwnedFd,
     /// [`VmConfig::console`].
     pub console: Option<File>,
     /// [`VmConfig::devices`].
     pub devices: Devices,
+}
+
+/// Where the machine begins: [`Start`], with the files themselves.
+#[derive(Debug)]
+pub enum StartFiles {
+    /// [`Start::Boot`].
+    Boot {
+        /// The kernel.
+        kernel: File,
+        /// The initramfs.
+        initramfs: Option<File>,
+        /// The command line.
+        cmdline: String,
+    },
+    /// [`Start::Restore`].
+    Restore {
+        /// The state file.
+        state: File,
+        /// The memory file.
+        memory: File,
+    },
 }
 
 /// The devices to build.
@@ -211,18 +228,30 @@ pub fn check(config: VmConfig, inherited: &mut Inherited) -> Result<Config, Conf
         let message = format!("{} is not {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", config.memory_mib);
         return Err(value_error("memory_mib", message));
     }
-    let initramfs = config.initramfs.map(|number| inherited.take_file("initramfs", number)).transpose()?;
+    let start = take_start(config.start, inherited)?;
     let console = config.console.map(|number| take_console(number, inherited)).transpose()?;
     Ok(Config {
         name: config.name,
         vcpus: config.vcpus,
         memory: u64::from(config.memory_mib) << 20,
-        kernel: inherited.take_file("kernel", config.kernel)?,
-        initramfs,
-        cmdline: config.cmdline,
+        start,
         control: inherited.take_listener("control", config.control, SocketType::SEQPACKET)?,
         console,
         devices: check_devices(config.devices, inherited)?,
+    })
+}
+
+fn take_start(start: Start, inherited: &mut Inherited) -> Result<StartFiles, ConfigError> {
+    Ok(match start {
+        Start::Boot { kernel, initramfs, cmdline } => StartFiles::Boot {
+            kernel: inherited.take_file("kernel", kernel)?,
+            initramfs: initramfs.map(|number| inherited.take_file("initramfs", number)).transpose()?,
+            cmdline,
+        },
+        Start::Restore { state, memory } => StartFiles::Restore {
+            state: inherited.take_file("state", state)?,
+            memory: inherited.take_file("memory", memory)?,
+        },
     })
 }
 

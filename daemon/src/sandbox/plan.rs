@@ -31,7 +31,7 @@ use super::{
         Death,
         control::Control,
         process::Process,
-        spawn::{Launch, spawn},
+        spawn::{Launch, StartFiles, spawn},
     },
 };
 
@@ -62,9 +62,11 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
         name: &spec.id,
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,
-        kernel: open("the guest kernel", &spec.kernel)?,
-        initramfs: open("the initramfs", &spec.initramfs)?,
-        cmdline: spec.cmdline.clone(),
+        start: StartFiles::Boot {
+            kernel: open("the guest kernel", &spec.kernel)?,
+            initramfs: open("the initramfs", &spec.initramfs)?,
+            cmdline: spec.cmdline.clone(),
+        },
         devices: devices(),
     };
     let process = spawn(&dir, launch)

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub type FdNumber = i32;
 
 /// Version of this contract. A VMM refuses a configuration of another version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Largest control message in bytes, either way: a seqpacket datagram of JSON.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -40,12 +40,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, at least 32.
     pub memory_mib: u32,
-    /// An uncompressed x86-64 ELF `vmlinux`.
-    pub kernel: FdNumber,
-    /// The initramfs (a cpio archive) that holds the guest agent.
-    pub initramfs: Option<FdNumber>,
-    /// The guest kernel's command line; the VMM appends one `virtio_mmio.device=` for each device.
-    pub cmdline: String,
+    /// Where the machine's first instruction comes from.
+    pub start: Start,
     /// A listening `SOCK_SEQPACKET` Unix socket for [`Request`]s.
     pub control: FdNumber,
     /// A writable, empty regular file; the last thing the VMM does is to write one [`Report`] to it.
@@ -55,6 +51,32 @@ pub struct VmConfig {
     pub console: Option<FdNumber>,
     /// The devices, fixed for the machine's life.
     pub devices: DeviceConfig,
+}
+
+/// How a machine begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "from", deny_unknown_fields)]
+pub enum Start {
+    /// Boots a kernel; the machine runs at once.
+    Boot {
+        /// An uncompressed x86-64 ELF `vmlinux`.
+        kernel: FdNumber,
+        /// The initramfs (a cpio archive) that holds the guest agent.
+        initramfs: Option<FdNumber>,
+        /// The guest kernel's command line; the VMM appends one `virtio_mmio.device=` for each device.
+        cmdline: String,
+    },
+    /// Goes on from what [`Request::Snapshot`] saved, paused until [`Request::Resume`].
+    ///
+    /// vCPUs, memory and device set must be those that were saved. Nothing is attached yet: disks, shares
+    /// and taps come by requests, before the machine is resumed. Connections over vsock have ended, and the
+    /// guest is told so; its listeners are still there.
+    Restore {
+        /// The state file.
+        state: FdNumber,
+        /// The memory file. It is mapped copy-on-write for the machine's life, so it must not change.
+        memory: FdNumber,
+    },
 }
 
 /// The device set of a machine.
@@ -173,6 +195,10 @@ pub enum Request {
     Pause,
     /// Lets the vCPUs run on.
     Resume,
+    /// Saves the paused machine: two fds, the state file and the memory file, both regular, empty and
+    /// writable. The memory file becomes sparse. What is attached is not saved; disks are the caller's to
+    /// keep consistent. The machine stays paused and can be resumed.
+    Snapshot,
     /// The console's last [`CONSOLE_TAIL`] bytes. Answer: [`Response::Console`].
     Console,
     /// Ends the process at once; the report says [`ExitReason::Killed`].
@@ -217,6 +243,9 @@ pub struct Status {
     pub paused: bool,
     /// Microseconds from the start of the VMM process to the first entry into the guest.
     pub entered_guest_us: u64,
+    /// Microseconds from the start of the VMM process to the end of each phase of building the machine, in
+    /// order.
+    pub phases: Vec<(String, u64)>,
     /// Exits to user space so far, by reason, most frequent first.
     pub exits: Vec<(String, u64)>,
 }

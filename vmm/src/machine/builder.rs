@@ -20,7 +20,7 @@ use crate::{
         cpuid, layout, mptable, registers,
     },
     bus::{Bus, RangeError},
-    config::Config,
+    config::{Config, StartFiles},
     console::Console,
     devices::{
         i8042::{self, I8042},
@@ -81,8 +81,10 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     let mut mmio = Bus::default();
     let devices = DeviceSet::build(config.devices, &vm, &memory, &mut mmio, &end)?;
 
-    let cmdline = format!("{}{}", config.cmdline, devices.kernel_parameters());
-    let (mut kernel, mut initramfs) = (config.kernel, config.initramfs);
+    let StartFiles::Boot { mut kernel, mut initramfs, cmdline } = config.start else {
+        return Err(io::Error::from(io::ErrorKind::Unsupported).into());
+    };
+    let cmdline = format!("{cmdline}{}", devices.kernel_parameters());
     let entry = boot::load(&memory, &mut kernel, initramfs.as_mut(), cmdline.trim())?;
     mptable::write(&memory, config.vcpus)?;
     registers::write_tables(&memory)?;

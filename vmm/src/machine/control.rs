@@ -133,6 +133,8 @@ fn receive(client: BorrowedFd<'_>) -> io::Result<Option<Message>> {
 enum RequestError {
     #[error("the request needs {wanted} file descriptors, {found} came with it")]
     Descriptors { wanted: usize, found: usize },
+    #[error("a machine cannot be saved yet")]
+    Snapshot,
     #[error(transparent)]
     Attach(#[from] AttachError),
 }
@@ -140,6 +142,7 @@ enum RequestError {
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
     let wanted = match &request {
         Request::AttachDisk { .. } | Request::AttachShare { .. } | Request::AttachTap { .. } => 1,
+        Request::Snapshot => 2,
         _ => 0,
     };
     let found = fds.len();
@@ -162,6 +165,7 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
+        Request::Snapshot => return Err(RequestError::Snapshot),
         Request::Kill => machine.end().report(ExitReason::Killed),
     }
     Ok(Response::Ok)

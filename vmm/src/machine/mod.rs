@@ -75,6 +75,7 @@ impl Machine {
             name: self.name.clone(),
             paused: self.vcpus.paused(),
             entered_guest_us: u64::try_from(entered).unwrap_or(u64::MAX),
+            phases: Vec::new(),
             exits: shared.exits.by_frequency(),
         }
     }

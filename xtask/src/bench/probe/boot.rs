@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bulkhead_agent_api::CONTROL_PORT;
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, VERSION, VmConfig, VsockConfig};
+use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Start, VERSION, VmConfig, VsockConfig};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -128,9 +128,11 @@ fn bulkhead(bundle: &Path, initramfs: &Path, dir: &Path, mut devices: DeviceConf
         name: "bench".into(),
         vcpus: 1,
         memory_mib: MEMORY_MIB,
-        kernel: kernel.as_raw_fd(),
-        initramfs: Some(initramfs.as_raw_fd()),
-        cmdline: CMDLINE.into(),
+        start: Start::Boot {
+            kernel: kernel.as_raw_fd(),
+            initramfs: Some(initramfs.as_raw_fd()),
+            cmdline: CMDLINE.into(),
+        },
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
         console: Some(guest_console.as_raw_fd()),
