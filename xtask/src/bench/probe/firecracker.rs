@@ -41,6 +41,9 @@ fn start(program: &Path, scene: &Scene<'_>, arguments: &[&str]) -> Result<Machin
         "drives": [],
         "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB},
     });
+    if let Some(template) = cpu_template(scene)? {
+        config["cpu-config"] = json!(template);
+    }
     if scene.devices {
         config["vsock"] = json!({"guest_cid": 3, "uds_path": vsock(scene)});
         config["entropy"] = json!({});
@@ -51,6 +54,18 @@ fn start(program: &Path, scene: &Scene<'_>, arguments: &[&str]) -> Result<Machin
     let mut command = Command::new(program);
     command.args(arguments).arg("--config-file").arg(file);
     spawn(&mut command)
+}
+
+/// It insists on KVM_CAP_XCRS (56), which a host without XSAVE has not, unless it is told not to.
+fn cpu_template(scene: &Scene<'_>) -> Result<Option<PathBuf>> {
+    let cpu = fs::read_to_string("/proc/cpuinfo").context("read /proc/cpuinfo")?;
+    if cpu.split_whitespace().any(|flag| flag == "xsave") {
+        return Ok(None);
+    }
+    let path = scene.dir.join("firecracker-cpu.json");
+    let template = json!({"kvm_capabilities": ["!56"], "cpuid_modifiers": [], "msr_modifiers": []});
+    fs::write(&path, serde_json::to_vec(&template)?)?;
+    Ok(Some(path))
 }
 
 fn spawn(command: &mut Command) -> Result<Machine> {
