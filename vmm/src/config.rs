@@ -13,7 +13,9 @@ use std::{
     },
 };
 
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FdNumber, FsConfig, NetConfig, Start, VERSION, VmConfig};
+use bulkhead_vmm_api::{
+    BlockConfig, DeviceConfig, FdNumber, FsConfig, Jail, NetConfig, Start, VERSION, VmConfig,
+};
 use rustix::{
     fs::{FileType, OFlags, fcntl_getfl, fstat},
     io::{FdFlags, fcntl_getfd, fcntl_setfd},
@@ -77,6 +79,10 @@ pub struct Config {
     pub start: StartFiles,
     /// [`VmConfig::control`].
     pub control: OwnedFd,
+    /// [`VmConfig::kvm`].
+    pub kvm: OwnedFd,
+    /// [`VmConfig::jail`].
+    pub jail: Jail,
     /// [`VmConfig::console`].
     pub console: Option<File>,
     /// [`VmConfig::devices`].
@@ -236,9 +242,20 @@ pub fn check(config: VmConfig, inherited: &mut Inherited) -> Result<Config, Conf
         memory: u64::from(config.memory_mib) << 20,
         start,
         control: inherited.take_listener("control", config.control, SocketType::SEQPACKET)?,
+        kvm: take_kvm(config.kvm, inherited)?,
+        jail: config.jail,
         console,
         devices: check_devices(config.devices, inherited)?,
     })
+}
+
+/// Any character device passes: that it is KVM's is found out by its API version.
+fn take_kvm(number: FdNumber, inherited: &mut Inherited) -> Result<OwnedFd, ConfigError> {
+    let kvm = inherited.take("kvm", number)?;
+    match fstat(&kvm).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+        Ok(FileType::CharacterDevice) if writable(kvm.as_fd()) => Ok(kvm),
+        _ => Err(descriptor_error("kvm", number, "is not a writable character device")),
+    }
 }
 
 fn take_start(start: Start, inherited: &mut Inherited) -> Result<StartFiles, ConfigError> {

@@ -36,7 +36,11 @@ use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
 pub(crate) use stream::{InputStream, OutputStream};
-pub use vmm::{Death, control::ControlError};
+pub use vmm::{
+    Death,
+    cgroup::{Cgroup, CgroupError, HostLimits},
+    control::ControlError,
+};
 
 use crate::phases::Timeline;
 use agent::Agent;
@@ -80,6 +84,10 @@ pub struct SandboxSpec {
     pub layers: Vec<(String, PathBuf)>,
     /// Where the stages of the boot are marked.
     pub timeline: Arc<Timeline>,
+    /// `/dev/kvm`.
+    pub kvm: PathBuf,
+    /// What the VMM may use of the host.
+    pub limits: HostLimits,
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.

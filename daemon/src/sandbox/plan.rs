@@ -67,6 +67,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
             initramfs: open("the initramfs", &spec.initramfs)?,
             cmdline: spec.cmdline.clone(),
         },
+        kvm: open_kvm(&spec.kvm)?,
         devices: devices(),
     };
     let process = spawn(&dir, launch)
@@ -123,6 +124,11 @@ fn devices() -> DeviceConfig {
 
 fn open(what: &str, path: &Path) -> Result<File, BootError> {
     File::open(path).map_err(|e| BootError::io(&format!("cannot open {what} {}", path.display()), e))
+}
+
+fn open_kvm(path: &Path) -> Result<File, BootError> {
+    let opened = File::options().read(true).write(true).open(path);
+    opened.map_err(|e| BootError::io(&format!("cannot open {}", path.display()), e))
 }
 
 async fn attach(
@@ -192,7 +198,7 @@ mod tests {
     use super::*;
     use crate::{
         phases::{Timeline, TimelineKind},
-        sandbox::{dir::IDENTITY, vmm::process::read_identity},
+        sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity},
     };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
@@ -211,6 +217,8 @@ mod tests {
             disk: File::open("/dev/null").unwrap(),
             layers: vec![],
             timeline: Timeline::begin("c", TimelineKind::Run),
+            kvm: "/dev/null".into(),
+            limits: HostLimits::default(),
         }
     }
 

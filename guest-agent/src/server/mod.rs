@@ -17,6 +17,8 @@
 mod calls;
 mod control;
 mod openings;
+mod pause;
+mod saving;
 mod shutdown;
 
 pub use shutdown::power_off;
@@ -43,6 +45,8 @@ use self::{
     calls::PendingCreate,
     control::{Control, Epoch},
     openings::Openings,
+    pause::Freeze,
+    saving::Stillness,
 };
 use crate::{
     child::status::{self, Message},
@@ -99,6 +103,7 @@ pub struct Server {
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
+    stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
@@ -109,6 +114,8 @@ pub struct Server {
     unreaped: bool,
     /// First processes that have ended before all others of their container.
     dying: Vec<(Rc<ProcessId>, i32)>,
+    /// Pauses whose containers do not yet stand still.
+    freezing: Vec<Freeze>,
     scratch: Vec<u8>,
 }
 
@@ -137,6 +144,7 @@ impl Server {
         Ok(Self {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
+            stillness: Stillness::default(),
             poller,
             transport,
             signals,
@@ -149,6 +157,7 @@ impl Server {
             pids: BTreeMap::new(),
             unreaped: false,
             dying: Vec::new(),
+            freezing: Vec::new(),
             scratch: vec![0; TURN],
         })
     }
@@ -165,6 +174,7 @@ impl Server {
                 self.wait_for_children();
             }
             self.bury();
+            self.look_at_frozen();
             for ready in self.poller.wait(self.timeout())? {
                 if self.handle(ready) {
                     self.shut_down();
@@ -180,8 +190,9 @@ impl Server {
         }
         let now = Instant::now();
         let dying = (!self.dying.is_empty()).then(|| now + DYING);
+        let freezing = (!self.freezing.is_empty()).then(|| now + pause::STEP);
         let pending = self.pending.iter().map(PendingCreate::next_try).min();
-        let next = [self.control.deadline(), dying, pending].into_iter().flatten().min()?;
+        let next = [self.control.deadline(), dying, freezing, pending].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(now))
     }
 

@@ -46,11 +46,27 @@ pub struct VmConfig {
     pub control: FdNumber,
     /// A writable, empty regular file; the last thing the VMM does is to write one [`Report`] to it.
     pub report: FdNumber,
+    /// `/dev/kvm`, open for reading and writing: the VMM opens no path, not even this one.
+    pub kvm: FdNumber,
+    /// How the process confines itself before the guest runs.
+    pub jail: Jail,
     /// A writable file or pipe for every byte of the guest's console; capped by the VMM at 1 MiB. None:
     /// only the tail is kept.
     pub console: Option<FdNumber>,
     /// The devices, fixed for the machine's life.
     pub devices: DeviceConfig,
+}
+
+/// How far a VMM is confined. Either way each of its threads runs under its own system call filter, and what
+/// fails of it ends the machine before it has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Jail {
+    /// The process was started under a user id and in namespaces of its own, with the capabilities of its own
+    /// user namespace. It makes its root an empty directory and gives all of them up.
+    Full,
+    /// It was not, since nobody with the right to do so started it: only what needs no privilege is done.
+    Process,
 }
 
 /// How a machine begins.
@@ -191,6 +207,15 @@ pub enum Request {
         /// [`NetConfig::id`].
         id: String,
     },
+    /// Limits what a device moves, from now on; every limit that is absent is lifted. The buckets begin full.
+    SetRateLimit {
+        /// The device.
+        device: LimitedDevice,
+        /// Its limits.
+        limits: RateLimits,
+    },
+    /// The flight recorder: what happened last. Answer: [`Response::Recent`].
+    Recent,
     /// Stops every vCPU between two instructions.
     Pause,
     /// Lets the vCPUs run on.
@@ -214,6 +239,52 @@ pub enum ShareKind {
     Layer,
 }
 
+/// A device whose traffic can be limited.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum LimitedDevice {
+    /// A block slot.
+    Block {
+        /// [`BlockConfig::id`].
+        id: String,
+    },
+    /// A network slot.
+    Net {
+        /// [`NetConfig::id`].
+        id: String,
+    },
+}
+
+/// What a device may move in each direction, by the guest's view.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RateLimits {
+    /// Into the guest: reads of a disk, received frames.
+    pub read: RateLimit,
+    /// Out of the guest: writes, flushes and discards of a disk, sent frames.
+    pub write: RateLimit,
+}
+
+/// The limits of one direction. Each that is there must be kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RateLimit {
+    /// Bytes of data: of a disk's requests without their headers, of frames with their Ethernet headers.
+    pub bytes: Option<Bucket>,
+    /// Requests or frames.
+    pub operations: Option<Bucket>,
+}
+
+/// A token bucket: in any span of t seconds at most `per_second` × t + `burst` pass, but for one last request
+/// that was begun with tokens left and is longer than they.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// How fast it fills, at least 1.
+    pub per_second: u64,
+    /// How much it holds, at least 1.
+    pub burst: u64,
+}
+
 /// The answer to a [`Request`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "response")]
@@ -226,6 +297,11 @@ pub enum Response {
     Console {
         /// The tail.
         text: String,
+    },
+    /// To [`Request::Recent`].
+    Recent {
+        /// Oldest first, at most [`RECENT`].
+        events: Vec<Recorded>,
     },
     /// Not done, and nothing was changed.
     Error {
@@ -248,6 +324,55 @@ pub struct Status {
     pub phases: Vec<(String, u64)>,
     /// Exits to user space so far, by reason, most frequent first.
     pub exits: Vec<(String, u64)>,
+    /// The virtio devices in bus order.
+    #[serde(default)]
+    pub devices: Vec<DeviceFigures>,
+}
+
+/// What a virtio device has done so far. Counters begin at 0 with the process and never go back.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DeviceFigures {
+    /// Its name in reports, `block0` for instance.
+    pub name: String,
+    /// Whether the driver has set it up and it works.
+    pub active: bool,
+    /// Kicks of a queue that the worker has taken; several of the driver's may be one.
+    pub kicks: u64,
+    /// Interrupts raised.
+    pub interrupts: u64,
+    /// Resets by the driver.
+    pub resets: u64,
+    /// Into the guest.
+    pub read: Traffic,
+    /// Out of the guest.
+    pub write: Traffic,
+}
+
+/// What has passed in one direction; only of devices that can be limited ([`LimitedDevice`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Traffic {
+    /// As [`RateLimit::bytes`] counts.
+    pub bytes: u64,
+    /// As [`RateLimit::operations`] counts.
+    pub operations: u64,
+    /// How often something had to wait for its rate limit.
+    pub throttled: u64,
+    /// How long in total, in microseconds.
+    pub throttled_us: u64,
+}
+
+/// How many events the flight recorder keeps.
+pub const RECENT: usize = 256;
+
+/// An event of the flight recorder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Microseconds from the start of the VMM process.
+    pub at_us: u64,
+    /// For people: the device if it is of one, and what happened, at most 200 bytes.
+    pub text: String,
 }
 
 /// Why a machine ended, and what its guest said last. Written to [`VmConfig::report`] as JSON.
@@ -259,6 +384,9 @@ pub struct Report {
     pub console: String,
     /// Microseconds from the start of the VMM process to its end.
     pub uptime_us: u64,
+    /// What happened last, oldest first, at most [`RECENT`].
+    #[serde(default)]
+    pub recent: Vec<Recorded>,
 }
 
 /// Why a machine ended.

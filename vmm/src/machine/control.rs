@@ -20,7 +20,8 @@ use rustix::{
     },
 };
 
-use super::{Machine, devices::AttachError, signals::Signals};
+use super::{Machine, devices::AttachError, signals::Signals, snapshot::SnapshotError};
+use crate::recorder::Rare;
 
 /// Clients at a time; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 16;
@@ -86,8 +87,7 @@ fn handle(machine: &Machine, client: BorrowedFd<'_>) -> bool {
     let response = match receive(client) {
         Ok(None) => return true,
         Ok(Some(message)) => match serde_json::from_slice::<Request>(&message.bytes) {
-            Ok(request) => perform(machine, request, message.fds)
-                .unwrap_or_else(|error| Response::Error { message: error.to_string() }),
+            Ok(request) => recorded(machine, request, message.fds),
             Err(error) => Response::Error { message: format!("malformed request: {error}") },
         },
         Err(_) => return false,
@@ -133,10 +133,30 @@ fn receive(client: BorrowedFd<'_>) -> io::Result<Option<Message>> {
 enum RequestError {
     #[error("the request needs {wanted} file descriptors, {found} came with it")]
     Descriptors { wanted: usize, found: usize },
-    #[error("a machine cannot be saved yet")]
-    Snapshot,
+    #[error("the machine was not saved: {0}")]
+    Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+}
+
+/// Performs a request, and records it if it is one that changes something.
+fn recorded(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Response {
+    let changes = !matches!(request, Request::Status | Request::Console | Request::Recent);
+    let text = if changes { Rare::text(&request) } else { Box::default() };
+    let recorder = machine.end().recorder();
+    match perform(machine, request, fds) {
+        Ok(response) => {
+            if changes {
+                recorder.machine(Rare::Done(text));
+            }
+            response
+        }
+        Err(error) => {
+            let message = error.to_string();
+            recorder.machine(Rare::Refused(format!("{message}: {text}").into()));
+            Response::Error { message }
+        }
+    }
 }
 
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
@@ -163,16 +183,21 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
+        Request::SetRateLimit { device, limits } => machine.set_rate_limit(&device, limits)?,
+        Request::Recent => return Ok(Response::Recent { events: machine.end().recorder().recent() }),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
-        Request::Snapshot => return Err(RequestError::Snapshot),
+        Request::Snapshot => {
+            let (state, memory) = fds.next().zip(fds.next()).ok_or(error)?;
+            machine.snapshot(state.into(), &memory.into())?;
+        }
         Request::Kill => machine.end().report(ExitReason::Killed),
     }
     Ok(Response::Ok)
 }
 
-/// A response as a datagram. A console full of what JSON escapes can be longer than a message may be: then
-/// its beginning is cut.
+/// A response as a datagram. What is full of characters that JSON escapes can be longer than a message may be:
+/// then its beginning is cut.
 fn encode(mut response: Response) -> Vec<u8> {
     loop {
         let bytes = serde_json::to_vec(&response).unwrap_or_default();
@@ -181,6 +206,9 @@ fn encode(mut response: Response) -> Vec<u8> {
                 let half = text.ceil_char_boundary(text.len().div_ceil(2));
                 text.drain(..half);
             }
+            Response::Recent { events } if bytes.len() > MAX_MESSAGE => {
+                events.drain(..events.len().div_ceil(2));
+            }
             _ => return bytes,
         }
     }
@@ -188,6 +216,7 @@ fn encode(mut response: Response) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_vmm_api::{RECENT, Recorded};
     use rustix::net::{AddressFamily, SendAncillaryMessage, SocketType, socketpair};
 
     use super::*;
@@ -232,5 +261,15 @@ mod tests {
         assert!(bytes.len() <= MAX_MESSAGE);
         let Response::Console { text } = serde_json::from_slice(&bytes).unwrap() else { panic!() };
         assert!(text.len() >= bulkhead_vmm_api::CONSOLE_TAIL / 4);
+    }
+
+    #[test]
+    fn the_latest_events_fit() {
+        let event = |at_us| Recorded { at_us, text: "\u{1}".repeat(200) };
+        let bytes = encode(Response::Recent { events: (0..RECENT as u64).map(event).collect() });
+        assert!(bytes.len() <= MAX_MESSAGE);
+        let Response::Recent { events } = serde_json::from_slice(&bytes).unwrap() else { panic!() };
+        assert_eq!(events.last().unwrap().at_us, RECENT as u64 - 1);
+        assert!(events.len() >= 16);
     }
 }

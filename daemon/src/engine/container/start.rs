@@ -23,7 +23,7 @@ use crate::{
         logs::{Durable, Log, Stream},
     },
     phases::{Stage, Timeline},
-    sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
+    sandbox::{self, AdoptError, BootError, CallError, DISK, HostLimits, Sandbox, SandboxSpec, TAG},
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
@@ -172,6 +172,8 @@ fn sandbox_spec(shared: &Shared, record: &Record, timeline: &Arc<Timeline>) -> R
         disk,
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         timeline: Arc::clone(timeline),
+        kvm: vm.kvm.clone(),
+        limits: HostLimits::default(),
     })
 }
 

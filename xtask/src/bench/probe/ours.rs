@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use bulkhead_agent_api::CONTROL_PORT;
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, MAX_MESSAGE, Request, Response, Start, VERSION, VmConfig,
+    BlockConfig, DeviceConfig, FsConfig, Jail, MAX_MESSAGE, Request, Response, Start, VERSION, VmConfig,
     VsockConfig,
 };
 use rustix::fs::MemfdFlags;
@@ -105,6 +105,7 @@ fn spawn(scene: &Scene<'_>, start: Start, files: &[BorrowedFd<'_>]) -> Result<Ma
     let _ = fs::remove_file(vsock(scene));
     let vsock = UnixListener::bind(vsock(scene))?;
     let report = File::create(scene.dir.join("report"))?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm").context("open /dev/kvm")?;
     let (console, guest_console) = io::pipe()?;
     let config = VmConfig {
         version: VERSION,
@@ -114,13 +115,16 @@ fn spawn(scene: &Scene<'_>, start: Start, files: &[BorrowedFd<'_>]) -> Result<Ma
         start,
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
+        kvm: kvm.as_raw_fd(),
+        // Confined as the daemon has it confined.
+        jail: Jail::Process,
         console: Some(guest_console.as_raw_fd()),
         devices: devices(scene, &vsock),
     };
     let mut config_file = File::from(rustix::fs::memfd_create("config", MemfdFlags::CLOEXEC)?);
     config_file.write_all(&serde_json::to_vec(&config)?)?;
     config_file.rewind()?;
-    let own = [control.as_fd(), report.as_fd(), guest_console.as_fd(), config_file.as_fd()];
+    let own = [control.as_fd(), report.as_fd(), kvm.as_fd(), guest_console.as_fd(), config_file.as_fd()];
     let vsock = scene.devices.then(|| vsock.as_fd());
     for fd in files.iter().chain(&own).chain(&vsock) {
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
