@@ -25,7 +25,12 @@ use tokio::sync::mpsc;
 
 pub use error::{Error, ErrorKind, Result};
 
-use crate::{config::Config, layout::Layout, sandbox};
+use crate::{
+    config::Config,
+    layout::Layout,
+    phases::{Timeline, Timelines},
+    sandbox,
+};
 
 /// Names a container in a call: full id, unambiguous prefix of an id, or name (with or without `/`).
 pub type Name<'a> = &'a str;
@@ -127,6 +132,16 @@ impl Engine {
         &self.shared.images
     }
 
+    /// Where the time of recent creates, starts and ends went; of one container, or of all, those removed since
+    /// included.
+    ///
+    /// # Errors
+    /// No such container.
+    pub fn phases(&self, container: Option<Name<'_>>) -> Result<Vec<Arc<Timeline>>> {
+        let container = container.map(|name| self.shared.registry.find(name)).transpose()?;
+        Ok(self.shared.timelines.of(container.as_ref().map(|container| container.id())))
+    }
+
     /// Events: publish and subscribe.
     pub fn events(&self) -> &events::Events {
         &self.shared.events
@@ -144,6 +159,7 @@ pub(crate) struct Shared {
     pub(crate) templates: Option<Arc<sandbox::template::Templates>>,
     /// What the files that machines are made of hold.
     pub(crate) digests: Arc<sandbox::Digests>,
+    pub(crate) timelines: Timelines,
 }
 
 impl Shared {

@@ -29,6 +29,7 @@ use super::{
 use crate::{
     config::Config,
     layout::Layout,
+    phases::Timelines,
     sandbox::{
         self,
         template::{Bounds, News, Templates},
@@ -49,7 +50,8 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let digests = Arc::new(sandbox::Digests::default());
     let templates = open_templates(&config, &events, &digests)?;
     let (registry, execs) = (Registry::default(), Execs::default());
-    let shared = Arc::new(Shared { config, events, images, registry, execs, templates, digests });
+    let timelines = Timelines::default();
+    let shared = Arc::new(Shared { config, events, images, registry, execs, templates, digests, timelines });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();

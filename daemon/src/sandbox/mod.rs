@@ -16,7 +16,6 @@ mod agent;
 mod dir;
 #[cfg(test)]
 pub(crate) mod fake;
-mod phases;
 mod plan;
 mod save;
 pub(crate) mod saved;
@@ -39,7 +38,6 @@ use bulkhead_vmm_api::{Request, Response};
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
-pub use phases::Phases;
 pub use save::{Leave, SaveError, SaveOptions};
 pub(crate) use saved::Check;
 pub use saved::{Digests, MachineSpec, OpenMachine, SavedError, SavedMachine, Shape};
@@ -50,6 +48,7 @@ pub use vmm::{
     control::ControlError,
 };
 
+use crate::phases::Timeline;
 use agent::Agent;
 use dir::{IDENTITY, SandboxDir};
 use template::TemplateUse;
@@ -90,6 +89,8 @@ pub struct SandboxSpec {
     pub disk: Option<File>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// Where the stages of the boot are marked.
+    pub timeline: Arc<Timeline>,
     /// `/dev/kvm`.
     pub kvm: PathBuf,
     /// What the VMM may use of the host.
@@ -193,7 +194,6 @@ pub struct Sandbox {
     process: Arc<Process>,
     control: Control,
     agent: Agent,
-    phases: Phases,
 }
 
 impl Sandbox {
@@ -244,17 +244,11 @@ impl Sandbox {
         match connected {
             Ok(Ok((agent, events))) => {
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                let phases = Phases::default();
-                Ok((Self { id: id.to_owned(), dir, process, control, agent, phases }, events))
+                Ok((Self { id: id.to_owned(), dir, process, control, agent }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
             Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
         }
-    }
-
-    /// How long each step of its coming up took; none of one that was adopted.
-    pub fn phases(&self) -> &Phases {
-        &self.phases
     }
 
     /// Its name.

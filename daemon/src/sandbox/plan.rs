@@ -24,11 +24,12 @@ use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
 use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Request, ShareKind, VsockConfig};
 use tokio::sync::mpsc;
 
+use crate::phases::Stage;
+
 use super::{
     BootError, CallError, ConnectError, DISK, Origin, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
-    phases::Stopwatch,
     vmm::{
         Death,
         control::{ANSWER_WITHIN, Control},
@@ -83,17 +84,15 @@ async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
         initramfs: open("the initramfs", &spec.initramfs)?,
         cmdline: spec.cmdline.clone(),
     };
-    let vmm = Vmm::spawn(spec, start)?;
-    let ready = async |vmm: &Vmm, watch: &mut Stopwatch| {
+    let ready = async |vmm: &Vmm| {
         vmm.attach(spec, false).await?;
-        watch.lap("attach");
         let (agent, events) = Agent::awaited(&vmm.dir).await?;
-        watch.lap("boot");
+        spec.timeline.mark(Stage::Greeted);
         personalize(&agent, Vec::new()).await?;
-        watch.lap("personalize");
+        spec.timeline.mark(Stage::Personalised);
         Ok((agent, events))
     };
-    vmm.up(HELLO_WITHIN, ready).await
+    Vmm::spawn(spec, start)?.up(HELLO_WITHIN, ready).await
 }
 
 async fn restored(
@@ -101,33 +100,12 @@ async fn restored(
     start: StartFiles,
     containers: Vec<ContainerIdentity>,
 ) -> Result<Booted, BootError> {
-    let vmm = Vmm::spawn(spec, start)?;
-    let ready = async |vmm: &Vmm, watch: &mut Stopwatch| {
-        vmm.attach(spec, true).await?;
-        watch.lap("restore");
-        loop {
-            let named = async {
-                let (agent, events) = Agent::connect(&vmm.dir).await?;
-                watch.lap("connect");
-                // Thawed without a wait in between: an agent that was not given a name does not obey.
-                let (named, thawed) =
-                    tokio::join!(personalize(&agent, containers.clone()), agent.call(Call::Thaw));
-                named?;
-                thawed?;
-                watch.lap("personalize");
-                Ok::<_, BootError>((agent, events))
-            };
-            match named.await {
-                // The guest ends its old connections when it is told that it was restored, and may take a new
-                // one for an old one.
-                Err(BootError::Call(CallError::Gone) | BootError::Connect(ConnectError::Io(_))) => {
-                    tokio::time::sleep(AGAIN).await;
-                }
-                named => return named,
-            }
-        }
+    let ready = async |vmm: &Vmm| {
+        // At once: a connection waits in the VMM until the guest runs.
+        let ((), named) = tokio::try_join!(vmm.attach(spec, true), vmm.named(spec, containers))?;
+        Ok(named)
     };
-    vmm.up(RESTORED_WITHIN, ready).await
+    Vmm::spawn(spec, start)?.up(RESTORED_WITHIN, ready).await
 }
 
 /// How soon a restored guest is asked again.
@@ -140,12 +118,10 @@ struct Vmm {
     process: Arc<Process>,
     control: Control,
     undo: Undo,
-    watch: Stopwatch,
 }
 
 impl Vmm {
     fn spawn(spec: &SandboxSpec, start: StartFiles) -> Result<Self, BootError> {
-        let watch = Stopwatch::start();
         let mut undo = Undo::default();
         let path = spec.parent.join(&spec.id);
         let dir = SandboxDir::create(path).map_err(|e| BootError::io("cannot make the directory", e))?;
@@ -178,9 +154,8 @@ impl Vmm {
                 tokio::spawn(async move { process.ended().await });
             }
         });
-        let mut vmm = Self { id: spec.id.clone(), dir, process, control: Control::default(), undo, watch };
-        vmm.watch.lap("spawn");
-        Ok(vmm)
+        spec.timeline.mark(Stage::Spawned);
+        Ok(Self { id: spec.id.clone(), dir, process, control: Control::default(), undo })
     }
 
     /// Attaches what is the sandbox's own, and lets a restored machine run.
@@ -199,22 +174,51 @@ impl Vmm {
         });
         let resume = resume.then_some((Request::Resume, None));
         let requests: Vec<(Request, Option<BorrowedFd<'_>>)> = disk.chain(layers).chain(resume).collect();
-        Ok(self.control.call_all(&self.dir, &requests).await?)
+        self.control.call_all(&self.dir, &requests).await?;
+        spec.timeline.mark(Stage::Attached);
+        Ok(())
+    }
+
+    /// Connects to a restored guest's agent and makes the guest one of its own.
+    async fn named(
+        &self,
+        spec: &SandboxSpec,
+        containers: Vec<ContainerIdentity>,
+    ) -> Result<(Agent, mpsc::Receiver<Event>), BootError> {
+        loop {
+            let named = async {
+                let (agent, events) = Agent::connect(&self.dir).await?;
+                spec.timeline.mark(Stage::Greeted);
+                // Thawed without a wait in between: an agent that was not given a name does not obey.
+                let (named, thawed) =
+                    tokio::join!(personalize(&agent, containers.clone()), agent.call(Call::Thaw));
+                named?;
+                thawed?;
+                spec.timeline.mark(Stage::Personalised);
+                Ok::<_, BootError>((agent, events))
+            };
+            match named.await {
+                // The guest has taken the new connection for one of the old, which end when it is restored.
+                Err(BootError::Call(CallError::Gone) | BootError::Connect(ConnectError::Io(_))) => {
+                    tokio::time::sleep(AGAIN).await;
+                }
+                named => return named,
+            }
+        }
     }
 
     /// Waits until it is `ready`, within bounds, or for its death.
     async fn up(
-        mut self,
+        self,
         within: Duration,
-        ready: impl AsyncFnOnce(&Self, &mut Stopwatch) -> Result<(Agent, mpsc::Receiver<Event>), BootError>,
+        ready: impl AsyncFnOnce(&Self) -> Result<(Agent, mpsc::Receiver<Event>), BootError>,
     ) -> Result<Booted, BootError> {
-        let mut watch = std::mem::replace(&mut self.watch, Stopwatch::start());
         let (process, dir) = (Arc::clone(&self.process), Arc::clone(&self.dir));
         let died = |status| BootError::Died(Box::new(Death::read(&dir, status)));
         let (agent, events) = tokio::select! {
             biased;
             status = process.ended() => return Err(died(status)),
-            ready = tokio::time::timeout(within, ready(&self, &mut watch)) => match ready {
+            ready = tokio::time::timeout(within, ready(&self)) => match ready {
                 Ok(Ok(ready)) => ready,
                 // A VMM that dies takes its sockets along: its own words tell more than theirs.
                 Ok(Err(error)) => return Err(match settled(&process).await {
@@ -226,9 +230,7 @@ impl Vmm {
         };
         let Self { id, dir, process, control, undo, .. } = self;
         undo.disarm();
-        let phases = watch.stop();
-        tracing::debug!(sandbox = id, total = ?phases.total(), %phases, "a sandbox is up");
-        Ok((Sandbox { id, dir, process, control, agent, phases }, events))
+        Ok((Sandbox { id, dir, process, control, agent }, events))
     }
 }
 
@@ -332,7 +334,10 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity};
+    use crate::{
+        phases::{Timeline, TimelineKind},
+        sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity},
+    };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
         let file = base.join("vmm");
@@ -349,6 +354,7 @@ mod tests {
             cmdline: String::new(),
             disk: Some(File::open("/dev/null").unwrap()),
             layers: vec![],
+            timeline: Timeline::begin("c", TimelineKind::Run),
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),
             origin: Origin::Cold,

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     api::types::container::{WaitError, WaitResponse},
     engine::{Error, Result, Shared, WaitCondition},
+    phases::{Stage, Timeline, TimelineKind},
     sandbox::Sandbox,
 };
 
@@ -59,6 +60,8 @@ pub(crate) struct Actor {
     /// Counts boots and delays: a report of an earlier one is not of this one.
     turn: u64,
     workload: Option<Arc<Workload>>,
+    /// Of the present run; None of one that an earlier daemon started.
+    timeline: Option<Arc<Timeline>>,
     boot: Option<CancellationToken>,
     /// What the next boot goes on from.
     resumption: Option<Resumption>,
@@ -95,6 +98,7 @@ impl Actor {
             reporter,
             turn: 0,
             workload: None,
+            timeline: None,
             boot: None,
             resumption: None,
             ending: None,
@@ -375,6 +379,10 @@ impl Actor {
                 Failure { code: 128, error: format!("the container's state was not saved: {error}") };
             return self.start_failed(failure).await;
         }
+        self.reached(Stage::Running);
+        if let Some(timeline) = &self.timeline {
+            tracing::debug!(container = self.record.id, %timeline, "started");
+        }
         self.watch(workload, watch);
         self.publish();
         self.tell("start", []);
@@ -460,6 +468,7 @@ impl Actor {
             Effect::Ended(code) => {
                 // Who attaches while the view says that it runs is of the run that is over, and goes with it;
                 // who attaches after the exit was told is of the next.
+                self.reached(Stage::Ended);
                 self.publish();
                 self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();
@@ -489,6 +498,8 @@ impl Actor {
         let (shared, record, hub) = (Arc::clone(&self.shared), self.record.clone(), Arc::clone(&self.hub));
         let (reporter, turn, before) = (self.reporter.clone(), self.turn, self.ending.take());
         let resumption = self.resumption.take();
+        let timeline = self.shared.timelines.begin(&self.record.id, TimelineKind::Run);
+        self.timeline = Some(Arc::clone(&timeline));
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -497,7 +508,7 @@ impl Actor {
             let result = tokio::select! {
                 biased;
                 () = cancel.cancelled() => None,
-                result = start::start(&shared, &record, &hub, resumption, &mut booted) => Some(result),
+                result = start::start(&shared, &record, &hub, &timeline, resumption, &mut booted) => Some(result),
             };
             if !matches!(result, Some(Ok(_)))
                 && let Some(sandbox) = booted
@@ -526,6 +537,7 @@ impl Actor {
     /// Ends a sandbox in a task of its own; whatever comes next waits for it.
     fn end(&mut self, sandbox: Arc<Sandbox>, flush: bool) {
         let before = self.ending.take();
+        let (timeline, id) = (self.timeline.clone(), self.record.id.clone());
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -534,6 +546,10 @@ impl Actor {
                 sandbox.shut_down(SHUT_DOWN_WITHIN).await;
             } else {
                 sandbox.destroy().await;
+            }
+            if let Some(timeline) = timeline {
+                timeline.mark(Stage::Gone);
+                tracing::debug!(container = id, %timeline, "ended");
             }
         }));
     }
@@ -555,6 +571,7 @@ impl Actor {
     }
 
     fn gone(&mut self) {
+        self.reached(Stage::Removed);
         self.shared.forget(&self.record.id);
         self.tell("destroy", []);
         let outcome = self.outcome();
@@ -645,6 +662,12 @@ impl Actor {
         tokio::task::spawn_blocking(move || record.write(&path))
             .await
             .unwrap_or_else(|e| Err(std::io::Error::other(e)))
+    }
+
+    fn reached(&self, stage: Stage) {
+        if let Some(timeline) = &self.timeline {
+            timeline.mark(stage);
+        }
     }
 
     fn publish(&self) {

@@ -27,6 +27,7 @@ use crate::{
         Error, Shared,
         logs::{Durable, Log, Stream},
     },
+    phases::{Stage, Timeline, TimelineKind},
     sandbox::{
         self, AdoptError, BootError, CallError, DISK, HostLimits, MachineSpec, OpenMachine, Origin, Sandbox,
         SandboxSpec, Shape, TAG, template::TemplateUse,
@@ -69,6 +70,7 @@ pub(crate) async fn start(
     shared: &Shared,
     record: &Record,
     hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
     resumption: Option<Resumption>,
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
@@ -82,7 +84,7 @@ pub(crate) async fn start(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
     if let Some(resumption) = resumption {
-        return resume(shared, record, hub, resumption, (log, log_start), booted).await;
+        return resume(shared, record, hub, timeline, resumption, (log, log_start), booted).await;
     }
     let create = create_call(shared, record).map_err(internal)?;
     let origin = match &shared.templates {
@@ -92,18 +94,23 @@ pub(crate) async fn start(
         None => Origin::Cold,
     };
     let disk = shared.layout().container_disk(&record.id);
-    let spec = sandbox_spec(shared, record, &disk, origin).map_err(internal)?;
+    let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
+    timeline.mark(Stage::Prepared);
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
     call(&sandbox, Call::Create(Box::new(create))).await?;
+    timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
+    timeline.mark(Stage::Started);
     let at = Timestamp::now();
-    let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
+    let mut watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
+    watch.timeline = Some(Arc::clone(timeline));
     Ok(Started { workload, watch, log_start, at })
 }
 
@@ -112,6 +119,7 @@ async fn resume(
     shared: &Shared,
     record: &Record,
     hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
     resumption: Resumption,
     (log, log_start): (Log, u64),
     booted: &mut Option<Arc<Sandbox>>,
@@ -120,7 +128,7 @@ async fn resume(
     let Resumption { machine, shape, guest, identity, disk } = resumption;
     let disk = RestoredDisk::prepare(shared, record, disk).await.map_err(internal)?;
     let origin = Origin::Saved { machine, containers: vec![identity] };
-    let mut spec = sandbox_spec(shared, record, disk.path(), origin).map_err(internal)?;
+    let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
     // What the container's settings have become since changes the next machine, not this one.
     (spec.vcpus, spec.memory_mib) = (shape.vcpus(), shape.memory_mib());
     let here = shared.shape(spec.machine()).await.map_err(internal)?;
@@ -128,6 +136,7 @@ async fn resume(
         let error = format!("the saved machine cannot go on here: {what} is another");
         return Err(Failure { code: 128, error });
     }
+    timeline.mark(Stage::Prepared);
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
     let state = container_state(&sandbox, &guest).await.map_err(internal)?;
@@ -137,6 +146,7 @@ async fn resume(
     let watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
     crate::engine::exec::take_over(&workload, state.execs);
     disk.keep().map_err(|error| internal(error.into()))?;
     Ok(Started { workload, watch, log_start, at })
@@ -211,7 +221,8 @@ impl Shared {
     /// What a running sandbox's machine is made of. Its VMM may be of an older daemon's.
     pub(crate) async fn shape_of(&self, sandbox: &Sandbox, record: &Record) -> Result<Shape, Error> {
         let disk = self.layout().container_disk(&record.id);
-        let mut machine = sandbox_spec(self, record, &disk, Origin::Cold)?.machine();
+        let nobody = Timeline::begin(&record.id, TimelineKind::Run);
+        let mut machine = sandbox_spec(self, record, &disk, Origin::Cold, &nobody)?.machine();
         machine.program = sandbox.program(machine.program);
         self.shape(machine).await
     }
@@ -293,7 +304,13 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(shared: &Shared, record: &Record, disk: &Path, origin: Origin) -> Result<SandboxSpec, Error> {
+fn sandbox_spec(
+    shared: &Shared,
+    record: &Record,
+    disk: &Path,
+    origin: Origin,
+    timeline: &Arc<Timeline>,
+) -> Result<SandboxSpec, Error> {
     let vm = &shared.config.vm;
     let disk = OpenOptions::new()
         .read(true)
@@ -312,6 +329,7 @@ fn sandbox_spec(shared: &Shared, record: &Record, disk: &Path, origin: Origin) -
         cmdline: CMDLINE.into(),
         disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         limits: HostLimits::default(),
         origin,
@@ -403,7 +421,7 @@ async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit })
+    Ok(Watch { events, outputs, inputs, exit, timeline: None })
 }
 
 async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {

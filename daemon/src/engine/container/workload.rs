@@ -24,6 +24,7 @@ use tokio::{
 use super::{hub::Hub, state::Exit};
 use crate::{
     engine::{Error, Result, logs::Log},
+    phases::{Stage, Timeline},
     sandbox::{CallError, Death, Sandbox},
 };
 
@@ -60,6 +61,8 @@ pub(crate) struct Watch {
     pub(crate) inputs: JoinSet<()>,
     /// An exit that is known already, of a container that was adopted.
     pub(crate) exit: Option<AgentExit>,
+    /// Where the stages of the end are marked.
+    pub(crate) timeline: Option<Arc<Timeline>>,
 }
 
 impl Workload {
@@ -132,13 +135,19 @@ impl Workload {
     /// end calls [`Hub::end_run`].
     pub(crate) async fn watch(&self, mut watch: Watch, hub: &Hub, mut oom: impl FnMut()) -> Exit {
         let mut exit = watch.exit;
+        let reached = |stage| watch.timeline.iter().for_each(|timeline| timeline.mark(stage));
         if exit.is_some() {
             self.process_ended(hub);
         }
         let death = loop {
             tokio::select! {
                 event = watch.events.recv() => match event {
-                    Some(event) => self.take(event, &mut exit, hub, &mut oom),
+                    Some(event) => {
+                        self.take(event, &mut exit, hub, &mut oom);
+                        if exit.is_some() {
+                            reached(Stage::Exited);
+                        }
+                    }
                     None => break Some(self.die().await),
                 },
                 _ = watch.outputs.join_next(), if exit.is_some() && !watch.outputs.is_empty() => {}
@@ -161,6 +170,7 @@ impl Workload {
         if let Err(error) = self.log.finish(Timestamp::now()) {
             tracing::error!(container = self.container, %error, "the end of a log could not be written");
         }
+        reached(Stage::Drained);
         watch.inputs.shutdown().await;
         self.execs(Option::take);
         conclude(exit, death)
@@ -299,7 +309,7 @@ mod tests {
         let mut outputs = JoinSet::new();
         let log = Some(Arc::clone(&workload.log));
         outputs.spawn(pump::output(output.unwrap(), Stream::Stdout, log, Arc::clone(&hub)));
-        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None };
+        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None, timeline: None };
         Bench { base, machine, agent, workload, hub, watch, stdout }
     }
 

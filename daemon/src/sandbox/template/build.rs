@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::phases::{Timeline, TimelineKind};
+
 use super::super::{
     BootError, HostLimits, Leave, MachineSpec, Origin, SandboxSpec, SaveError, SaveOptions, new_id, plan,
     saved::Writing,
@@ -43,6 +45,7 @@ pub(super) async fn build(
         layers: Vec::new(),
         kvm: machine.kvm.clone(),
         limits: HostLimits::default(),
+        timeline: Timeline::begin("", TimelineKind::Run),
         origin: Origin::Cold,
     };
     let (sandbox, _events) = Box::pin(plan::boot(spec)).await?;
