@@ -410,13 +410,14 @@ async fn connect(
         (stdio.stdout, StreamKind::Stdout, Stream::Stdout, kept.map(|kept| kept.stdout)),
         (stdio.stderr, StreamKind::Stderr, Stream::Stderr, kept.map(|kept| kept.stderr)),
     ];
+    // All at once: each is a way to the guest and back.
+    let opened = streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
+        sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
+    });
     let mut outputs = JoinSet::new();
-    for (wanted, kind, stream, from) in streams {
-        if wanted {
-            let output = sandbox.output(workload.init(), kind, from).await?;
-            let log = kept.map(|_| Arc::clone(&workload.log));
-            outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
-        }
+    for (stream, output) in futures_util::future::try_join_all(opened).await? {
+        let log = kept.map(|_| Arc::clone(&workload.log));
+        outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
     }
     let mut inputs = JoinSet::new();
     if stdio.stdin
