@@ -37,6 +37,8 @@ fn valid() -> VmConfig {
             vsock: Some(VsockConfig { cid: 3, listener: listener(SocketType::STREAM) }),
             net: vec![NetConfig { id: "eth0".to_owned(), mac: [2, 0, 0, 0, 0, 1], tap: None, mtu: 1500 }],
             rng: true,
+            balloon: false,
+            memory: None,
         },
     }
 }

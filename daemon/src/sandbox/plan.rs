@@ -112,6 +112,8 @@ fn devices() -> DeviceConfig {
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: Vec::new(),
         rng: true,
+        balloon: false,
+        memory: None,
     }
 }
 

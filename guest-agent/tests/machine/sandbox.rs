@@ -107,6 +107,8 @@ impl Machine {
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],
                 rng: true,
+                balloon: false,
+                memory: None,
             },
         };
         let config_path = directory.join("config");

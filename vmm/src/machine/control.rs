@@ -165,7 +165,10 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
-        Request::SetRateLimit { .. } | Request::Recent => return Err(RequestError::NotYet),
+        Request::SetMemory { .. }
+        | Request::SetBalloon { .. }
+        | Request::SetRateLimit { .. }
+        | Request::Recent => return Err(RequestError::NotYet),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
         Request::Snapshot => return Err(RequestError::Snapshot),

@@ -9,7 +9,7 @@
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
-use bulkhead_vmm_api::{ShareKind, Status};
+use bulkhead_vmm_api::{MemoryStatus, ShareKind, Status};
 use kvm_ioctls::VmFd;
 
 pub mod builder;
@@ -78,6 +78,7 @@ impl Machine {
             phases: Vec::new(),
             exits: shared.exits.by_frequency(),
             devices: Vec::new(),
+            memory: MemoryStatus::default(),
         }
     }
 

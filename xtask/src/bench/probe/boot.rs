@@ -53,6 +53,8 @@ pub(super) fn until_agent_ready(bundle: &Path, rounds: u32) -> Result<Samples> {
             vsock: Some(VsockConfig { cid: 3, listener: -1 }),
             net: Vec::new(),
             rng: true,
+            balloon: false,
+            memory: None,
         };
         let ready = |machine: &mut Machine| wait_for_agent(&dir.path().join("vsock"), machine);
         let taken = time(|| bulkhead(bundle, &initramfs, dir.path(), devices()), ready)?;
