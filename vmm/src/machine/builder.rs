@@ -10,7 +10,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{
     KvmError, Machine,
     devices::{DeviceSet, DeviceSetError},
+    elastic::Elastic,
     end::End,
+    hotplug::Hotplug,
     memory::{self, MemoryError},
     vcpu::{Shared, Vcpus},
 };
@@ -75,11 +77,20 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
     let memory = memory::map(&layout::memory_ranges(config.memory))?;
     memory::register(&vm, &memory)?;
+    let region = config.devices.region.clone();
+    let (all, hotplug) = match region {
+        Some(region) => {
+            let all = memory::with_region(&memory, &region)?;
+            let hotplug = Hotplug::new(&all, region)?;
+            (all, Some(hotplug))
+        }
+        None => (memory.clone(), None),
+    };
     create_interrupt_controllers(&vm)?;
 
     let ports = legacy_devices(&vm, &console, &end)?;
     let mut mmio = Bus::default();
-    let devices = DeviceSet::build(config.devices, &vm, &memory, &mut mmio, &end)?;
+    let devices = DeviceSet::build(config.devices, &vm, &all, &mut mmio, &end)?;
 
     let StartFiles::Boot { mut kernel, mut initramfs, cmdline } = config.start else {
         return Err(io::Error::from(io::ErrorKind::Unsupported).into());
@@ -92,7 +103,15 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
     let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started));
     let vcpus = Vcpus::start(shared, vcpus)?;
-    Ok(Machine { name: config.name, console, end, vcpus, devices, _vm: vm })
+    Ok(Machine {
+        name: config.name,
+        console,
+        end,
+        vcpus,
+        devices,
+        elastic: Elastic::new(config.memory, hotplug),
+        vm,
+    })
 }
 
 fn open_kvm() -> Result<Kvm, BuildError> {

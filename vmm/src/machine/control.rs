@@ -20,7 +20,7 @@ use rustix::{
     },
 };
 
-use super::{Machine, devices::AttachError, signals::Signals};
+use super::{Machine, devices::AttachError, elastic::ElasticError, signals::Signals};
 
 /// Clients at a time; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 16;
@@ -137,6 +137,8 @@ enum RequestError {
     Snapshot,
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error(transparent)]
+    Elastic(#[from] ElasticError),
     #[error("the machine cannot do this yet")]
     NotYet,
 }
@@ -165,10 +167,9 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
-        Request::SetMemory { .. }
-        | Request::SetBalloon { .. }
-        | Request::SetRateLimit { .. }
-        | Request::Recent => return Err(RequestError::NotYet),
+        Request::SetMemory { plugged_mib } => machine.set_memory(plugged_mib)?,
+        Request::SetBalloon { mib } => machine.set_balloon(mib)?,
+        Request::SetRateLimit { .. } | Request::Recent => return Err(RequestError::NotYet),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
         Request::Snapshot => return Err(RequestError::Snapshot),

@@ -19,9 +19,11 @@ use crate::{
     bus::{Bus, BusDevice, RangeError},
     config::Devices,
     devices::virtio::{
+        balloon::Balloon,
         block::Block,
         device::{DeviceError, GuestMemory, Interrupt, VirtioDevice},
         fs::Fs,
+        mem::Mem,
         mmio::{self, MmioTransport, SavedTransport, register},
         net::Net,
         rng::Rng,
@@ -102,11 +104,20 @@ struct Slot<D> {
     port: Arc<Port>,
 }
 
+impl<D> Slot<D> {
+    /// The device; its worker lets it go first.
+    fn lock(&self) -> MutexGuard<'_, D> {
+        self.port.before_the_worker(&self.device)
+    }
+}
+
 /// All virtio devices of a machine. Their workers end when it is dropped.
 pub struct DeviceSet {
     block: Named<Block>,
     fs: Named<Fs>,
     net: Named<Net>,
+    balloon: Option<Slot<Balloon>>,
+    mem: Option<Slot<Mem>>,
     /// In bus order.
     transports: Vec<Arc<Mutex<MmioTransport>>>,
     _workers: Vec<Worker>,
@@ -154,7 +165,21 @@ impl DeviceSet {
             let device = Rng::new().map_err(DeviceSetError::device(name))?;
             assembly.add(name, device)?;
         }
-        Ok(Self { block, fs, net, transports: assembly.transports, _workers: assembly.workers })
+        let balloon = if config.balloon {
+            let name = "balloon";
+            let device = Balloon::new().map_err(DeviceSetError::device(name))?;
+            Some(assembly.add(name, device)?)
+        } else {
+            None
+        };
+        let mem = if let Some(region) = config.region {
+            let name = "mem";
+            let device = Mem::new(region.start, region.end - region.start);
+            Some(assembly.add(name, device.map_err(DeviceSetError::device(name))?)?)
+        } else {
+            None
+        };
+        Ok(Self { block, fs, net, balloon, mem, transports: assembly.transports, _workers: assembly.workers })
     }
 
     /// What tells the guest's kernel of the devices: ` virtio_mmio.device=<size>@<address>:<irq>` each.
@@ -198,6 +223,16 @@ impl DeviceSet {
         find("net", &self.net, id)?.attach(tap).map_err(AttachError::refused)
     }
 
+    /// The balloon, where there is one.
+    pub(super) fn balloon(&self) -> Option<MutexGuard<'_, Balloon>> {
+        self.balloon.as_ref().map(Slot::lock)
+    }
+
+    /// The memory device, where there is one.
+    pub(super) fn mem(&self) -> Option<MutexGuard<'_, Mem>> {
+        self.mem.as_ref().map(Slot::lock)
+    }
+
     /// The state of every device. The vCPUs are paused.
     pub(super) fn save(&self) -> Result<Vec<(String, SavedTransport)>, DeviceError> {
         let save = |transport: &Arc<Mutex<MmioTransport>>| {
@@ -214,7 +249,7 @@ fn find<'a, D>(
     name: &str,
 ) -> Result<MutexGuard<'a, D>, AttachError> {
     let slot = devices.get(name).ok_or_else(|| AttachError::Unknown { kind, name: name.to_owned() })?;
-    Ok(slot.port.before_the_worker(&slot.device))
+    Ok(slot.lock())
 }
 
 /// Devices on their way to the bus.

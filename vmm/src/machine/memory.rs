@@ -4,19 +4,19 @@
 //! with 2 MiB pages that is a quarter of the boot gone. For that a mapping must begin at a 2 MiB boundary,
 //! which mmap does not promise.
 
-use std::{io, ops::Range};
+use std::{io, ops::Range, sync::Arc};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, mmap::MmapRegionError,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, mmap::MmapRegionError};
 
 use super::KvmError;
 use crate::devices::virtio::device::GuestMemory;
 
 const HUGE_PAGE: usize = 2 << 20;
+
+type GuestRegionMmap = vm_memory::GuestRegionMmap<()>;
 
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -39,16 +39,24 @@ pub enum MemoryError {
 /// # Errors
 /// See [`MemoryError`].
 pub fn map(ranges: &[Range<u64>]) -> Result<GuestMemory, MemoryError> {
-    let mut regions = Vec::new();
-    for range in ranges {
-        let size = range.end - range.start;
-        let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
-        let mapping = map_region(bytes).map_err(|source| MemoryError::Map { size, source })?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
-            .ok_or_else(|| MemoryError::Layout("the address space is too small".to_owned()))?;
-        regions.push(region);
-    }
+    let regions = ranges.iter().map(region).collect::<Result<_, _>>()?;
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+fn region(range: &Range<u64>) -> Result<GuestRegionMmap, MemoryError> {
+    let size = range.end - range.start;
+    let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
+    let mapping = map_region(bytes).map_err(|source| MemoryError::Map { size, source })?;
+    GuestRegionMmap::new(mapping, GuestAddress(range.start))
+        .ok_or_else(|| MemoryError::Layout("the address space is too small".to_owned()))
+}
+
+/// The same memory with one more range, in which memory is plugged later.
+///
+/// # Errors
+/// See [`MemoryError`].
+pub fn with_region(memory: &GuestMemory, range: &Range<u64>) -> Result<GuestMemory, MemoryError> {
+    memory.insert_region(Arc::new(region(range)?)).map_err(|error| MemoryError::Layout(error.to_string()))
 }
 
 /// Gives the memory to KVM: slot numbers are the regions' indices.

@@ -9,18 +9,21 @@
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
-use bulkhead_vmm_api::{MemoryStatus, ShareKind, Status};
+use bulkhead_vmm_api::{ShareKind, Status};
 use kvm_ioctls::VmFd;
 
 pub mod builder;
 pub mod control;
 pub mod devices;
+pub mod elastic;
 pub mod end;
+pub mod hotplug;
 pub mod memory;
 pub mod signals;
 pub mod vcpu;
 
 use devices::{AttachError, DeviceSet};
+use elastic::{Elastic, ElasticError};
 use end::End;
 use vcpu::Vcpus;
 
@@ -51,8 +54,9 @@ pub struct Machine {
     end: Arc<End>,
     vcpus: Vcpus,
     devices: DeviceSet,
+    elastic: Elastic,
     /// Keeps memory slots, interrupt lines and ioeventfds; dropped last.
-    _vm: VmFd,
+    vm: VmFd,
 }
 
 impl Machine {
@@ -78,7 +82,7 @@ impl Machine {
             phases: Vec::new(),
             exits: shared.exits.by_frequency(),
             devices: Vec::new(),
-            memory: MemoryStatus::default(),
+            memory: self.elastic.status(&self.devices),
         }
     }
 
@@ -138,6 +142,22 @@ impl Machine {
     /// There is no such slot, or it refuses the descriptor.
     pub fn attach_tap(&self, id: &str, tap: OwnedFd) -> Result<(), AttachError> {
         self.devices.attach_tap(id, tap)
+    }
+
+    /// Asks the guest to have this much memory, in MiB, beyond what the machine was built with.
+    ///
+    /// # Errors
+    /// It is not possible; nothing is changed.
+    pub fn set_memory(&self, plugged_mib: u32) -> Result<(), ElasticError> {
+        self.elastic.set_memory(&self.vm, &self.devices, plugged_mib)
+    }
+
+    /// Asks the guest to hand this much memory over, in MiB.
+    ///
+    /// # Errors
+    /// It is not possible; nothing is changed.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), ElasticError> {
+        self.elastic.set_balloon(&self.devices, mib)
     }
 
     /// The state of every virtio device by name, in bus order. The vCPUs are paused for it if they are not,
