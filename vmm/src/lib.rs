@@ -7,3 +7,5 @@ pub mod config;
 pub mod console;
 pub mod devices;
 pub mod machine;
+pub mod rate_limiter;
+pub mod recorder;

@@ -18,7 +18,7 @@ use std::{
 use bulkhead_vmm::{
     config::{self, Config, Inherited},
     console::Console,
-    machine::{builder, control, signals::Signals},
+    machine::{builder, control, end::End, signals::Signals},
 };
 use bulkhead_vmm_api::{ExitReason, FdNumber, Report};
 
@@ -52,34 +52,37 @@ fn config_number() -> Result<FdNumber, String> {
 }
 
 fn run(report: File, config: Result<Config, String>, started: Instant) -> ExitCode {
-    let mut console = None;
+    let mut witness = None;
     let outcome =
-        catch_unwind(AssertUnwindSafe(|| config.and_then(|config| machine(config, started, &mut console))));
+        catch_unwind(AssertUnwindSafe(|| config.and_then(|config| machine(config, started, &mut witness))));
     let reason = match outcome {
         Ok(Ok(reason)) => reason,
         Ok(Err(message)) => ExitReason::Setup { message },
         Err(_) => ExitReason::Kvm { message: "the VMM panicked".to_owned() },
     };
     let orderly = matches!(reason, ExitReason::PoweredOff | ExitReason::Killed);
-    let console = console.map_or_else(String::new, |console| console.tail());
+    let (console, recent) =
+        witness.map(|Witness { console, end }| (console.tail(), end.recorder().recent())).unwrap_or_default();
     let uptime_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-    if let Err(error) = write_report(report, &Report { reason, console, uptime_us, recent: Vec::new() }) {
+    if let Err(error) = write_report(report, &Report { reason, console, uptime_us, recent }) {
         eprintln!("bulkhead-vmm: report: {error}");
         return ExitCode::from(2);
     }
     ExitCode::from(u8::from(!orderly))
 }
 
+/// What tells of a machine when it is gone.
+struct Witness {
+    console: Arc<Console>,
+    end: Arc<End>,
+}
+
 /// Builds and runs the machine. An error is one of building it.
-fn machine(
-    config: Config,
-    started: Instant,
-    console: &mut Option<Arc<Console>>,
-) -> Result<ExitReason, String> {
+fn machine(config: Config, started: Instant, witness: &mut Option<Witness>) -> Result<ExitReason, String> {
     let signals = Signals::block().map_err(|error| format!("signals: {error}"))?;
     let control = config.control.try_clone().map_err(|error| format!("control: {error}"))?;
     let machine = builder::build(config, started).map_err(|error| error.to_string())?;
-    *console = Some(Arc::clone(machine.console()));
+    *witness = Some(Witness { console: Arc::clone(machine.console()), end: Arc::clone(machine.end()) });
     machine.resume();
     let reason = control::serve(&machine, &control, &signals)
         .unwrap_or_else(|error| ExitReason::Kvm { message: format!("control socket: {error}") });
@@ -88,11 +91,12 @@ fn machine(
 }
 
 /// One write, so that a reader sees a whole report or none. Where there is no room for all of it, the reason
-/// is told without the console, in the room that was found.
+/// is told without console and events, in the room that was found.
 fn write_report(mut file: File, report: &Report) -> std::io::Result<()> {
     let bytes = serde_json::to_vec(report)?;
     file.write_all(&bytes).or_else(|error| {
-        let short = serde_json::to_vec(&Report { console: String::new(), ..report.clone() })?;
+        let short = Report { console: String::new(), recent: Vec::new(), ..report.clone() };
+        let short = serde_json::to_vec(&short)?;
         file.write_all_at(&short, 0).and_then(|()| file.set_len(short.len() as u64)).map_err(|_| error)
     })
 }

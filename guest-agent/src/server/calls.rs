@@ -70,6 +70,12 @@ impl Server {
                 true => Outcome::Answer(Answer::Done),
                 false => Outcome::Later,
             }),
+            Call::AwaitMemory { plugged_mib } => {
+                self.await_memory(epoch, id, plugged_mib).map(|done| match done {
+                    true => Outcome::Answer(Answer::Done),
+                    false => Outcome::Later,
+                })
+            }
             call => self.simple(call).map(Outcome::Answer),
         };
         match outcome {
@@ -122,6 +128,10 @@ impl Server {
                 let init = container.init.as_ref().map(|init| init.pid);
                 return Ok(Answer::Stats(Box::new(container.cgroup.stats(init))));
             }
+            Call::Reclaim { container, percent } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                return Ok(Answer::Reclaimed { bytes: container.cgroup.reclaim(percent)? });
+            }
             Call::Delete { process } => self.delete(&process)?,
             Call::SetClock { unix_ns } => {
                 let seconds =
@@ -130,7 +140,8 @@ impl Server {
                 let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
                 rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")?;
             }
-            Call::Create(_)
+            Call::AwaitMemory { .. }
+            | Call::Create(_)
             | Call::Start { .. }
             | Call::Exec { .. }
             | Call::Pause { .. }

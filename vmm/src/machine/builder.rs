@@ -28,6 +28,7 @@ use crate::{
         i8042::{self, I8042},
         serial::{self, SerialPort},
     },
+    recorder::Recorder,
 };
 
 /// KVM_CAP_TSC_DEADLINE_TIMER, which kvm-ioctls does not name.
@@ -71,7 +72,7 @@ pub enum BuildError {
 /// The first step that fails.
 pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     let console = Arc::new(Console::new(config.console));
-    let end = Arc::new(End::new(Arc::clone(&console))?);
+    let end = Arc::new(End::new(Arc::clone(&console), Recorder::new(started))?);
 
     let kvm = open_kvm()?;
     let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;

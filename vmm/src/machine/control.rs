@@ -21,6 +21,7 @@ use rustix::{
 };
 
 use super::{Machine, devices::AttachError, elastic::ElasticError, signals::Signals};
+use crate::recorder::Rare;
 
 /// Clients at a time; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 16;
@@ -86,8 +87,7 @@ fn handle(machine: &Machine, client: BorrowedFd<'_>) -> bool {
     let response = match receive(client) {
         Ok(None) => return true,
         Ok(Some(message)) => match serde_json::from_slice::<Request>(&message.bytes) {
-            Ok(request) => perform(machine, request, message.fds)
-                .unwrap_or_else(|error| Response::Error { message: error.to_string() }),
+            Ok(request) => recorded(machine, request, message.fds),
             Err(error) => Response::Error { message: format!("malformed request: {error}") },
         },
         Err(_) => return false,
@@ -139,8 +139,26 @@ enum RequestError {
     Attach(#[from] AttachError),
     #[error(transparent)]
     Elastic(#[from] ElasticError),
-    #[error("the machine cannot do this yet")]
-    NotYet,
+}
+
+/// Performs a request, and records it if it is one that changes something.
+fn recorded(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Response {
+    let changes = !matches!(request, Request::Status | Request::Console | Request::Recent);
+    let text = if changes { Rare::text(&request) } else { Box::default() };
+    let recorder = machine.end().recorder();
+    match perform(machine, request, fds) {
+        Ok(response) => {
+            if changes {
+                recorder.machine(Rare::Done(text));
+            }
+            response
+        }
+        Err(error) => {
+            let message = error.to_string();
+            recorder.machine(Rare::Refused(format!("{message}: {text}").into()));
+            Response::Error { message }
+        }
+    }
 }
 
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
@@ -169,7 +187,8 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
         Request::SetMemory { plugged_mib } => machine.set_memory(plugged_mib)?,
         Request::SetBalloon { mib } => machine.set_balloon(mib)?,
-        Request::SetRateLimit { .. } | Request::Recent => return Err(RequestError::NotYet),
+        Request::SetRateLimit { device, limits } => machine.set_rate_limit(&device, limits)?,
+        Request::Recent => return Ok(Response::Recent { events: machine.end().recorder().recent() }),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
         Request::Snapshot => return Err(RequestError::Snapshot),
@@ -178,8 +197,8 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
     Ok(Response::Ok)
 }
 
-/// A response as a datagram. A console full of what JSON escapes can be longer than a message may be: then
-/// its beginning is cut.
+/// A response as a datagram. What is full of characters that JSON escapes can be longer than a message may be:
+/// then its beginning is cut.
 fn encode(mut response: Response) -> Vec<u8> {
     loop {
         let bytes = serde_json::to_vec(&response).unwrap_or_default();
@@ -188,6 +207,9 @@ fn encode(mut response: Response) -> Vec<u8> {
                 let half = text.ceil_char_boundary(text.len().div_ceil(2));
                 text.drain(..half);
             }
+            Response::Recent { events } if bytes.len() > MAX_MESSAGE => {
+                events.drain(..events.len().div_ceil(2));
+            }
             _ => return bytes,
         }
     }
@@ -195,6 +217,7 @@ fn encode(mut response: Response) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_vmm_api::{RECENT, Recorded};
     use rustix::net::{AddressFamily, SendAncillaryMessage, SocketType, socketpair};
 
     use super::*;
@@ -239,5 +262,15 @@ mod tests {
         assert!(bytes.len() <= MAX_MESSAGE);
         let Response::Console { text } = serde_json::from_slice(&bytes).unwrap() else { panic!() };
         assert!(text.len() >= bulkhead_vmm_api::CONSOLE_TAIL / 4);
+    }
+
+    #[test]
+    fn the_latest_events_fit() {
+        let event = |at_us| Recorded { at_us, text: "\u{1}".repeat(200) };
+        let bytes = encode(Response::Recent { events: (0..RECENT as u64).map(event).collect() });
+        assert!(bytes.len() <= MAX_MESSAGE);
+        let Response::Recent { events } = serde_json::from_slice(&bytes).unwrap() else { panic!() };
+        assert_eq!(events.last().unwrap().at_us, RECENT as u64 - 1);
+        assert!(events.len() >= 16);
     }
 }

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bulkhead_vmm_api::{ExitReason, ShareKind};
+use bulkhead_vmm_api::{DeviceFigures, ExitReason, LimitedDevice, RateLimits, ShareKind};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -233,6 +233,28 @@ impl DeviceSet {
         self.mem.as_ref().map(Slot::lock)
     }
 
+    /// See [`super::Machine::set_rate_limit`].
+    pub(super) fn set_rate_limit(
+        &self,
+        device: &LimitedDevice,
+        limits: RateLimits,
+    ) -> Result<(), AttachError> {
+        match device {
+            LimitedDevice::Block { id } => find("block", &self.block, id)?.limit(limits),
+            LimitedDevice::Net { id } => find("net", &self.net, id)?.limit(limits),
+        }
+        Ok(())
+    }
+
+    /// What each device has done, in bus order.
+    pub(super) fn figures(&self) -> Vec<DeviceFigures> {
+        let figures = |transport: &Arc<Mutex<MmioTransport>>| {
+            let port = Arc::clone(transport.lock().unwrap_or_else(PoisonError::into_inner).port());
+            port.figures()
+        };
+        self.transports.iter().map(figures).collect()
+    }
+
     /// The state of every device. The vCPUs are paused.
     pub(super) fn save(&self) -> Result<Vec<(String, SavedTransport)>, DeviceError> {
         let save = |transport: &Arc<Mutex<MmioTransport>>| {
@@ -270,6 +292,7 @@ impl Assembly<'_> {
         let window = layout::virtio_window(index as u32);
         let device = Arc::new(Mutex::new(device));
         let port = self.port(name, Arc::<Mutex<D>>::clone(&device)).map_err(DeviceSetError::device(name))?;
+        port.place().join(self.end.recorder(), name);
         self.connect(&port, window, irq)
             .map_err(|source| DeviceSetError::Kvm { device: name.to_owned(), source })?;
         let transport = Arc::new(Mutex::new(MmioTransport::new(Arc::clone(&port), self.memory.clone())));

@@ -9,7 +9,7 @@
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
-use bulkhead_vmm_api::{ShareKind, Status};
+use bulkhead_vmm_api::{LimitedDevice, RateLimits, ShareKind, Status};
 use kvm_ioctls::VmFd;
 
 pub mod builder;
@@ -81,7 +81,7 @@ impl Machine {
             entered_guest_us: u64::try_from(entered).unwrap_or(u64::MAX),
             phases: Vec::new(),
             exits: shared.exits.by_frequency(),
-            devices: Vec::new(),
+            devices: self.devices.figures(),
             memory: self.elastic.status(&self.devices),
         }
     }
@@ -158,6 +158,14 @@ impl Machine {
     /// It is not possible; nothing is changed.
     pub fn set_balloon(&self, mib: u32) -> Result<(), ElasticError> {
         self.elastic.set_balloon(&self.devices, mib)
+    }
+
+    /// Limits what a device moves, from now on.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn set_rate_limit(&self, device: &LimitedDevice, limits: RateLimits) -> Result<(), AttachError> {
+        self.devices.set_rate_limit(device, limits)
     }
 
     /// The state of every virtio device by name, in bus order. The vCPUs are paused for it if they are not,

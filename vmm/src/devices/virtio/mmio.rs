@@ -25,6 +25,7 @@ use super::{
     },
     worker::{Port, status},
 };
+use crate::recorder::Rare;
 
 /// Bytes of address space that a device takes.
 pub const WINDOW: u64 = 0x1000;
@@ -306,6 +307,8 @@ impl MmioTransport {
         let ready = status::FEATURES_OK | status::DRIVER_OK | status::DEVICE_NEEDS_RESET | status::FAILED;
         if added & status::DRIVER_OK != 0 && old & ready == status::FEATURES_OK {
             self.activate();
+        } else {
+            self.port.place().rare(Rare::Status(value));
         }
     }
 
@@ -322,6 +325,7 @@ impl MmioTransport {
             .map(|queues| Activation { features: self.driver_features, queues, resources: self.resources() })
             .and_then(|activation| device.activate(activation));
         port.set_status(status::DRIVER_OK);
+        port.place().rare(Rare::Activated(self.driver_features));
         if let Err(error) = outcome {
             port.fail(&error);
         } else if self.config_seen.as_ref().is_some_and(|seen| *seen != config_of(&*device)) {
@@ -349,6 +353,7 @@ impl MmioTransport {
         let port = Arc::clone(&self.port);
         let mut device = port.device();
         device.reset();
+        port.count_reset();
         port.replace_status(0);
         port.interrupt().acknowledge(u32::MAX);
         self.driver_features = 0;

@@ -18,12 +18,12 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
 };
 
-use bulkhead_vmm_api::NetConfig;
+use bulkhead_vmm_api::{NetConfig, RateLimits, Traffic};
 use tap::{HEADER, Link, Offloads, Tap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
-    common::{self, TURN, Wake},
+    common::{self, TURN, Verdict, Wake},
     device::{
         Activation, DeviceError, DeviceType, GuestMemory, Resources, VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
@@ -31,6 +31,7 @@ use super::{
     iovec::IoVec,
     queue::{Buffers, Chain},
 };
+use crate::rate_limiter::{Direction, RateLimiter};
 use receive::{Layout, Receiver, Stopped};
 
 mod receive;
@@ -93,6 +94,7 @@ const STATE_VERSION: u32 = 1;
 /// Tokens in the device's epoll.
 const TOKEN_WAKE: u64 = 0;
 const TOKEN_LINK: u64 = 1;
+const TOKEN_LIMITER: u64 = 2;
 
 /// The device.
 pub struct Net {
@@ -105,19 +107,22 @@ pub struct Net {
     active: Option<Activation>,
     epoll: Epoll,
     wake: Wake,
+    limiter: RateLimiter,
 }
 
 impl Net {
     /// A device with its link down. A tap that the configuration names is attached by the caller.
     ///
     /// # Errors
-    /// The MTU is less than 68, or no epoll or eventfd could be made.
+    /// The MTU is less than 68, or no epoll, eventfd or timer could be made.
     pub fn new(config: &NetConfig) -> io::Result<Self> {
         if config.mtu < MIN_MTU {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "an MTU of less than 68"));
         }
-        let (epoll, wake) = (Epoll::new()?, Wake::new()?);
-        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, TOKEN_WAKE))?;
+        let (epoll, wake, limiter) = (Epoll::new()?, Wake::new()?, RateLimiter::new()?);
+        for (fd, token) in [(wake.as_raw_fd(), TOKEN_WAKE), (limiter.as_raw_fd(), TOKEN_LIMITER)] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))?;
+        }
         Ok(Self {
             mac: config.mac,
             mtu: config.mtu,
@@ -127,6 +132,7 @@ impl Net {
             active: None,
             epoll,
             wake,
+            limiter,
         })
     }
 
@@ -154,6 +160,12 @@ impl Net {
         self.readable = true;
         self.link_changed();
         Ok(())
+    }
+
+    /// Limits it from now on.
+    pub fn limit(&mut self, limits: RateLimits) {
+        self.limiter.set(limits);
+        self.wake.request();
     }
 
     /// The link may be another than the driver knows.
@@ -185,9 +197,11 @@ impl Net {
         let layout = layout(active.features, self.mtu);
         let Activation { queues, resources: Resources { memory, interrupt }, .. } = active;
         let Some(queue) = queues.get_mut(RX) else { return Ok(()) };
-        match self.receiver.receive(link.as_fd(), layout, (queue, RX), memory, interrupt)? {
+        let limiter = &mut self.limiter;
+        match self.receiver.receive(link.as_fd(), limiter, layout, (queue, RX), memory, interrupt)? {
             Stopped::NoFrame => self.readable = false,
             Stopped::NoBuffer => {}
+            Stopped::HeldBack => self.limiter.arm(),
             Stopped::TurnOver => self.wake.request(),
         }
         Ok(())
@@ -197,26 +211,37 @@ impl Net {
     fn transmit(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
         let link = self.link.as_deref();
-        common::take_turn(active, TX, TURN, &self.wake, |chain, memory| {
-            if let Some(link) = link {
-                send(chain, memory, link);
+        let limiter = &mut self.limiter;
+        let sent = common::take_turn(active, TX, TURN, &self.wake, |chain, memory| {
+            // What is dropped needs no limit.
+            let Some(link) = link else { return Verdict::Used(0) };
+            if !limiter.admit(Direction::Write) {
+                return Verdict::Waits;
             }
-            0
-        })
+            if let Some(length) = send(chain, memory, link) {
+                limiter.charge(Direction::Write, length);
+            }
+            Verdict::Used(0)
+        });
+        self.limiter.arm();
+        sent
     }
 }
 
-/// Sends one frame. What is malformed, or refused or not taken now by the link, is dropped as on any wire.
-fn send(chain: Chain<'_>, memory: &GuestMemory, link: &dyn Link) {
-    let Ok(buffers) = Buffers::of(chain) else { return };
+/// Sends one frame. What is malformed, or refused or not taken now by the link, is dropped as on any wire. Gives
+/// the length of what was handed to the link, without the header.
+fn send(chain: Chain<'_>, memory: &GuestMemory, link: &dyn Link) -> Option<u64> {
+    let buffers = Buffers::of(chain).ok()?;
     let length = buffers.readable_bytes();
     if length <= u64::from(HEADER) || length > LONGEST {
-        return;
+        return None;
     }
-    let Ok(mut frame) = IoVec::new(memory, &buffers.readable, 0, length) else { return };
-    if !frame.exceeds_one_call() {
-        let _ = frame.write(link.as_fd());
+    let mut frame = IoVec::new(memory, &buffers.readable, 0, length).ok()?;
+    if frame.exceeds_one_call() {
+        return None;
     }
+    let _ = frame.write(link.as_fd());
+    Some(length - u64::from(HEADER))
 }
 
 fn offloads(features: u64) -> Offloads {
@@ -264,6 +289,7 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.active = None;
         self.receiver = Receiver::default();
+        self.limiter.reset();
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
@@ -275,7 +301,7 @@ impl VirtioDevice for Net {
     }
 
     fn source_event(&mut self, _source: usize) -> Result<(), DeviceError> {
-        let mut events = [EpollEvent::default(); 2];
+        let mut events = [EpollEvent::default(); 3];
         let count = match self.epoll.wait(0, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
             Err(source) => return Err(DeviceError::Backend { context: "epoll", source }),
@@ -284,6 +310,10 @@ impl VirtioDevice for Net {
         for event in events.iter().take(count) {
             match event.data() {
                 TOKEN_LINK => self.readable = true,
+                TOKEN_LIMITER => {
+                    self.limiter.take();
+                    self.transmit()?;
+                }
                 _ => {
                     self.wake.take();
                     self.transmit()?;
@@ -291,6 +321,10 @@ impl VirtioDevice for Net {
             }
         }
         self.receive()
+    }
+
+    fn traffic(&self) -> Option<[Traffic; 2]> {
+        Some(self.limiter.traffic())
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
