@@ -16,7 +16,7 @@ use std::{
 };
 
 use bulkhead_vmm::{
-    config::{self, Config, Inherited},
+    config::{self, Config, Inherited, StartFiles},
     console::Console,
     machine::{builder, control, end::End, signals::Signals},
 };
@@ -81,9 +81,13 @@ struct Witness {
 fn machine(config: Config, started: Instant, witness: &mut Option<Witness>) -> Result<ExitReason, String> {
     let signals = Signals::block().map_err(|error| format!("signals: {error}"))?;
     let control = config.control.try_clone().map_err(|error| format!("control: {error}"))?;
+    let restored = matches!(config.start, StartFiles::Restore { .. });
     let machine = builder::build(config, started).map_err(|error| error.to_string())?;
     *witness = Some(Witness { console: Arc::clone(machine.console()), end: Arc::clone(machine.end()) });
-    machine.resume();
+    // One that is restored is to be given its disks and shares first.
+    if !restored {
+        machine.resume();
+    }
     let reason = control::serve(&machine, &control, &signals)
         .unwrap_or_else(|error| ExitReason::Kvm { message: format!("control socket: {error}") });
     machine.stop();

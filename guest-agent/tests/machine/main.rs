@@ -5,6 +5,7 @@
 //! container after the other: `cargo test -p bulkhead-agent --test machine [NAME]`.
 
 mod sandbox;
+mod snapshots;
 
 use std::{
     io::{Read, Write},
@@ -17,7 +18,7 @@ use bulkhead_agent_api::{
     Answer, Call, Create, Disk, ErrorKind, Event, Exit, InjectedFile, ProcessId, ProcessState, Rootfs, Stdio,
     StreamKind,
 };
-use sandbox::{DISK, DISK_SIZE, Machine, Needs, TAG};
+use sandbox::{DISK, DISK_SIZE, Machine, Needs, TAG, new_disk};
 use serde_json::{Value, json};
 
 const PIPES: Stdio = Stdio { terminal: false, size: None, stdin: false, stdout: true, stderr: true };
@@ -74,7 +75,7 @@ fn main() -> ExitCode {
     );
     // A create may come before its disk.
     let early = machine.send(create(&machine, "early", json!({})));
-    machine.attach_disk();
+    machine.vmm.attach_disk(&new_disk(directory.path()));
     machine.answer(early).expect("create");
     delete(&mut machine, "early");
     for (name, test) in TESTS {
@@ -88,6 +89,13 @@ fn main() -> ExitCode {
     assert_eq!(report.reason, bulkhead_vmm_api::ExitReason::PoweredOff, "{report:?}");
     println!("ok shut_down");
     check_disk(&directory.path().join("disk"));
+    for (name, test) in snapshots::TESTS {
+        if filter.as_ref().is_none_or(|filter| name.contains(filter.as_str())) {
+            let begun = Instant::now();
+            test(&needs);
+            println!("ok {name} ({:?})", begun.elapsed());
+        }
+    }
     ExitCode::SUCCESS
 }
 

@@ -1,8 +1,13 @@
 //! From a configuration to a machine that waits for [`Machine::resume`].
+//!
+//! ```text
+//!  kvm ─▶ memory: new, or the snapshot's ─▶ chips, devices ─▶ vCPUs ─┬▶ kernel loaded, vCPU 0 at its entry ─┬▶ workers,
+//!                                                                   └▶ saved state: vCPUs, chips, devices ─┘  threads
+//! ```
 
-use std::{io, sync::Arc, time::Instant};
+use std::{fs::File, io, ops::Range, sync::Arc, time::Instant};
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -14,19 +19,26 @@ use super::{
     end::End,
     hotplug::Hotplug,
     memory::{self, MemoryError},
+    phases::Phases,
+    snapshot::{
+        SavedMachine, SavedState,
+        format::FormatError,
+        image::{Image, ImageError, SavedRegion},
+    },
     vcpu::{Shared, Vcpus},
 };
 use crate::{
     arch::x86_64::{
         boot::{self, BootError},
         cpuid, layout, mptable, registers,
+        state::{Abilities, StateError},
     },
     bus::{Bus, RangeError},
     config::{Config, StartFiles},
     console::Console,
     devices::{
         i8042::{self, I8042},
-        serial::{self, SerialPort},
+        serial::{self, SavedSerial, SerialPort},
     },
     recorder::Recorder,
 };
@@ -61,58 +73,172 @@ pub enum BuildError {
     /// A table could not be written to guest memory.
     #[error("guest memory: {0}")]
     Tables(#[from] vm_memory::GuestMemoryError),
+    /// The state file is refused.
+    #[error("the state file {0}")]
+    State(#[from] FormatError),
+    /// The memory file is refused.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The state is of another VMM.
+    #[error("the machine was saved by version {saved} of the VMM, this is {}", SavedMachine::VMM)]
+    Vmm {
+        /// That VMM's version.
+        saved: String,
+    },
+    /// The machine had another number of vCPUs.
+    #[error("the machine had {saved} vCPUs, and is to have {configured}")]
+    Vcpus {
+        /// When it was saved.
+        saved: usize,
+        /// Now.
+        configured: u8,
+    },
+    /// The machine ran on another processor, or another version of KVM.
+    #[error("the machine was saved where CPUID tells guests something else")]
+    Processor,
+    /// KVM refuses the state of a vCPU or chip.
+    #[error("the saved state: {0}")]
+    Restore(#[from] StateError),
     /// The process has no descriptor or thread left.
     #[error("{0}")]
     Resources(#[from] io::Error),
 }
 
-/// Builds a machine; `started` is when the process began, for its counters.
+/// Builds a machine; `started` is when the process began, for its counters. One that is restored waits for
+/// what is to be attached, and so does not run before it is told to.
 ///
 /// # Errors
 /// The first step that fails.
 pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
+    let mut phases = Phases::new(started);
+    phases.end("configuration");
+    let start = Origin::of(config.start)?;
     let console = Arc::new(Console::new(config.console));
     let end = Arc::new(End::new(Arc::clone(&console), Recorder::new(started))?);
 
     let kvm = open_kvm()?;
     let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
-    let memory = memory::map(&layout::memory_ranges(config.memory))?;
-    memory::register(&vm, &memory)?;
-    let region = config.devices.region.clone();
-    let (all, hotplug) = match region {
-        Some(region) => {
-            let all = memory::with_region(&memory, &region)?;
-            let hotplug = Hotplug::new(&all, region)?;
-            (all, Some(hotplug))
+    let abilities = Abilities::of(&kvm, &vm)?;
+    let cpuids = cpuids(&kvm, config.vcpus)?;
+    let processor = cpuids.first().map(cpuid::fingerprint).unwrap_or_default();
+    phases.end("kvm");
+
+    let plugged = config.devices.region.clone();
+    let ranges = layout::memory_ranges(config.memory);
+    let memory = match &start {
+        Origin::Kernel { .. } => memory::map(&[ranges, plugged.iter().cloned().collect()].concat())?,
+        Origin::Saved { state, memory } => {
+            check_machine(state, config.vcpus, processor)?;
+            let saved = &state.machine.memory;
+            let wanted = with_plugged(ranges, plugged.as_ref(), saved);
+            let image = Image::new(memory, state.machine.id, saved, &wanted)?;
+            memory::restore(&image, plugged.as_ref())?
         }
-        None => (memory.clone(), None),
     };
+    let base = memory::without(&memory, plugged.as_ref())?;
+    memory::register(&vm, &base)?;
+    let hotplug = plugged.map(|plugged| Hotplug::new(&memory, plugged)).transpose()?;
+    let elastic = Elastic::new(config.memory, hotplug);
+    phases.end("memory");
+
     create_interrupt_controllers(&vm)?;
-
-    let ports = legacy_devices(&vm, &console, &end)?;
+    let (ports, serial) = legacy_devices(&vm, &console, &end, start.serial())?;
     let mut mmio = Bus::default();
-    let devices = DeviceSet::build(config.devices, &vm, &all, &mut mmio, &end)?;
+    let mut devices = DeviceSet::build(config.devices, &vm, &memory, &mut mmio, &end)?;
+    phases.end("devices");
 
-    let StartFiles::Boot { mut kernel, mut initramfs, cmdline } = config.start else {
-        return Err(io::Error::from(io::ErrorKind::Unsupported).into());
-    };
-    let cmdline = format!("{cmdline}{}", devices.kernel_parameters());
-    let entry = boot::load(&memory, &mut kernel, initramfs.as_mut(), cmdline.trim())?;
-    mptable::write(&memory, config.vcpus)?;
-    registers::write_tables(&memory)?;
-
-    let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
-    let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started));
+    let vcpus = create_vcpus(&vm, &cpuids)?;
+    match start {
+        Origin::Kernel { mut kernel, mut initramfs, cmdline } => {
+            let cmdline = format!("{cmdline}{}", devices.kernel_parameters());
+            let entry = boot::load(&base, &mut kernel, initramfs.as_mut(), cmdline.trim())?;
+            mptable::write(&base, config.vcpus)?;
+            registers::write_tables(&base)?;
+            phases.end("kernel");
+            vcpus.iter().zip(0..).try_for_each(|(vcpu, index)| power_on(vcpu, index, entry))?;
+        }
+        Origin::Saved { state, .. } => {
+            for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+                saved.restore(vcpu, &abilities)?;
+            }
+            state.chips.restore(&vm)?;
+            phases.end("state");
+            // Last, since they raise the interrupts that were pending.
+            devices.restore(&state.devices)?;
+            elastic.restore(&vm, &devices)?;
+        }
+    }
+    devices.start()?;
+    let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started, abilities));
     let vcpus = Vcpus::start(shared, vcpus)?;
+    phases.end("ready");
     Ok(Machine {
         name: config.name,
         console,
         end,
         vcpus,
         devices,
-        elastic: Elastic::new(config.memory, hotplug),
+        serial,
+        memory,
+        elastic,
+        processor,
+        phases,
         vm,
     })
+}
+
+/// `ranges`, and what a saved machine has of the region in which memory is plugged: as much as was usable.
+fn with_plugged(
+    mut ranges: Vec<Range<u64>>,
+    plugged: Option<&Range<u64>>,
+    saved: &[SavedRegion],
+) -> Vec<Range<u64>> {
+    if let (Some(plugged), Some(last)) = (plugged, saved.get(ranges.len()))
+        && last.addresses.start == plugged.start
+        && last.addresses.end <= plugged.end
+    {
+        ranges.push(last.addresses.clone());
+    }
+    ranges
+}
+
+/// [`StartFiles`], with a saved state read.
+enum Origin {
+    Kernel { kernel: File, initramfs: Option<File>, cmdline: String },
+    Saved { state: Box<SavedState>, memory: File },
+}
+
+impl Origin {
+    fn of(start: StartFiles) -> Result<Self, FormatError> {
+        Ok(match start {
+            StartFiles::Boot { kernel, initramfs, cmdline } => Self::Kernel { kernel, initramfs, cmdline },
+            StartFiles::Restore { state, memory } => {
+                Self::Saved { state: Box::new(SavedState::read(&state)?), memory }
+            }
+        })
+    }
+
+    fn serial(&self) -> Option<&SavedSerial> {
+        match self {
+            Self::Kernel { .. } => None,
+            Self::Saved { state, .. } => Some(&state.serial),
+        }
+    }
+}
+
+/// Whether a saved machine can go on here, memory and devices aside.
+fn check_machine(saved: &SavedState, vcpus: u8, processor: [u8; 32]) -> Result<(), BuildError> {
+    let SavedMachine { vmm, vcpus: had, processor: of, .. } = &saved.machine;
+    if vmm != SavedMachine::VMM {
+        return Err(BuildError::Vmm { saved: vmm.clone() });
+    }
+    if *had != vcpus || saved.vcpus.len() != usize::from(vcpus) {
+        return Err(BuildError::Vcpus { saved: saved.vcpus.len(), configured: vcpus });
+    }
+    if *of != processor {
+        return Err(BuildError::Processor);
+    }
+    Ok(())
 }
 
 fn open_kvm() -> Result<Kvm, BuildError> {
@@ -146,38 +272,55 @@ fn create_interrupt_controllers(vm: &VmFd) -> Result<(), KvmError> {
     vm.create_pit2(pit).map_err(KvmError::of("KVM_CREATE_PIT2"))
 }
 
-fn legacy_devices(vm: &VmFd, console: &Arc<Console>, end: &Arc<End>) -> Result<Bus, BuildError> {
+fn legacy_devices(
+    vm: &VmFd,
+    console: &Arc<Console>,
+    end: &Arc<End>,
+    saved: Option<&SavedSerial>,
+) -> Result<(Bus, Arc<SerialPort>), BuildError> {
     let mut ports = Bus::default();
     let irqfd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     vm.register_irqfd(&irqfd, serial::IRQ).map_err(KvmError::of("KVM_IRQFD"))?;
-    let serial = SerialPort::new(irqfd, Arc::clone(console));
-    ports.insert(serial::PORT, serial::PORTS, Arc::new(serial))?;
+    let serial = Arc::new(match saved {
+        None => SerialPort::new(irqfd, Arc::clone(console)),
+        Some(saved) => SerialPort::restore(saved, irqfd, Arc::clone(console))?,
+    });
+    ports.insert(serial::PORT, serial::PORTS, Arc::<SerialPort>::clone(&serial))?;
     let end = Arc::clone(end);
     ports.insert(i8042::PORT, i8042::PORTS, Arc::new(I8042::new(move || end.guest_reset())))?;
-    Ok(ports)
+    Ok((ports, serial))
 }
 
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: GuestAddress) -> Result<Vec<VcpuFd>, KvmError> {
+/// What CPUID tells each vCPU.
+fn cpuids(kvm: &Kvm, count: u8) -> Result<Vec<CpuId>, KvmError> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID"))?;
     let tsc_deadline = kvm.check_extension_raw(CAP_TSC_DEADLINE) > 0;
-    let create = |index: u8| {
-        let vcpu = vm.create_vcpu(u64::from(index)).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
-        let cpuid = cpuid::for_vcpu(&supported, index, count, tsc_deadline);
-        vcpu.set_cpuid2(&cpuid).map_err(KvmError::of("KVM_SET_CPUID2"))?;
-        set_msrs(&vcpu)?;
-        vcpu.set_fpu(&registers::fpu()).map_err(KvmError::of("KVM_SET_FPU"))?;
-        let mut lapic = vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
-        registers::wire_lapic(&mut lapic);
-        vcpu.set_lapic(&lapic).map_err(KvmError::of("KVM_SET_LAPIC"))?;
-        if index == 0 {
-            let sregs = vcpu.get_sregs().map_err(KvmError::of("KVM_GET_SREGS"))?;
-            vcpu.set_sregs(&registers::special(sregs)).map_err(KvmError::of("KVM_SET_SREGS"))?;
-            vcpu.set_regs(&registers::general(entry)).map_err(KvmError::of("KVM_SET_REGS"))?;
-        }
+    Ok((0..count).map(|index| cpuid::for_vcpu(&supported, index, count, tsc_deadline)).collect())
+}
+
+fn create_vcpus(vm: &VmFd, cpuids: &[CpuId]) -> Result<Vec<VcpuFd>, KvmError> {
+    let create = |(index, cpuid): (u64, &CpuId)| {
+        let vcpu = vm.create_vcpu(index).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(cpuid).map_err(KvmError::of("KVM_SET_CPUID2"))?;
         Ok(vcpu)
     };
-    (0..count).map(create).collect()
+    (0..).zip(cpuids).map(create).collect()
+}
+
+/// Brings a vCPU to the state in which the kernel expects it.
+fn power_on(vcpu: &VcpuFd, index: u8, entry: GuestAddress) -> Result<(), KvmError> {
+    set_msrs(vcpu)?;
+    vcpu.set_fpu(&registers::fpu()).map_err(KvmError::of("KVM_SET_FPU"))?;
+    let mut lapic = vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
+    registers::wire_lapic(&mut lapic);
+    vcpu.set_lapic(&lapic).map_err(KvmError::of("KVM_SET_LAPIC"))?;
+    if index == 0 {
+        let sregs = vcpu.get_sregs().map_err(KvmError::of("KVM_GET_SREGS"))?;
+        vcpu.set_sregs(&registers::special(sregs)).map_err(KvmError::of("KVM_SET_SREGS"))?;
+        vcpu.set_regs(&registers::general(entry)).map_err(KvmError::of("KVM_SET_REGS"))?;
+    }
+    Ok(())
 }
 
 fn set_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {

@@ -20,7 +20,9 @@ use rustix::{
     },
 };
 
-use super::{Machine, devices::AttachError, elastic::ElasticError, signals::Signals};
+use super::{
+    Machine, devices::AttachError, elastic::ElasticError, signals::Signals, snapshot::SnapshotError,
+};
 use crate::recorder::Rare;
 
 /// Clients at a time; more wait in the socket's backlog.
@@ -133,8 +135,8 @@ fn receive(client: BorrowedFd<'_>) -> io::Result<Option<Message>> {
 enum RequestError {
     #[error("the request needs {wanted} file descriptors, {found} came with it")]
     Descriptors { wanted: usize, found: usize },
-    #[error("a machine cannot be saved yet")]
-    Snapshot,
+    #[error("the machine was not saved: {0}")]
+    Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Attach(#[from] AttachError),
     #[error(transparent)]
@@ -191,7 +193,10 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         Request::Recent => return Ok(Response::Recent { events: machine.end().recorder().recent() }),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
-        Request::Snapshot => return Err(RequestError::Snapshot),
+        Request::Snapshot => {
+            let (state, memory) = fds.next().zip(fds.next()).ok_or(error)?;
+            machine.snapshot(state.into(), &memory.into())?;
+        }
         Request::Kill => machine.end().report(ExitReason::Killed),
     }
     Ok(Response::Ok)

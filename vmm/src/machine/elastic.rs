@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use bulkhead_vmm_api::{MEMORY_BLOCK_MIB, MemoryStatus};
 use kvm_ioctls::VmFd;
 
-use super::{KvmError, devices::DeviceSet, hotplug::Hotplug};
+use super::{KvmError, devices::DeviceSet, hotplug::Hotplug, snapshot::image::Extent};
+use crate::arch::x86_64::layout;
 
 const MIB: u64 = 1 << 20;
 const PAGES_PER_MIB: u32 = 256;
@@ -55,6 +56,20 @@ impl Elastic {
             (Some(hotplug), Some(mem)) => lock(hotplug).cover(vm, mem.usable()),
             _ => Ok(()),
         }
+    }
+
+    /// What of the guest's memory is to be saved: what it booted with, and what is plugged.
+    #[must_use]
+    pub fn extents(&self, devices: &DeviceSet) -> Vec<Extent> {
+        let mut extents: Vec<_> = layout::memory_ranges(self.base).into_iter().map(Extent::whole).collect();
+        if let (Some(hotplug), Some(mem)) = (&self.hotplug, devices.mem())
+            && mem.usable() > 0
+        {
+            let start = lock(hotplug).start();
+            let content = mem.plugged_ranges().collect();
+            extents.push(Extent { addresses: start..start + mem.usable(), content });
+        }
+        extents
     }
 
     /// Asks the guest to have this much plugged in all.

@@ -54,6 +54,12 @@ impl Hotplug {
         Ok(Self { host: mapped.as_ptr() as u64, region, covered: 0, next_slot: FIRST_SLOT })
     }
 
+    /// Its first guest address.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        self.region.start
+    }
+
     /// Its size in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {

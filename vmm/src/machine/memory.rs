@@ -1,17 +1,25 @@
-//! Guest memory: anonymous, private, in huge pages where the host has them.
+//! Guest memory: private, anonymous, in huge pages where the host has them; or what a snapshot holds, mapped
+//! from its memory file.
 //!
 //! A boot touches most of its memory once, and each 4 KiB page touched is an exit and a fault on the host;
 //! with 2 MiB pages that is a quarter of the boot gone. For that a mapping must begin at a 2 MiB boundary,
 //! which mmap does not promise.
+//!
+//! A restored machine reads the pages of the file that the host has cached, as do all others that were
+//! restored from it, and gets a page of its own where it writes. It gets no huge pages: each would be 2 MiB
+//! of its own for a few bytes written.
 
-use std::{io, ops::Range, sync::Arc};
+use std::{fs::File, io, ops::Range};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, mmap::MmapRegionError};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
+    mmap::MmapRegionError,
+};
 
-use super::KvmError;
+use super::{KvmError, snapshot::image::Image};
 use crate::devices::virtio::device::GuestMemory;
 
 const HUGE_PAGE: usize = 2 << 20;
@@ -39,24 +47,77 @@ pub enum MemoryError {
 /// # Errors
 /// See [`MemoryError`].
 pub fn map(ranges: &[Range<u64>]) -> Result<GuestMemory, MemoryError> {
-    let regions = ranges.iter().map(region).collect::<Result<_, _>>()?;
+    let regions =
+        ranges.iter().map(|range| region(range, Advice::LinuxHugepage)).collect::<Result<_, _>>()?;
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
 }
 
-fn region(range: &Range<u64>) -> Result<GuestRegionMmap, MemoryError> {
+/// Maps guest memory as a snapshot has it. `plugged` is the region in which memory is plugged: the snapshot has
+/// as much of it as was usable.
+///
+/// # Errors
+/// See [`MemoryError`].
+pub fn restore(image: &Image<'_>, plugged: Option<&Range<u64>>) -> Result<GuestMemory, MemoryError> {
+    let is_plugged = |range: &Range<u64>| plugged.is_some_and(|plugged| plugged.start == range.start);
+    let mut regions = Vec::new();
+    let mut base = 0;
+    for saved in image.regions {
+        let (range, huge) = match plugged {
+            Some(plugged) if is_plugged(&saved.addresses) => (plugged, Advice::LinuxHugepage),
+            _ => (&saved.addresses, Advice::LinuxNoHugepage),
+        };
+        let region = region(range, huge)?;
+        for run in &saved.runs {
+            let size = run.end - run.start;
+            let error = |source| MemoryError::Map { size, source };
+            let offset = MemoryRegionAddress(run.start);
+            let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
+            let target =
+                region.get_host_address(offset).map_err(|_| error(io::ErrorKind::InvalidInput.into()))?;
+            if run.end > region.len() {
+                return Err(error(io::ErrorKind::InvalidInput.into()));
+            }
+            map_file(target, bytes, image.file, base + run.start).map_err(error)?;
+        }
+        base += saved.size();
+        regions.push(region);
+    }
+    if let Some(plugged) = plugged
+        && !image.regions.iter().any(|saved| is_plugged(&saved.addresses))
+    {
+        regions.push(region(plugged, Advice::LinuxHugepage)?);
+    }
+    GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+/// The memory without the region in which more is plugged: what a guest boots with.
+///
+/// # Errors
+/// There is no such region.
+pub fn without(memory: &GuestMemory, plugged: Option<&Range<u64>>) -> Result<GuestMemory, MemoryError> {
+    let Some(Range { start, end }) = plugged else { return Ok(memory.clone()) };
+    memory
+        .remove_region(GuestAddress(*start), end - start)
+        .map(|(rest, _)| rest)
+        .map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+fn region(range: &Range<u64>, huge: Advice) -> Result<GuestRegionMmap, MemoryError> {
     let size = range.end - range.start;
     let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
-    let mapping = map_region(bytes).map_err(|source| MemoryError::Map { size, source })?;
+    let mapping = map_region(bytes, huge).map_err(|source| MemoryError::Map { size, source })?;
     GuestRegionMmap::new(mapping, GuestAddress(range.start))
         .ok_or_else(|| MemoryError::Layout("the address space is too small".to_owned()))
 }
 
-/// The same memory with one more range, in which memory is plugged later.
-///
-/// # Errors
-/// See [`MemoryError`].
-pub fn with_region(memory: &GuestMemory, range: &Range<u64>) -> Result<GuestMemory, MemoryError> {
-    memory.insert_region(Arc::new(region(range)?)).map_err(|error| MemoryError::Layout(error.to_string()))
+/// Puts a part of a file, copied where it is written to, in place of guest memory that nobody uses yet.
+fn map_file(target: *mut u8, size: usize, file: &File, offset: u64) -> io::Result<()> {
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    // SAFETY: [target, target + size) lies in a region of guest memory, as the callers checked, which is
+    // mapped for the process's life and to which nothing refers but as guest memory, through raw pointers:
+    // whatever is mapped there is only bytes.
+    unsafe { mmap(target.cast(), size, protection, flags | MapFlags::FIXED, file, offset) }?;
+    Ok(())
 }
 
 /// Gives the memory to KVM: slot numbers are the regions' indices.
@@ -81,7 +142,7 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
 
 /// Maps `size` bytes at a huge page's boundary. The mapping is never unmapped: devices and KVM use it until
 /// the process, which is one machine, ends.
-fn map_region(size: usize) -> io::Result<MmapRegion> {
+fn map_region(size: usize, huge: Advice) -> io::Result<MmapRegion> {
     let reserved = size.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::InvalidInput)?;
     let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
     // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
@@ -101,7 +162,7 @@ fn map_region(size: usize) -> io::Result<MmapRegion> {
     }
     // SAFETY: the range is the mapping just made; advice does not change its content. A kernel without huge
     // pages refuses it, and then there are none.
-    let _ = unsafe { madvise(start, size, Advice::LinuxHugepage) };
+    let _ = unsafe { madvise(start, size, huge) };
     // SAFETY: the range is mapped readable and writable, and stays so until the process ends.
     unsafe {
         MmapRegion::build_raw(

@@ -19,17 +19,21 @@ pub mod elastic;
 pub mod end;
 pub mod hotplug;
 pub mod memory;
+pub mod phases;
 pub mod signals;
+pub mod snapshot;
 pub mod vcpu;
 
 use devices::{AttachError, DeviceSet};
 use elastic::{Elastic, ElasticError};
 use end::End;
+use phases::Phases;
+use snapshot::SnapshotError;
 use vcpu::Vcpus;
 
 use crate::{
     console::Console,
-    devices::virtio::{device::DeviceError, mmio::SavedTransport},
+    devices::{serial::SerialPort, virtio::device::GuestMemory},
 };
 
 /// A KVM operation failed.
@@ -55,6 +59,11 @@ pub struct Machine {
     vcpus: Vcpus,
     devices: DeviceSet,
     elastic: Elastic,
+    serial: Arc<SerialPort>,
+    memory: GuestMemory,
+    /// [`crate::arch::x86_64::cpuid::fingerprint`].
+    processor: [u8; 32],
+    phases: Phases,
     /// Keeps memory slots, interrupt lines and ioeventfds; dropped last.
     vm: VmFd,
 }
@@ -79,7 +88,7 @@ impl Machine {
             name: self.name.clone(),
             paused: self.vcpus.paused(),
             entered_guest_us: u64::try_from(entered).unwrap_or(u64::MAX),
-            phases: Vec::new(),
+            phases: self.phases.list(),
             exits: shared.exits.by_frequency(),
             devices: self.devices.figures(),
             memory: self.elastic.status(&self.devices),
@@ -168,14 +177,12 @@ impl Machine {
         self.devices.set_rate_limit(device, limits)
     }
 
-    /// The state of every virtio device by name, in bus order. The vCPUs are paused for it if they are not,
-    /// and stay so.
+    /// Saves the machine, which is paused and stays so.
     ///
     /// # Errors
-    /// A device is in a state that cannot be saved.
-    pub fn save_devices(&self) -> Result<Vec<(String, SavedTransport)>, DeviceError> {
-        self.pause();
-        self.devices.save()
+    /// See [`SnapshotError`].
+    pub fn snapshot(&self, state: File, memory: &File) -> Result<(), SnapshotError> {
+        snapshot::save(self, state, memory)
     }
 
     /// Ends the machine: the vCPUs first, then the devices, which handle what was kicked before. So nothing

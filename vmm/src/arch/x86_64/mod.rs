@@ -15,3 +15,4 @@ pub mod cpuid;
 pub mod layout;
 pub mod mptable;
 pub mod registers;
+pub mod state;

@@ -370,7 +370,14 @@ impl MmioTransport {
     /// # Errors
     /// The device cannot be saved now.
     pub fn save(&self) -> Result<SavedTransport, DeviceError> {
-        let device = self.port.device();
+        self.save_locked(&*self.port.device())
+    }
+
+    /// [`MmioTransport::save`] where the device is locked already.
+    ///
+    /// # Errors
+    /// The device cannot be saved now.
+    pub fn save_locked(&self, device: &dyn VirtioDevice) -> Result<SavedTransport, DeviceError> {
         Ok(SavedTransport {
             device_type: device.device_type() as u32,
             status: self.port.status(),
