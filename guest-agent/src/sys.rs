@@ -8,8 +8,6 @@ use std::{
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use crate::seccomp::Instruction;
-
 /// A started child.
 #[derive(Debug)]
 pub struct Child {
@@ -133,26 +131,6 @@ pub fn mount_setattr(fd: impl AsFd, path: &CStr, recursive: bool, set: u64, clea
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )
-    })?;
-    Ok(())
-}
-
-/// Installs a seccomp filter on this thread, for good.
-///
-/// # Errors
-/// EACCES without CAP_SYS_ADMIN or no_new_privs, EINVAL for a program that the kernel rejects.
-pub fn install_seccomp(program: &[Instruction], flags: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Program {
-        length: u16,
-        instructions: *const Instruction,
-    }
-    let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let program = Program { length, instructions: program.as_ptr() };
-    // SAFETY: Program is `struct sock_fprog`, Instruction `struct sock_filter`; length counts what the
-    // pointer leads to.
-    check(unsafe {
-        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
     })?;
     Ok(())
 }

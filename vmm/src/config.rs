@@ -15,7 +15,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FdNumber, FsConfig, MEMORY_BLOCK_MIB, NetConfig, Start, VERSION, VmConfig,
+    BlockConfig, DeviceConfig, FdNumber, FsConfig, Jail, MEMORY_BLOCK_MIB, NetConfig, Start, VERSION,
+    VmConfig,
 };
 use rustix::{
     fs::{FileType, OFlags, fcntl_getfl, fstat},
@@ -82,6 +83,10 @@ pub struct Config {
     pub start: StartFiles,
     /// [`VmConfig::control`].
     pub control: OwnedFd,
+    /// [`VmConfig::kvm`].
+    pub kvm: OwnedFd,
+    /// [`VmConfig::jail`].
+    pub jail: Jail,
     /// [`VmConfig::console`].
     pub console: Option<File>,
     /// [`VmConfig::devices`].
@@ -246,9 +251,20 @@ pub fn check(config: VmConfig, inherited: &mut Inherited) -> Result<Config, Conf
         memory,
         start,
         control: inherited.take_listener("control", config.control, SocketType::SEQPACKET)?,
+        kvm: take_kvm(config.kvm, inherited)?,
+        jail: config.jail,
         console,
         devices: check_devices(config.devices, memory, inherited)?,
     })
+}
+
+/// Any character device passes: that it is KVM's is found out by its API version.
+fn take_kvm(number: FdNumber, inherited: &mut Inherited) -> Result<OwnedFd, ConfigError> {
+    let kvm = inherited.take("kvm", number)?;
+    match fstat(&kvm).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+        Ok(FileType::CharacterDevice) if writable(kvm.as_fd()) => Ok(kvm),
+        _ => Err(descriptor_error("kvm", number, "is not a writable character device")),
+    }
 }
 
 fn take_start(start: Start, inherited: &mut Inherited) -> Result<StartFiles, ConfigError> {

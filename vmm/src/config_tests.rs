@@ -9,6 +9,10 @@ fn file() -> FdNumber {
     tempfile::tempfile().unwrap().into_raw_fd()
 }
 
+fn device() -> FdNumber {
+    File::options().read(true).write(true).open("/dev/null").unwrap().into_raw_fd()
+}
+
 fn listener(kind: SocketType) -> FdNumber {
     let directory = tempfile::tempdir().unwrap();
     let fd = socket(AddressFamily::UNIX, kind, None).unwrap();
@@ -30,6 +34,8 @@ fn valid() -> VmConfig {
         start: boot(file(), Some(file())),
         control: listener(SocketType::SEQPACKET),
         report: file(),
+        kvm: device(),
+        jail: Jail::Process,
         console: None,
         devices: DeviceConfig {
             block: vec![BlockConfig { id: "root".to_owned() }],
@@ -73,7 +79,7 @@ fn a_valid_configuration_is_taken() {
 #[test]
 fn values_outside_the_contract_are_refused() {
     for (field, change) in [
-        ("version", (|c| c.version = 1) as fn(&mut VmConfig)),
+        ("version", (|c| c.version = VERSION + 1) as fn(&mut VmConfig)),
         ("memory.region_mib", |c| c.devices.memory = Some(MemoryDeviceConfig { region_mib: 0 })),
         ("memory.region_mib", |c| c.devices.memory = Some(MemoryDeviceConfig { region_mib: 129 })),
         ("memory.region_mib", |c| c.devices.memory = Some(MemoryDeviceConfig { region_mib: u32::MAX - 1 })),
@@ -116,6 +122,7 @@ fn descriptors_of_the_wrong_kind_are_refused() {
         })
         .contains("not empty")
     );
+    assert!(refused(|c| c.kvm = file()).contains("character device"));
     assert!(refused(|c| c.report = File::open("/proc/self/exe").unwrap().into_raw_fd()).contains("writable"));
 }
 

@@ -78,6 +78,8 @@ pub struct VmDefaults {
     pub kernel: PathBuf,
     /// The initramfs with the guest agent.
     pub initramfs: PathBuf,
+    /// KVM's device.
+    pub kvm: PathBuf,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Number of vCPUs.
@@ -199,6 +201,7 @@ impl Config {
                 vmm: options.vmm.unwrap_or_else(default_vmm),
                 kernel: options.kernel.unwrap_or_else(|| "/usr/lib/bulkhead/vmlinux".into()),
                 initramfs: options.initramfs.unwrap_or_else(|| "/usr/lib/bulkhead/initramfs.cpio".into()),
+                kvm: "/dev/kvm".into(),
                 memory_mib: range("default-memory-mib", options.default_memory_mib, 512, 64..=1 << 20)?,
                 vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), 1, 1..=64)?
                     .try_into()

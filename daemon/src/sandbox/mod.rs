@@ -36,7 +36,11 @@ use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
 pub(crate) use stream::{InputStream, OutputStream};
-pub use vmm::{Death, control::ControlError};
+pub use vmm::{
+    Death,
+    cgroup::{Cgroup, CgroupError, HostLimits},
+    control::ControlError,
+};
 
 use agent::Agent;
 use dir::{IDENTITY, SandboxDir};
@@ -77,6 +81,10 @@ pub struct SandboxSpec {
     pub disk: File,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// `/dev/kvm`.
+    pub kvm: PathBuf,
+    /// What the VMM may use of the host.
+    pub limits: HostLimits,
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.

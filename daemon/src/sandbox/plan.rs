@@ -65,6 +65,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
             initramfs: open("the initramfs", &spec.initramfs)?,
             cmdline: spec.cmdline.clone(),
         },
+        kvm: open_kvm(&spec.kvm)?,
         devices: devices(),
     };
     let process = spawn(&dir, launch)
@@ -119,6 +120,11 @@ fn devices() -> DeviceConfig {
 
 fn open(what: &str, path: &Path) -> Result<File, BootError> {
     File::open(path).map_err(|e| BootError::io(&format!("cannot open {what} {}", path.display()), e))
+}
+
+fn open_kvm(path: &Path) -> Result<File, BootError> {
+    let opened = File::options().read(true).write(true).open(path);
+    opened.map_err(|e| BootError::io(&format!("cannot open {}", path.display()), e))
 }
 
 async fn attach(
@@ -186,7 +192,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::sandbox::{dir::IDENTITY, vmm::process::read_identity};
+    use crate::sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity};
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
         let file = base.join("vmm");
@@ -203,6 +209,8 @@ mod tests {
             cmdline: String::new(),
             disk: File::open("/dev/null").unwrap(),
             layers: vec![],
+            kvm: "/dev/null".into(),
+            limits: HostLimits::default(),
         }
     }
 

@@ -89,6 +89,8 @@ impl Vmm {
         let open = |path: &Path| OwnedFd::from(File::open(path).expect("open"));
         let report: OwnedFd = File::create(directory.join("report")).expect("report").into();
         let console: OwnedFd = File::create(directory.join("console")).expect("console").into();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm");
+        let kvm: OwnedFd = kvm.into();
         let number = |fd: &OwnedFd| {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).expect("inherit");
             fd.as_raw_fd()
@@ -113,6 +115,8 @@ impl Vmm {
             start,
             control: number(&control),
             report: number(&report),
+            kvm: number(&kvm),
+            jail: vmm::Jail::Process,
             console: Some(number(&console)),
             devices: vmm::DeviceConfig {
                 block: vec![vmm::BlockConfig { id: DISK.into() }],

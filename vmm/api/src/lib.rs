@@ -46,11 +46,27 @@ pub struct VmConfig {
     pub control: FdNumber,
     /// A writable, empty regular file; the last thing the VMM does is to write one [`Report`] to it.
     pub report: FdNumber,
+    /// `/dev/kvm`, open for reading and writing: the VMM opens no path, not even this one.
+    pub kvm: FdNumber,
+    /// How the process confines itself before the guest runs.
+    pub jail: Jail,
     /// A writable file or pipe for every byte of the guest's console; capped by the VMM at 1 MiB. None:
     /// only the tail is kept.
     pub console: Option<FdNumber>,
     /// The devices, fixed for the machine's life.
     pub devices: DeviceConfig,
+}
+
+/// How far a VMM is confined. Either way each of its threads runs under its own system call filter, and what
+/// fails of it ends the machine before it has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Jail {
+    /// The process was started under a user id and in namespaces of its own, with the capabilities of its own
+    /// user namespace. It makes its root an empty directory and gives all of them up.
+    Full,
+    /// It was not, since nobody with the right to do so started it: only what needs no privilege is done.
+    Process,
 }
 
 /// How a machine begins.

@@ -5,7 +5,14 @@
 //!                                                                   └▶ saved state: vCPUs, chips, devices ─┘  threads
 //! ```
 
-use std::{fs::File, io, ops::Range, sync::Arc, time::Instant};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    sync::Arc,
+    time::Instant,
+};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -49,9 +56,9 @@ const CAP_TSC_DEADLINE: std::ffi::c_ulong = 72;
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// /dev/kvm cannot be opened or has another API version.
-    #[error("/dev/kvm: {0}")]
-    Open(String),
+    /// The descriptor is not KVM's, or KVM has another API version.
+    #[error("/dev/kvm: API version {0}")]
+    Version(i32),
     /// The host's KVM lacks something.
     #[error("KVM has no {0:?}")]
     Capability(Cap),
@@ -116,7 +123,7 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     let console = Arc::new(Console::new(config.console));
     let end = Arc::new(End::new(Arc::clone(&console), Recorder::new(started))?);
 
-    let kvm = open_kvm()?;
+    let kvm = check_kvm(config.kvm)?;
     let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
     let abilities = Abilities::of(&kvm, &vm)?;
     let cpuids = cpuids(&kvm, config.vcpus)?;
@@ -241,11 +248,13 @@ fn check_machine(saved: &SavedState, vcpus: u8, processor: [u8; 32]) -> Result<(
     Ok(())
 }
 
-fn open_kvm() -> Result<Kvm, BuildError> {
-    let kvm = Kvm::new().map_err(|error| BuildError::Open(error.to_string()))?;
+/// KVM by its descriptor, after a look at what it can do.
+fn check_kvm(kvm: OwnedFd) -> Result<Kvm, BuildError> {
+    // SAFETY: the descriptor is open, and this is its only owner.
+    let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
     let version = kvm.get_api_version();
     if version != i32::try_from(kvm_bindings::KVM_API_VERSION).unwrap_or(-1) {
-        return Err(BuildError::Open(format!("API version {version}")));
+        return Err(BuildError::Version(version));
     }
     for capability in [
         Cap::UserMemory,

@@ -22,7 +22,7 @@ use crate::{
         Error, Shared,
         logs::{Durable, Log, Stream},
     },
-    sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
+    sandbox::{self, AdoptError, BootError, CallError, DISK, HostLimits, Sandbox, SandboxSpec, TAG},
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
@@ -164,6 +164,8 @@ fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> 
         cmdline: CMDLINE.into(),
         disk,
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        kvm: vm.kvm.clone(),
+        limits: HostLimits::default(),
     })
 }
 

@@ -1,5 +1,6 @@
 //! The VMM process of one sandbox: spawn it, know it again, ask it, hear of its end.
 
+pub(super) mod cgroup;
 pub(super) mod control;
 pub(super) mod process;
 pub(super) mod spawn;

@@ -11,7 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use bulkhead_vmm_api::{DeviceConfig, Start, VERSION, VmConfig};
+use bulkhead_vmm_api::{DeviceConfig, Jail, Start, VERSION, VmConfig};
 use rustix::{
     fs::{MemfdFlags, SealFlags},
     net::SocketType,
@@ -29,6 +29,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u32,
     pub(crate) start: StartFiles,
+    /// `/dev/kvm`.
+    pub(crate) kvm: File,
     /// With the listener's number still to be filled in.
     pub(crate) devices: DeviceConfig,
 }
@@ -85,6 +87,8 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
         start,
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
+        kvm: launch.kvm.as_raw_fd(),
+        jail: Jail::Process,
         console: None,
         devices,
     };
@@ -93,8 +97,15 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
     let mut command = Command::new(launch.program);
     command.arg("--config-fd").arg(config.as_raw_fd().to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).env_clear();
-    let inherited =
-        [config.as_raw_fd(), first, second, control.as_raw_fd(), report.as_raw_fd(), vsock.as_raw_fd()];
+    let inherited = [
+        config.as_raw_fd(),
+        first,
+        second,
+        launch.kvm.as_raw_fd(),
+        control.as_raw_fd(),
+        report.as_raw_fd(),
+        vsock.as_raw_fd(),
+    ];
     let identity_fd = identity.as_raw_fd();
     // SAFETY: between fork and exec the closure makes only async-signal-safe system calls (see
     // `in_the_child`), allocates nothing and takes no lock; the descriptors it names are open in this
@@ -189,6 +200,7 @@ exit 3
             vcpus: 1,
             memory_mib: 128,
             start: StartFiles::Boot { kernel: empty(), initramfs: empty(), cmdline: "quiet".into() },
+            kvm: empty(),
             devices: DeviceConfig {
                 vsock: Some(VsockConfig { cid: 3, listener: -1 }),
                 ..DeviceConfig::default()
@@ -230,6 +242,7 @@ exit 3
             vcpus: 1,
             memory_mib: 128,
             start: StartFiles::Boot { kernel: empty(), initramfs: empty(), cmdline: String::new() },
+            kvm: empty(),
             devices: DeviceConfig::default(),
         };
         assert_eq!(spawn(&dir, launch).unwrap_err().kind(), io::ErrorKind::NotFound);

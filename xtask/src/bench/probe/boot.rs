@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bulkhead_agent_api::CONTROL_PORT;
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Start, VERSION, VmConfig, VsockConfig};
+use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Jail, Start, VERSION, VmConfig, VsockConfig};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -124,6 +124,7 @@ fn bulkhead(bundle: &Path, initramfs: &Path, dir: &Path, mut devices: DeviceConf
         device.listener = vsock.as_raw_fd();
     }
     let report = File::create(dir.join("report"))?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm").context("open /dev/kvm")?;
     let (console, guest_console) = io::pipe()?;
     let config = VmConfig {
         version: VERSION,
@@ -137,6 +138,8 @@ fn bulkhead(bundle: &Path, initramfs: &Path, dir: &Path, mut devices: DeviceConf
         },
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
+        kvm: kvm.as_raw_fd(),
+        jail: Jail::Process,
         console: Some(guest_console.as_raw_fd()),
         devices,
     };
@@ -149,6 +152,7 @@ fn bulkhead(bundle: &Path, initramfs: &Path, dir: &Path, mut devices: DeviceConf
         control.as_fd(),
         vsock.as_fd(),
         report.as_fd(),
+        kvm.as_fd(),
         guest_console.as_fd(),
         config_file.as_fd(),
     ] {

@@ -1,0 +1,14 @@
+//! virtio-blk's worker.
+
+use libc::*;
+
+use super::call::{Call, call};
+
+pub(super) const CALLS: &[Call] = &[
+    call(SYS_epoll_wait, "waits for kicks"),
+    call(SYS_epoll_ctl, "a failed device's sources are no longer watched"),
+    call(SYS_preadv, "reads into guest memory"),
+    call(SYS_pwritev, "writes from guest memory"),
+    call(SYS_fdatasync, "flush"),
+    call(SYS_fallocate, "discard, write zeroes"),
+];
