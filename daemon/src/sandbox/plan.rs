@@ -6,7 +6,7 @@
 //!  2 spawn the VMM        undo: kill it
 //!  3 attach disk, layers  (while the guest boots; goes with the VMM)
 //!  4 wait for Hello       or for the VMM's death
-//!  5 set the clock
+//!  5 begin to grow, set the clock
 //! ```
 
 use std::{
@@ -18,13 +18,16 @@ use std::{
 };
 
 use bulkhead_agent_api::{Call, Event};
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Request, ShareKind, VsockConfig};
+use bulkhead_vmm_api::{
+    BlockConfig, DeviceConfig, FsConfig, MemoryDeviceConfig, Request, ShareKind, VsockConfig,
+};
 use tokio::sync::mpsc;
 
 use super::{
-    BootError, DISK, Sandbox, SandboxSpec, TAG,
+    BootError, DISK, Memory, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
+    region_mib,
     vmm::{
         Death,
         control::Control,
@@ -59,7 +62,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
         program: &spec.program,
         name: &spec.id,
         vcpus: spec.vcpus,
-        memory_mib: spec.memory_mib,
+        memory_mib: spec.memory.base_mib,
         start: StartFiles::Boot {
             kernel: open("the guest kernel", &spec.kernel)?,
             initramfs: open("the initramfs", &spec.initramfs)?,
@@ -84,6 +87,8 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
     let ready = async {
         attach(&control, &dir, &spec.disk, &spec.layers).await?;
         let (agent, events) = Agent::awaited(&dir).await?;
+        // Only now: the agent knows how much there was without it.
+        add_memory(&control, &dir, spec.memory).await?;
         set_clock(&agent).await?;
         Ok::<_, BootError>((agent, events))
     };
@@ -113,8 +118,8 @@ fn devices() -> DeviceConfig {
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: Vec::new(),
         rng: true,
-        balloon: false,
-        memory: None,
+        balloon: true,
+        memory: Some(MemoryDeviceConfig { region_mib: region_mib() }),
     }
 }
 
@@ -139,6 +144,14 @@ async fn attach(
         let layer = open("the layer", path)?;
         let request = Request::AttachShare { tag: TAG.into(), name: name.clone(), kind: ShareKind::Layer };
         control.call(dir, &request, Some(layer.as_fd())).await?;
+    }
+    Ok(())
+}
+
+/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
+async fn add_memory(control: &Control, dir: &SandboxDir, memory: Memory) -> Result<(), BootError> {
+    if memory.plugged_mib > 0 {
+        control.call(dir, &Request::SetMemory { plugged_mib: memory.plugged_mib }, None).await?;
     }
     Ok(())
 }
@@ -203,7 +216,7 @@ mod tests {
             parent: base.to_owned(),
             program: file,
             vcpus: 1,
-            memory_mib: 128,
+            memory: Memory { base_mib: 128, plugged_mib: 0 },
             kernel: "/dev/null".into(),
             initramfs: "/dev/null".into(),
             cmdline: String::new(),

@@ -12,6 +12,7 @@ mod create;
 pub(crate) mod hub;
 mod inspect;
 mod list;
+pub(crate) mod memory;
 pub(crate) mod names;
 mod ops;
 mod prune;

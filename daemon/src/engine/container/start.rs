@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    pump,
+    memory, pump,
     record::Record,
     state::{Failure, Running},
     workload::{Watch, Workload},
@@ -22,7 +22,9 @@ use crate::{
         Error, Shared,
         logs::{Durable, Log, Stream},
     },
-    sandbox::{self, AdoptError, BootError, CallError, DISK, HostLimits, Sandbox, SandboxSpec, TAG},
+    sandbox::{
+        self, AdoptError, BootError, CallError, DISK, HostLimits, ResizeError, Sandbox, SandboxSpec, TAG,
+    },
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
@@ -30,9 +32,6 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdi
 
 /// How long a running guest may take to tell a restarted daemon of its container and open the streams.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
-
-/// MiB of guest memory beyond a container's limit: for the guest's kernel, its page tables and the agent.
-const OVERHEAD_MIB: u32 = 64;
 
 /// A workload that runs, and what its watch needs.
 pub(crate) struct Started {
@@ -61,10 +60,13 @@ pub(crate) async fn start(
         )?;
     let create = create_call(shared, record).map_err(internal)?;
     let spec = sandbox_spec(shared, record).map_err(internal)?;
+    let memory = spec.memory;
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
-    call(&sandbox, Call::Create(Box::new(create))).await?;
+    // The workload is to find all of its memory: it may size itself by it.
+    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
@@ -153,19 +155,20 @@ fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> 
         .open(shared.layout().container_disk(&record.id))
         .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
     let layers = shared.layers();
+    let memory = memory::of(&record.host_config, vm);
     Ok(SandboxSpec {
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
         vcpus: vcpus(record).unwrap_or(vm.vcpus),
-        memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
+        memory,
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
         disk,
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         kvm: vm.kvm.clone(),
-        limits: HostLimits::default(),
+        limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
     })
 }
 
@@ -190,15 +193,6 @@ impl DivCeil for i64 {
     fn div_ceil_positive(self, by: Self) -> Self {
         self / by + Self::from(self % by != 0)
     }
-}
-
-/// The limit with what the guest itself needs; the default without a limit.
-fn memory_mib(limit: i64, default: u32) -> u32 {
-    if limit <= 0 {
-        return default;
-    }
-    let limit = limit.div_ceil_positive(1 << 20);
-    u32::try_from(limit).unwrap_or(u32::MAX / 2).saturating_add(OVERHEAD_MIB).max(2 * OVERHEAD_MIB)
 }
 
 fn stdio(record: &Record) -> Stdio {
@@ -280,6 +274,10 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
     }
 }
 
+fn memory_failure(error: &ResizeError) -> Failure {
+    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
+}
+
 fn boot_failure(error: &BootError) -> Failure {
     Failure { code: 128, error: format!("failed to create task for container: {error}") }
 }
@@ -329,14 +327,6 @@ mod tests {
         assert_eq!(vcpus(&record), Some(3));
         record.host_config.cpu_period = 1_000_000;
         assert_eq!(vcpus(&record), Some(1));
-    }
-
-    #[test]
-    fn memory_is_the_limit_and_what_the_guest_needs() {
-        assert_eq!(memory_mib(0, 512), 512);
-        assert_eq!(memory_mib(6 << 20, 512), 128);
-        assert_eq!(memory_mib((256 << 20) + 1, 512), 257 + 64);
-        assert!(memory_mib(i64::MAX, 512) > 1 << 20);
     }
 
     #[test]
