@@ -11,6 +11,7 @@ pub mod image;
 mod info;
 pub mod logs;
 mod open;
+mod pressure;
 pub mod spec;
 pub mod store;
 
