@@ -13,7 +13,9 @@ use std::{
     rc::Rc,
 };
 
-use bulkhead_agent_api::{ContainerState, Create, Exit, ProcessId, ProcessState, Stdio, StreamKind};
+use bulkhead_agent_api::{
+    ContainerIdentity, ContainerState, Create, Exit, ProcessId, ProcessState, Stdio, StreamKind,
+};
 use oci_spec::runtime::{LinuxNamespaceType, Process as ProcessSpec};
 use rustix::{
     fs::{Mode, OFlags},
@@ -180,6 +182,39 @@ impl Container {
             stdio,
             id: Rc::clone(id),
         })
+    }
+
+    /// Becomes the container of a copied machine; its processes are frozen.
+    pub fn assume(&mut self, identity: &ContainerIdentity, scratch: &mut [u8]) -> Result<()> {
+        for file in &identity.files {
+            self.root.rewrite(file)?;
+        }
+        let own_name = self.spec.namespace(LinuxNamespaceType::Uts).is_some_and(|uts| uts.path().is_none());
+        if let Some(init) = &mut self.init {
+            if own_name && !identity.hostname.is_empty() && matches!(init.phase, Phase::Running) {
+                spawn::set_hostname_of(&init.pidfd, &identity.hostname)?;
+            }
+            if let Some(known) = identity.known {
+                let outputs = [(&mut init.output, known.stdout), (&mut init.errors, known.stderr)];
+                for (output, known) in outputs {
+                    if let Some(output) = output {
+                        output.renumber(known, scratch);
+                    }
+                }
+            }
+        }
+        if identity.end_execs {
+            for exec in self.execs.values().filter(|exec| !matches!(exec.phase, Phase::Exited(_))) {
+                // A frozen process dies of it at once; one that has ended in between is no error.
+                let _ = sys::pidfd_send_signal(&exec.pidfd, libc::SIGKILL);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a process is between its fork and its `execve`.
+    pub fn is_starting(&self) -> bool {
+        self.init.iter().chain(self.execs.values()).any(|process| matches!(process.phase, Phase::Starting(_)))
     }
 
     /// Whether the end of the first process ends all others by itself.

@@ -246,6 +246,29 @@ pub fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
+/// Mixes `entropy` into the kernel's random generator, credits it in full, and reseeds the generator from it:
+/// what any process reads afterwards does not follow from what was there before, kernel and vDSO included.
+///
+/// # Errors
+/// Of the ioctls; without CAP_SYS_ADMIN, EPERM.
+pub fn reseed(entropy: &[u8]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    let length = i32::try_from(entropy.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // `struct rand_pool_info`: the credit in bits, the length in bytes, the bytes.
+    let mut pool = Vec::with_capacity(8 + entropy.len());
+    pool.extend(length.saturating_mul(8).to_ne_bytes());
+    pool.extend(length.to_ne_bytes());
+    pool.extend(entropy);
+    let random = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    // SAFETY: the kernel reads the two numbers and as many bytes as the second says, which are there. (It
+    // copies from any alignment.)
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, pool.as_ptr()) }.into())?;
+    // SAFETY: takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _) }.into())?;
+    Ok(())
+}
+
 /// `SO_VM_SOCKETS_CONNECT_TIMEOUT` for 64-bit time, which libc lacks.
 const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 8;
 

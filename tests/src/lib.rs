@@ -12,6 +12,7 @@
 pub mod daemon;
 pub mod docker;
 pub mod host;
+pub mod hostile;
 pub mod http;
 pub mod image;
 pub mod registry;

@@ -109,6 +109,16 @@ fn build_agent(tree: &Tree) -> Result<PathBuf> {
     Ok(tree.target().join(AGENT_TARGET).join("agent/bulkhead-agent"))
 }
 
+/// The guest that attacks its VMM, as an image that a VMM boots in place of a kernel. Its profile is the agent's, since
+/// there is nobody to unwind a panic to.
+pub(crate) fn build_hostile_guest(tree: &Tree) -> Result<PathBuf> {
+    let mut guest = cargo(tree);
+    guest.args(["build", "--quiet", "--profile", "agent", "--target", AGENT_TARGET]);
+    guest.args(["-p", "bulkhead-hostile-guest", "--features", "image", "--bin", "hostile-guest"]);
+    sh::run(&mut guest)?;
+    Ok(tree.target().join(AGENT_TARGET).join("agent/hostile-guest"))
+}
+
 /// Puts a file into the bundle under a new inode, so that one that runs, or is mapped, stays as it was.
 fn place(from: &Path, to: &Path) -> Result<()> {
     let new = to.with_extension("new");

@@ -3,9 +3,9 @@
 //! this test shows is a new version.
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerState, CpuStats, Create, Disk, ErrorKind, Event, Exit, FromAgent,
-    Hello, InjectedFile, IoStats, MemoryStats, NetworkStats, ProcessId, ProcessInfo, ProcessState, Rootfs,
-    Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    AgentError, Answer, Call, ContainerIdentity, ContainerState, CpuStats, Create, Disk, ErrorKind, Event,
+    Exit, FromAgent, Hello, Identity, InjectedFile, IoStats, KnownOutput, MemoryStats, NetworkStats,
+    ProcessId, ProcessInfo, ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -60,6 +60,23 @@ fn calls() -> Vec<Call> {
         Call::SetClock { unix_ns: 1_800_000_000_000_000_001 },
         Call::Shutdown,
     ]
+}
+
+/// Of machines that are saved and copied.
+fn saving() -> Vec<Call> {
+    let identity = Identity {
+        entropy: vec![0, 1, 255],
+        unix_ns: 1_800_000_000_000_000_001,
+        hostname: "h1".into(),
+        containers: vec![ContainerIdentity {
+            container: "c1".into(),
+            hostname: "h1".into(),
+            files: vec![InjectedFile { path: "/etc/hosts".into(), content: "x\n".into(), mode: 0o644 }],
+            end_execs: true,
+            known: Some(KnownOutput { stdout: 5, stderr: u64::MAX }),
+        }],
+    };
+    vec![Call::Personalize(Box::new(identity)), Call::Quiesce, Call::Thaw]
 }
 
 fn from_agent() -> Vec<FromAgent> {
@@ -161,6 +178,9 @@ fn every_message_is_as_it_was() {
     });
     wire.message(&StreamOpen { process: init(), stream: StreamKind::Stdout, from: None });
     pausing_and_stats(&mut wire);
+    for call in saving() {
+        wire.message(&ToAgent { id: 9, call });
+    }
     memory(&mut wire);
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);

@@ -61,6 +61,10 @@ impl Server {
     /// Serves a call; true when it asked for a shutdown.
     pub(super) fn call(&mut self, ToAgent { id, call }: ToAgent) -> bool {
         let epoch = self.control.epoch();
+        if let Err(error) = self.stillness.admit(epoch, &call) {
+            self.control.answer(epoch, id, Err(error));
+            return false;
+        }
         let outcome = match call {
             Call::Shutdown => return true,
             Call::Create(create) => self.create(epoch, id, create),
@@ -76,6 +80,9 @@ impl Server {
                     false => Outcome::Later,
                 })
             }
+            Call::Personalize(identity) => self.personalize(epoch, &identity).map(Outcome::Answer),
+            Call::Quiesce => self.quiesce(epoch).map(Outcome::Answer),
+            Call::Thaw => self.thaw().map(Outcome::Answer),
             call => self.simple(call).map(Outcome::Answer),
         };
         match outcome {
@@ -133,19 +140,16 @@ impl Server {
                 return Ok(Answer::Reclaimed { bytes: container.cgroup.reclaim(percent)? });
             }
             Call::Delete { process } => self.delete(&process)?,
-            Call::SetClock { unix_ns } => {
-                let seconds =
-                    i64::try_from(unix_ns / 1_000_000_000).map_err(|_| invalid("the time is too late"))?;
-                let nanoseconds = (unix_ns % 1_000_000_000) as i64;
-                let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
-                rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")?;
-            }
+            Call::SetClock { unix_ns } => set_clock(unix_ns)?,
             Call::AwaitMemory { .. }
             | Call::Create(_)
             | Call::Start { .. }
             | Call::Exec { .. }
             | Call::Pause { .. }
-            | Call::Shutdown => {
+            | Call::Shutdown
+            | Call::Personalize(_)
+            | Call::Quiesce
+            | Call::Thaw => {
                 return Err(invalid("this call is not a simple one"));
             }
         }
@@ -279,6 +283,13 @@ impl Server {
             }
         }
     }
+}
+
+pub(super) fn set_clock(unix_ns: u64) -> Result<()> {
+    let seconds = i64::try_from(unix_ns / 1_000_000_000).map_err(|_| invalid("the time is too late"))?;
+    let nanoseconds = (unix_ns % 1_000_000_000) as i64;
+    let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")
 }
 
 pub(super) fn no_container() -> AgentError {

@@ -19,6 +19,7 @@ mod control;
 mod growth;
 mod openings;
 mod pause;
+mod saving;
 mod shutdown;
 
 pub use shutdown::power_off;
@@ -47,6 +48,7 @@ use self::{
     growth::Growth,
     openings::Openings,
     pause::Freeze,
+    saving::Stillness,
 };
 use crate::{
     child::status::{self, Message},
@@ -103,6 +105,7 @@ pub struct Server {
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
+    stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
@@ -144,6 +147,7 @@ impl Server {
         Ok(Self {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
+            stillness: Stillness::default(),
             poller,
             transport,
             signals,

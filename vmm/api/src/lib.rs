@@ -491,6 +491,14 @@ pub enum ExitReason {
         /// The step and its error.
         message: String,
     },
+    /// One of the VMM's threads made a system call that its kind does not make: the VMM is at fault, or not
+    /// its own any more. It was killed before the call was made.
+    Violation {
+        /// The kind of thread: `control`, `vcpu`, or a device's, `block` for instance.
+        thread: String,
+        /// The call's number.
+        call: i32,
+    },
     /// [`Request::Kill`] or a termination signal.
     Killed,
 }
@@ -504,6 +512,9 @@ impl std::fmt::Display for ExitReason {
             Self::Kvm { message } => write!(f, "KVM: {message}"),
             Self::Device { device, message } => write!(f, "device {device}: {message}"),
             Self::Setup { message } => write!(f, "the machine could not be built: {message}"),
+            Self::Violation { thread, call } => {
+                write!(f, "the VMM's {thread} thread made system call {call}, which it may not")
+            }
             Self::Killed => f.write_str("the machine was killed"),
         }
     }
