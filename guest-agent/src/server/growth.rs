@@ -69,6 +69,11 @@ impl Growth {
         growth
     }
 
+    /// Memory may have come or gone.
+    pub(super) fn look(&self) {
+        self.share_out(cgroup::total_memory());
+    }
+
     /// Whether somebody waits.
     pub(super) fn awaited(&self) -> bool {
         !self.waiting.is_empty()

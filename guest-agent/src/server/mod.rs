@@ -374,6 +374,7 @@ impl Server {
         for pending in &mut self.pending {
             pending.look_now();
         }
+        self.growth.look();
     }
 }
 
