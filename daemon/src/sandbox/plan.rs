@@ -21,15 +21,18 @@ use std::{
 };
 
 use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, LimitedDevice, Request, ShareKind, VsockConfig};
+use bulkhead_vmm_api::{
+    BlockConfig, DeviceConfig, FsConfig, LimitedDevice, MemoryDeviceConfig, Request, ShareKind, VsockConfig,
+};
 use tokio::sync::mpsc;
 
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec, TAG,
+    BootError, CallError, ConnectError, ControlError, DISK, Memory, Origin, Rates, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
+    region_mib,
     vmm::{
         Death,
         control::{ANSWER_WITHIN, Control},
@@ -88,6 +91,8 @@ async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
         vmm.attach(spec, false).await?;
         let (agent, events) = Agent::awaited(&vmm.dir).await?;
         spec.timeline.mark(Stage::Greeted);
+        // Only now: the agent knows how much there was without it.
+        add_memory(&vmm.control, &vmm.dir, spec.memory).await?;
         personalize(&agent, Vec::new()).await?;
         spec.timeline.mark(Stage::Personalised);
         Ok((agent, events))
@@ -103,6 +108,7 @@ async fn restored(
     let ready = async |vmm: &Vmm| {
         // At once: a connection waits in the VMM until the guest runs.
         let ((), named) = tokio::try_join!(vmm.attach(spec, true), vmm.named(spec, containers))?;
+        add_memory(&vmm.control, &vmm.dir, spec.memory).await?;
         Ok(named)
     };
     Vmm::spawn(spec, start)?.up(RESTORED_WITHIN, ready).await
@@ -138,7 +144,7 @@ impl Vmm {
             program: &spec.program,
             name: &spec.id,
             vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
+            memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
             devices: devices(),
@@ -242,6 +248,8 @@ pub(super) fn devices() -> DeviceConfig {
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: Vec::new(),
         rng: true,
+        balloon: true,
+        memory: Some(MemoryDeviceConfig { region_mib: region_mib() }),
     }
 }
 
@@ -260,6 +268,14 @@ pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates)
     let net = devices().net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
     for (device, limits) in std::iter::once(disk).chain(net) {
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
+    }
+    Ok(())
+}
+
+/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
+async fn add_memory(control: &Control, dir: &SandboxDir, memory: Memory) -> Result<(), BootError> {
+    if memory.plugged_mib > 0 {
+        control.call(dir, &Request::SetMemory { plugged_mib: memory.plugged_mib }, &[], ANSWER_WITHIN).await?;
     }
     Ok(())
 }
@@ -358,7 +374,7 @@ mod tests {
             parent: base.to_owned(),
             program: file,
             vcpus: 1,
-            memory_mib: 128,
+            memory: Memory { base_mib: 128, plugged_mib: 0 },
             kernel: "/dev/null".into(),
             initramfs: "/dev/null".into(),
             cmdline: String::new(),
