@@ -14,6 +14,7 @@
 //! the next begins, and a guest that does not answer is passed over.
 
 use std::{
+    pin::pin,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -71,9 +72,12 @@ async fn reclaim(shared: &Shared) {
             }
         }
     });
-    let bytes =
-        asked.buffer_unordered(AT_ONCE).fold(0u64, |sum, bytes| async move { sum.saturating_add(bytes) });
-    tracing::debug!(bytes = bytes.await, "the host is short of memory: page cache was given up");
+    let mut asked = pin!(asked.buffer_unordered(AT_ONCE));
+    let mut given = 0u64;
+    while let Some(bytes) = asked.next().await {
+        given = given.saturating_add(bytes);
+    }
+    tracing::debug!(bytes = given, "the host is short of memory: page cache was given up");
 }
 
 /// Whether `/proc/meminfo` says that less than `below` percent are available.
