@@ -195,6 +195,9 @@ pub enum ResizeError {
     /// The guest did not follow.
     #[error(transparent)]
     Call(#[from] CallError),
+    /// The host's limit of it cannot be changed.
+    #[error(transparent)]
+    Host(#[from] CgroupError),
     /// The VMM answered something else.
     #[error("the VMM's answer is not valid")]
     Unexpected,
@@ -373,8 +376,18 @@ impl Sandbox {
     /// # Errors
     /// [`ResizeError`].
     pub async fn set_memory(&self, memory: Memory) -> Result<(), ResizeError> {
+        self.raise_host_limit(memory)?;
         self.control(&Request::SetMemory { plugged_mib: memory.plugged_mib }).await?;
         self.memory_is_there(memory).await
+    }
+
+    /// Lets the VMM take of the host what this much guest memory needs. The limit is never lowered under a
+    /// running guest: it gives memory up when it can, and until then the host must not kill it for it.
+    fn raise_host_limit(&self, memory: Memory) -> Result<(), ResizeError> {
+        match Cgroup::of_process(self.pid(), &self.id) {
+            Some(group) => Ok(group.raise_memory(memory.host_bytes())?),
+            None => Ok(()),
+        }
     }
 
     /// Waits until the guest has taken the memory into use that it was given.

@@ -275,7 +275,9 @@ pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates)
 /// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
 async fn add_memory(control: &Control, dir: &SandboxDir, memory: Memory) -> Result<(), BootError> {
     if memory.plugged_mib > 0 {
-        control.call(dir, &Request::SetMemory { plugged_mib: memory.plugged_mib }, &[], ANSWER_WITHIN).await?;
+        control
+            .call(dir, &Request::SetMemory { plugged_mib: memory.plugged_mib }, &[], ANSWER_WITHIN)
+            .await?;
     }
     Ok(())
 }

@@ -31,8 +31,7 @@ use crate::{
     phases::{Stage, Timeline, TimelineKind},
     sandbox::{
         self, AdoptError, BootError, CallError, DISK, HostLimits, MachineSpec, Memory, OpenMachine, Origin,
-        ResizeError, Sandbox,
-        SandboxSpec, Shape, TAG, template::TemplateUse,
+        ResizeError, Sandbox, SandboxSpec, Shape, TAG, template::TemplateUse,
     },
 };
 
@@ -362,17 +361,6 @@ fn sandbox_spec(
     })
 }
 
-trait DivCeil {
-    fn div_ceil_positive(self, by: Self) -> Self;
-}
-
-impl DivCeil for i64 {
-    /// For positive numbers.
-    fn div_ceil_positive(self, by: Self) -> Self {
-        self / by + Self::from(self % by != 0)
-    }
-}
-
 fn stdio(record: &Record) -> Stdio {
     let config = &record.config;
     let [rows, columns] = record.host_config.console_size;
@@ -406,9 +394,10 @@ async fn connect(
         (stdio.stderr, StreamKind::Stderr, Stream::Stderr, kept.map(|kept| kept.stderr)),
     ];
     // All at once: each is a way to the guest and back.
-    let opened = streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
-        sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
-    });
+    let opened =
+        streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
+            sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
+        });
     let mut outputs = JoinSet::new();
     for (stream, output) in futures_util::future::try_join_all(opened).await? {
         let log = kept.map(|_| Arc::clone(&workload.log));

@@ -8,8 +8,8 @@ use std::{
 use crate::phases::{Timeline, TimelineKind};
 
 use super::super::{
-    BootError, HostLimits, Leave, MachineSpec, Memory, Origin, SandboxSpec, SaveError, SaveOptions, new_id, plan,
-    saved::Writing,
+    BootError, HostLimits, Leave, MachineSpec, Memory, Origin, SandboxSpec, SaveError, SaveOptions, new_id,
+    plan, saved::Writing,
 };
 
 /// Why a template was not made. Nothing of it is left.
