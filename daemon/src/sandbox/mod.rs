@@ -40,6 +40,8 @@ pub use vmm::{
     Death,
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
+    jail::{Confinement, JailError},
+    uids::Uids,
 };
 
 use agent::Agent;
@@ -85,6 +87,8 @@ pub struct SandboxSpec {
     pub kvm: PathBuf,
     /// What the VMM may use of the host.
     pub limits: HostLimits,
+    /// How VMMs are confined here.
+    pub confinement: Confinement,
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.
@@ -106,6 +110,9 @@ pub enum BootError {
         /// What the host said.
         source: io::Error,
     },
+    /// The VMM cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The VMM refused a request.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -148,6 +155,7 @@ pub struct Sandbox {
     process: Arc<Process>,
     control: Control,
     agent: Agent,
+    cgroup: Option<Cgroup>,
 }
 
 impl Sandbox {
@@ -183,8 +191,10 @@ impl Sandbox {
         };
         match connected {
             Ok(Ok((agent, events))) => {
+                let cgroup = vmm::jail::adopt_cgroup(&path);
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                Ok((Self { id: id.to_owned(), dir, process, control: Control::default(), agent }, events))
+                let control = Control::default();
+                Ok((Self { id: id.to_owned(), dir, process, control, agent, cgroup }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
             Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
@@ -199,6 +209,11 @@ impl Sandbox {
     /// The VMM's pid, for people.
     pub fn pid(&self) -> i32 {
         self.process.pid()
+    }
+
+    /// The VMM's control group on the host; None where it has none.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
     }
 
     /// What its agent said of itself.
@@ -297,8 +312,13 @@ pub async fn discard(parent: &Path, id: &str) {
 /// ended. A guest that answers is powered off in order, so that its disk is whole; all within `grace`.
 ///
 /// # Errors
-/// When the directory cannot be read.
-pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io::Result<()> {
+/// When the directory, or that of the user ids in use, cannot be read.
+pub async fn sweep(
+    parent: &Path,
+    keep: &HashSet<String>,
+    grace: Duration,
+    confinement: &Confinement,
+) -> io::Result<()> {
     let mut tasks = tokio::task::JoinSet::new();
     for entry in std::fs::read_dir(parent)? {
         let name = entry?.file_name();
@@ -317,7 +337,7 @@ pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io
         });
     }
     tasks.join_all().await;
-    Ok(())
+    vmm::jail::sweep(confinement, parent)
 }
 
 #[cfg(test)]

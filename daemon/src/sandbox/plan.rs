@@ -3,16 +3,17 @@
 //!
 //! ```text
 //!  1 directory            undo: remove it
-//!  2 spawn the VMM        undo: kill it
-//!  3 attach disk, layers  (while the guest boots; goes with the VMM)
-//!  4 wait for Hello       or for the VMM's death
-//!  5 set the clock
+//!  2 user id, cgroup      undo: given back with the directory
+//!  3 spawn the VMM        undo: kill it, and wait
+//!  4 attach disk, layers  (while the guest boots; goes with the VMM)
+//!  5 wait for Hello       or for the VMM's death
+//!  6 set the clock
 //! ```
 
 use std::{
     fs::File,
-    os::fd::AsFd,
-    path::{Path, PathBuf},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -22,12 +23,13 @@ use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Request, ShareKind, 
 use tokio::sync::mpsc;
 
 use super::{
-    BootError, DISK, Sandbox, SandboxSpec, TAG,
+    BootError, Confinement, DISK, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     vmm::{
         Death,
         control::Control,
+        jail::{self, Cell},
         process::Process,
         spawn::{Launch, StartFiles, spawn},
     },
@@ -55,6 +57,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
         }
     });
 
+    let cell = Cell::make(&spec.confinement, &dir, &spec.id, &spec.limits)?;
     let launch = Launch {
         program: &spec.program,
         name: &spec.id,
@@ -67,6 +70,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
         },
         kvm: open_kvm(&spec.kvm)?,
         devices: devices(),
+        cell: &cell,
     };
     let process = spawn(&dir, launch)
         .map_err(|e| BootError::io(&format!("cannot start the VMM {}", spec.program.display()), e))?;
@@ -75,14 +79,14 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
         let process = Arc::clone(&process);
         move || {
             process.kill();
-            // Somebody must stay to reap it.
+            // Somebody must stay to reap it; its control group is busy until it has ended.
             tokio::spawn(async move { process.ended().await });
         }
     });
 
     let control = Control::default();
     let ready = async {
-        attach(&control, &dir, &spec.disk, &spec.layers).await?;
+        attach(&control, &dir, &spec).await?;
         let (agent, events) = Agent::awaited(&dir).await?;
         set_clock(&agent).await?;
         Ok::<_, BootError>((agent, events))
@@ -102,7 +106,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
     };
 
     undo.disarm();
-    Ok((Sandbox { id: spec.id, dir, process, control, agent }, events))
+    Ok((Sandbox { id: spec.id, dir, process, control, agent, cgroup: cell.cgroup }, events))
 }
 
 /// The machine of every sandbox: nothing in it belongs to one container.
@@ -125,20 +129,23 @@ fn open_kvm(path: &Path) -> Result<File, BootError> {
     opened.map_err(|e| BootError::io(&format!("cannot open {}", path.display()), e))
 }
 
-async fn attach(
-    control: &Control,
-    dir: &SandboxDir,
-    disk: &File,
-    layers: &[(String, PathBuf)],
-) -> Result<(), BootError> {
+async fn attach(control: &Control, dir: &SandboxDir, spec: &SandboxSpec) -> Result<(), BootError> {
     let request = Request::AttachDisk { id: DISK.into(), read_only: false };
-    control.call(dir, &request, Some(disk.as_fd())).await?;
-    for (name, path) in layers {
-        let layer = open("the layer", path)?;
+    control.call(dir, &request, Some(spec.disk.as_fd())).await?;
+    for (name, path) in &spec.layers {
+        let layer = open_layer(path, &spec.confinement)?;
         let request = Request::AttachShare { tag: TAG.into(), name: name.clone(), kind: ShareKind::Layer };
         control.call(dir, &request, Some(layer.as_fd())).await?;
     }
     Ok(())
+}
+
+/// A VMM in a jail gets a layer as a mount that has no parent: an open directory would lead it to the host's.
+fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootError> {
+    if confinement.uids.is_none() {
+        return open("the layer", path).map(OwnedFd::from);
+    }
+    jail::detached(path).map_err(|e| BootError::io(&format!("cannot mount the layer {}", path.display()), e))
 }
 
 async fn set_clock(agent: &Agent) -> Result<(), BootError> {
@@ -190,7 +197,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity};
+    use crate::sandbox::{Confinement, HostLimits, dir::IDENTITY, vmm::process::read_identity};
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
         let file = base.join("vmm");
@@ -209,6 +216,7 @@ mod tests {
             layers: vec![],
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),
+            confinement: Confinement::default(),
         }
     }
 

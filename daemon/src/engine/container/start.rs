@@ -166,6 +166,7 @@ fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> 
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         kvm: vm.kvm.clone(),
         limits: HostLimits::default(),
+        confinement: vm.confinement.clone(),
     })
 }
 

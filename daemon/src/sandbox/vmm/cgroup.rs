@@ -11,8 +11,7 @@
 //! sandbox's directory, which is made before it and names it, so none is left behind by a daemon that died.
 
 use std::{
-    fs::{self, File},
-    io,
+    fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -285,30 +284,33 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes `parent` and lets it give its children every controller that it can. Controllers that it lacks are
-/// missed when a limit needs them.
+/// Makes `parent` and lets it, as those above it, give its children every controller that it can. Controllers
+/// that it lacks are missed when a limit needs them.
 ///
 /// # Errors
 /// `parent` is on no cgroup v2, or cannot be made.
 pub(crate) fn prepare(parent: &Path) -> io::Result<()> {
-    let mount = parent.parent().unwrap_or(parent);
-    if !parent.is_dir() {
-        File::open(mount.join("cgroup.controllers"))?;
-        match fs::create_dir(parent) {
+    let above = parent.ancestors().skip(1);
+    let mount = above.take_while(|path| path.join(GIVEN).is_file() || !path.exists()).last();
+    let mount = mount.filter(|mount| mount.exists()).ok_or(io::ErrorKind::NotFound)?;
+    let path: Vec<_> = parent.ancestors().take_while(|path| path.starts_with(mount)).collect();
+    // From the top: a group can hand on only what it has itself.
+    for group in path.into_iter().rev() {
+        match fs::create_dir(group) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-    }
-    // From the top: a group can hand on only what it has itself.
-    for group in [mount, parent] {
-        let given = fs::read_to_string(group.join("cgroup.subtree_control"))?;
+        let given = fs::read_to_string(group.join(GIVEN))?;
         for controller in missing(&given) {
             // Refused where it is not there, or where processes are in the group.
-            let _ = fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
+            let _ = fs::write(group.join(GIVEN), format!("+{controller}"));
         }
     }
     Ok(())
 }
+
+/// What a group gives its children.
+const GIVEN: &str = "cgroup.subtree_control";
 
 /// Which of [`CONTROLLERS`] a list of controllers lacks.
 pub(crate) fn missing(list: &str) -> Vec<&'static str> {
