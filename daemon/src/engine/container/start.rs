@@ -358,6 +358,7 @@ fn sandbox_spec(
         // The CPUs' come when it is up: a boot is to be quick.
         limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
         origin,
+        confinement: vm.confinement.clone(),
     })
 }
 
