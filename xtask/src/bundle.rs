@@ -47,6 +47,11 @@ impl Bundle {
         self.dir.join("bulkheadd")
     }
 
+    /// The program for people.
+    pub(crate) fn cli(&self) -> PathBuf {
+        self.dir.join("bulkhead")
+    }
+
     pub(crate) fn vmm(&self) -> PathBuf {
         self.dir.join("bulkhead-vmm")
     }
@@ -76,7 +81,7 @@ pub(crate) fn build(tree: &Tree, profile: &str) -> Result<Bundle> {
     let vmm = build_static(tree, "bulkhead-vmm", profile)?;
     let agent = build_static(tree, "bulkhead-agent", "agent")?;
     let built = tree.target().join(profile);
-    for program in ["bulkheadd", "bulkhead-rootfs"] {
+    for program in ["bulkheadd", "bulkhead", "bulkhead-rootfs"] {
         place(&built.join(program), &bundle.dir().join(program))?;
     }
     place(&vmm, &bundle.vmm())?;
