@@ -3,10 +3,12 @@
 //!
 //! [`Engine`]'s methods are the whole of what handlers may call; each is one API operation.
 
+mod checkpoint;
 pub mod container;
 pub mod error;
 pub mod events;
 pub mod exec;
+mod fork;
 pub mod image;
 mod info;
 pub mod logs;
@@ -27,6 +29,7 @@ use crate::{
     config::Config,
     layout::Layout,
     phases::{Timeline, Timelines},
+    sandbox,
 };
 
 /// Names a container in a call: full id, unambiguous prefix of an id, or name (with or without `/`).
@@ -114,6 +117,9 @@ impl Engine {
                 let _ = closed.await;
             }
         }
+        if let Some(templates) = &self.shared.templates {
+            templates.close().await;
+        }
     }
 
     /// The daemon's settings.
@@ -149,6 +155,10 @@ pub(crate) struct Shared {
     pub(crate) images: Arc<image::ImageStore>,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
+    /// None: every microVM is booted.
+    pub(crate) templates: Option<Arc<sandbox::template::Templates>>,
+    /// What the files that machines are made of hold.
+    pub(crate) digests: Arc<sandbox::Digests>,
     pub(crate) timelines: Timelines,
 }
 

@@ -91,7 +91,7 @@ fn render_version(kernel: &str, commit: &str) -> Version {
         ("GitCommit", commit),
         ("GoVersion", ""),
         ("KernelVersion", kernel),
-        ("Experimental", "false"),
+        ("Experimental", "true"),
         ("BuildTime", ""),
     ];
     let details: BTreeMap<_, _> =
@@ -107,7 +107,7 @@ fn render_version(kernel: &str, commit: &str) -> Version {
         os: "linux".into(),
         arch: "amd64".into(),
         kernel_version: kernel.into(),
-        experimental: false,
+        experimental: true,
         build_time: String::new(),
     }
 }

@@ -15,7 +15,7 @@ use super::{
     hub::{Hub, Kind},
     record::Record,
     signal,
-    start::{self, Found, Started},
+    start::{self, Found, Resumption, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, State, Then},
     workload::{self, Watch, Workload},
 };
@@ -63,6 +63,8 @@ pub(crate) struct Actor {
     /// Of the present run; None of one that an earlier daemon started.
     timeline: Option<Arc<Timeline>>,
     boot: Option<CancellationToken>,
+    /// What the next boot goes on from.
+    resumption: Option<Resumption>,
     /// The end of the last sandbox, to be waited for before another boots or the disk goes.
     ending: Option<JoinHandle<()>>,
 
@@ -98,6 +100,7 @@ impl Actor {
             workload: None,
             timeline: None,
             boot: None,
+            resumption: None,
             ending: None,
             starters: Vec::new(),
             stoppers: Vec::new(),
@@ -163,6 +166,7 @@ impl Actor {
     async fn command(&mut self, command: Command) -> bool {
         match command {
             Command::Start(reply) => self.start(reply).await,
+            Command::Resume(resumption, reply) => self.resume(*resumption, reply).await,
             Command::Stop(stop, reply) => self.stop(stop, reply).await,
             Command::Restart(stop, reply) => self.restart(stop, reply).await,
             Command::Kill(signal, reply) => self.kill(signal, reply).await,
@@ -240,6 +244,17 @@ impl Actor {
         match self.step(Event::Start).await {
             Ok(()) => self.starters.push(reply),
             Err(Refusal::Already) if self.boot.is_some() => self.starters.push(reply),
+            Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
+        }
+    }
+
+    async fn resume(&mut self, resumption: Resumption, reply: Reply<()>) {
+        // For the boot that this step asks for, and for no other.
+        self.resumption = Some(resumption);
+        let stepped = self.step(Event::Start).await;
+        self.resumption = None;
+        match stepped {
+            Ok(()) => self.starters.push(reply),
             Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
         }
     }
@@ -345,6 +360,7 @@ impl Actor {
             pid: workload.sandbox.pid(),
             log_start,
             at,
+            guest: Some(workload.guest().to_owned()).filter(|guest| *guest != self.record.id),
         };
         let before = self.record.clone();
         match self.record.life.step(self.record.rules(), event) {
@@ -481,6 +497,7 @@ impl Actor {
         self.boot = Some(cancel.clone());
         let (shared, record, hub) = (Arc::clone(&self.shared), self.record.clone(), Arc::clone(&self.hub));
         let (reporter, turn, before) = (self.reporter.clone(), self.turn, self.ending.take());
+        let resumption = self.resumption.take();
         let timeline = self.shared.timelines.begin(&self.record.id, TimelineKind::Run);
         self.timeline = Some(Arc::clone(&timeline));
         self.ending = Some(tokio::spawn(async move {
@@ -491,7 +508,7 @@ impl Actor {
             let result = tokio::select! {
                 biased;
                 () = cancel.cancelled() => None,
-                result = start::start(&shared, &record, &hub, &timeline, &mut booted) => Some(result),
+                result = start::start(&shared, &record, &hub, &timeline, resumption, &mut booted) => Some(result),
             };
             if !matches!(result, Some(Ok(_)))
                 && let Some(sandbox) = booted

@@ -1,11 +1,16 @@
 //! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
 //! And takes one over that an earlier daemon started.
 
-use std::{fs::OpenOptions, sync::Arc, time::Duration};
+use std::{
+    fs::OpenOptions,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
-    ProcessState, Rootfs, Stdio, StreamKind,
+    AgentError, Answer, Call, ContainerIdentity, ContainerState, Create, Disk, ErrorKind, Event,
+    Exit as AgentExit, ProcessState, Rootfs, Stdio, StreamKind,
 };
 use jiff::Timestamp;
 use tokio::{sync::mpsc, task::JoinSet};
@@ -22,8 +27,11 @@ use crate::{
         Error, Shared,
         logs::{Durable, Log, Stream},
     },
-    phases::{Stage, Timeline},
-    sandbox::{self, AdoptError, BootError, CallError, DISK, HostLimits, Sandbox, SandboxSpec, TAG},
+    phases::{Stage, Timeline, TimelineKind},
+    sandbox::{
+        self, AdoptError, BootError, CallError, DISK, HostLimits, MachineSpec, OpenMachine, Origin, Sandbox,
+        SandboxSpec, Shape, TAG, template::TemplateUse,
+    },
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
@@ -43,13 +51,27 @@ pub(crate) struct Started {
     pub(crate) at: Timestamp,
 }
 
-/// Starts it. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
+/// A saved machine that a container goes on from.
+pub(crate) struct Resumption {
+    pub(crate) machine: OpenMachine,
+    /// What the machine is made of.
+    pub(crate) shape: Shape,
+    /// The container's name in it.
+    pub(crate) guest: String,
+    /// What becomes of the container.
+    pub(crate) identity: ContainerIdentity,
+    /// The disk that belongs to it, of which the container gets a clone; None: the container's own is that.
+    pub(crate) disk: Option<PathBuf>,
+}
+
+/// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
 /// the caller's to destroy.
 pub(crate) async fn start(
     shared: &Shared,
     record: &Record,
     hub: &Arc<Hub>,
     timeline: &Arc<Timeline>,
+    resumption: Option<Resumption>,
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
     let internal = |error: Error| Failure { code: 128, error: error.message };
@@ -61,8 +83,18 @@ pub(crate) async fn start(
         Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
+    if let Some(resumption) = resumption {
+        return resume(shared, record, hub, timeline, resumption, (log, log_start), booted).await;
+    }
     let create = create_call(shared, record).map_err(internal)?;
-    let spec = sandbox_spec(shared, record, timeline).map_err(internal)?;
+    let origin = match &shared.templates {
+        Some(store) => {
+            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
+        }
+        None => Origin::Cold,
+    };
+    let disk = shared.layout().container_disk(&record.id);
+    let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
     timeline.mark(Stage::Prepared);
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
@@ -80,6 +112,129 @@ pub(crate) async fn start(
     timeline.mark(Stage::Connected);
     watch.timeline = Some(Arc::clone(timeline));
     Ok(Started { workload, watch, log_start, at })
+}
+
+/// Lets a container go on from a saved machine.
+async fn resume(
+    shared: &Shared,
+    record: &Record,
+    hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
+    resumption: Resumption,
+    (log, log_start): (Log, u64),
+    booted: &mut Option<Arc<Sandbox>>,
+) -> Result<Started, Failure> {
+    let internal = |error: Error| Failure { code: 128, error: error.message };
+    let Resumption { machine, shape, guest, identity, disk } = resumption;
+    let disk = RestoredDisk::prepare(shared, record, disk).await.map_err(internal)?;
+    let origin = Origin::Saved { machine, containers: vec![identity] };
+    let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
+    // What the container's settings have become since changes the next machine, not this one.
+    (spec.vcpus, spec.memory_mib) = (shape.vcpus(), shape.memory_mib());
+    let here = shared.shape(spec.machine()).await.map_err(internal)?;
+    if let Some(what) = shape.difference(&here) {
+        let error = format!("the saved machine cannot go on here: {what} is another");
+        return Err(Failure { code: 128, error });
+    }
+    timeline.mark(Stage::Prepared);
+    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
+    let state = container_state(&sandbox, &guest).await.map_err(internal)?;
+    let exit = first_exit(&state).map_err(internal)?;
+    let at = Timestamp::now();
+    let workload = Arc::new(Workload::new(sandbox, Arc::new(log), &guest));
+    let watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
+        .await
+        .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
+    crate::engine::exec::take_over(&workload, state.execs);
+    disk.keep().map_err(|error| internal(error.into()))?;
+    Ok(Started { workload, watch, log_start, at })
+}
+
+/// The disk of a container that goes on from a checkpoint: beside the container's own until it runs on.
+struct RestoredDisk {
+    own: PathBuf,
+    /// A clone of the checkpoint's; None: the container's own is used.
+    clone: Option<PathBuf>,
+}
+
+impl RestoredDisk {
+    async fn prepare(shared: &Shared, record: &Record, source: Option<PathBuf>) -> Result<Self, Error> {
+        let own = shared.layout().container_disk(&record.id);
+        let Some(source) = source else { return Ok(Self { own, clone: None }) };
+        let clone = own.with_extension("restored");
+        let target = clone.clone();
+        let cloned = tokio::task::spawn_blocking(move || {
+            match std::fs::remove_file(&target) {
+                // Of a start that a daemon did not live to end.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            bulkhead_rootfs::disk::clone(&source, &target).map(drop).map_err(std::io::Error::other)
+        });
+        cloned
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|error| Error::internal(format!("the checkpoint's disk cannot be cloned: {error}")))?;
+        Ok(Self { own, clone: Some(clone) })
+    }
+
+    fn path(&self) -> &Path {
+        self.clone.as_ref().unwrap_or(&self.own)
+    }
+
+    /// It is the container's from now on.
+    fn keep(mut self) -> std::io::Result<()> {
+        match self.clone.take() {
+            Some(clone) => std::fs::rename(clone, &self.own),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for RestoredDisk {
+    fn drop(&mut self) {
+        if let Some(clone) = &self.clone
+            && let Err(error) = std::fs::remove_file(clone)
+        {
+            tracing::error!(path = %clone.display(), %error, "a disk that is not needed stays behind");
+        }
+    }
+}
+
+/// Whose templates are good for a container.
+fn domain(shared: &Shared, record: &Record) -> Option<String> {
+    let label = shared.config.vm.template_domain_label.as_ref()?;
+    Some(record.config.labels.as_ref().and_then(|labels| labels.get(label)).cloned().unwrap_or_default())
+}
+
+impl Shared {
+    /// What a machine is made of, by the contents of its files.
+    pub(crate) async fn shape(&self, machine: MachineSpec) -> Result<Shape, Error> {
+        let digests = Arc::clone(&self.digests);
+        let read = tokio::task::spawn_blocking(move || Shape::read(&machine, &digests)).await;
+        read.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|error| Error::internal(format!("the machine's files cannot be read: {error}")))
+    }
+
+    /// What a running sandbox's machine is made of. Its VMM may be of an older daemon's.
+    pub(crate) async fn shape_of(&self, sandbox: &Sandbox, record: &Record) -> Result<Shape, Error> {
+        let disk = self.layout().container_disk(&record.id);
+        let nobody = Timeline::begin(&record.id, TimelineKind::Run);
+        let mut machine = sandbox_spec(self, record, &disk, Origin::Cold, &nobody)?.machine();
+        machine.program = sandbox.program(machine.program);
+        self.shape(machine).await
+    }
+}
+
+/// The exit of a container's first process, if it has ended.
+fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
+    match state.init {
+        Some(ProcessState::Exited(exit)) => Ok(Some(exit)),
+        Some(ProcessState::Running { .. }) => Ok(None),
+        None => Err(Error::internal("its workload was never started")),
+    }
 }
 
 /// How a container that an earlier daemon left running was found.
@@ -107,15 +262,12 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
     };
     let adopted = async {
-        let state = container_state(&sandbox, &record.id).await?;
-        let exit = match state.init {
-            Some(ProcessState::Exited(exit)) => Some(exit),
-            Some(ProcessState::Running { .. }) => None,
-            None => return Err(Error::internal("its workload was never started")),
-        };
-        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
+        let guest = running.guest.as_ref().unwrap_or(&record.id);
+        let state = container_state(&sandbox, guest).await?;
+        let exit = first_exit(&state)?;
+        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
-        crate::engine::exec::take_over(&workload, &record.id, state.execs);
+        crate::engine::exec::take_over(&workload, state.execs);
         Ok::<_, Error>((workload, watch))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
@@ -152,12 +304,18 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(shared: &Shared, record: &Record, timeline: &Arc<Timeline>) -> Result<SandboxSpec, Error> {
+fn sandbox_spec(
+    shared: &Shared,
+    record: &Record,
+    disk: &Path,
+    origin: Origin,
+    timeline: &Arc<Timeline>,
+) -> Result<SandboxSpec, Error> {
     let vm = &shared.config.vm;
     let disk = OpenOptions::new()
         .read(true)
         .write(true)
-        .open(shared.layout().container_disk(&record.id))
+        .open(disk)
         .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
     let layers = shared.layers();
     Ok(SandboxSpec {
@@ -169,11 +327,12 @@ fn sandbox_spec(shared: &Shared, record: &Record, timeline: &Arc<Timeline>) -> R
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
-        disk,
+        disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         limits: HostLimits::default(),
+        origin,
     })
 }
 

@@ -41,7 +41,10 @@ const SIGNAL_WITHIN: Duration = Duration::from_secs(10);
 pub(crate) struct Workload {
     pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) log: Arc<Log>,
+    /// The container's name in its guest: its id, unless it is a clone.
     container: String,
+    /// Held while its machine is being saved.
+    pub(crate) saving: tokio::sync::Mutex<()>,
     /// Who waits for which exec's end. None when the workload is over.
     execs: Mutex<Option<HashMap<String, oneshot::Sender<AgentExit>>>>,
     /// Whether the first process has ended, output or not.
@@ -63,11 +66,13 @@ pub(crate) struct Watch {
 }
 
 impl Workload {
-    pub(crate) fn new(sandbox: Arc<Sandbox>, log: Arc<Log>, container: &str) -> Self {
+    /// `guest` is the container's name in its guest.
+    pub(crate) fn new(sandbox: Arc<Sandbox>, log: Arc<Log>, guest: &str) -> Self {
         Self {
             sandbox,
             log,
-            container: container.to_owned(),
+            container: guest.to_owned(),
+            saving: tokio::sync::Mutex::default(),
             execs: Mutex::new(Some(HashMap::new())),
             exited: watch::Sender::new(false),
         }
@@ -87,6 +92,16 @@ impl Workload {
     /// Takes a registration back.
     pub(crate) fn forget_exec(&self, id: &str) {
         self.execs(|execs| execs.as_mut().and_then(|execs| execs.remove(id)));
+    }
+
+    /// The container's name in its guest.
+    pub(crate) fn guest(&self) -> &str {
+        &self.container
+    }
+
+    /// An exec.
+    pub(crate) fn exec(&self, id: &str) -> ProcessId {
+        ProcessId { container: self.container.clone(), exec: Some(id.to_owned()) }
     }
 
     /// The first process.
