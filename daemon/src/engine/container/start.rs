@@ -17,14 +17,15 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    pump,
+    machine, pump,
     record::Record,
+    restrain,
     state::{Failure, Running},
     workload::{Watch, Workload},
 };
 use crate::{
     engine::{
-        Error, Shared,
+        Error, Shared, limits,
         logs::{Durable, Log, Stream},
     },
     phases::{Stage, Timeline, TimelineKind},
@@ -94,15 +95,28 @@ pub(crate) async fn start(
         None => Origin::Cold,
     };
     let disk = shared.layout().container_disk(&record.id);
+    // The machine that it tells of is no longer the last.
+    let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
     let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
     timeline.mark(Stage::Prepared);
-    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    let (sandbox, events) = match Sandbox::boot(spec).await {
+        Ok(booted) => booted,
+        Err(error) => {
+            if let BootError::Died(death) = &error {
+                machine::remember(shared, record, death).await;
+            }
+            return Err(boot_failure(&error));
+        }
+    };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
     call(&sandbox, Call::Create(Box::new(create))).await?;
     timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
+    restrain::before_start(&sandbox, record, &shared.layout().data_root)
+        .await
+        .map_err(|error| Failure { code: 128, error })?;
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
     timeline.mark(Stage::Started);
     let at = Timestamp::now();
@@ -240,7 +254,14 @@ fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
 /// How a container that an earlier daemon left running was found.
 pub(crate) enum Found {
     /// It runs, or has ended in the meantime with its exit kept by the agent.
-    Alive(Arc<Workload>, Watch),
+    Alive {
+        /// What runs.
+        workload: Arc<Workload>,
+        /// For its watch.
+        watch: Watch,
+        /// Whether it stands still.
+        paused: bool,
+    },
     /// Its sandbox is gone; the text is why.
     Gone(String),
 }
@@ -268,11 +289,11 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, state.execs);
-        Ok::<_, Error>((workload, watch))
+        Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
     match tokio::time::timeout(ADOPT_WITHIN, adopted).await {
-        Ok(Ok((workload, watch))) => Found::Alive(workload, watch),
+        Ok(Ok((workload, watch, paused))) => Found::Alive { workload, watch, paused },
         Ok(Err(error)) => Found::Gone(format!("it could not be taken over: {error}")),
         Err(_) => Found::Gone("it could not be taken over: the guest agent does not answer".into()),
     }
@@ -322,7 +343,7 @@ fn sandbox_spec(
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
-        vcpus: vcpus(record).unwrap_or(vm.vcpus),
+        vcpus: limits::vcpus(&record.host_config, vm.vcpus),
         memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
@@ -331,21 +352,10 @@ fn sandbox_spec(
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
+        // The CPUs' come when it is up: a boot is to be quick.
         limits: HostLimits::default(),
         origin,
     })
-}
-
-/// As many vCPUs as the limit needs, rounded up; None without a limit.
-fn vcpus(record: &Record) -> Option<u8> {
-    let host = &record.host_config;
-    let period = if host.cpu_period > 0 { host.cpu_period } else { 100_000 };
-    let cpus = match (host.nano_cpus, host.cpu_quota) {
-        (nano @ 1.., _) => nano.div_ceil_positive(1_000_000_000),
-        (_, quota @ 1..) => quota.div_ceil_positive(period),
-        _ => return None,
-    };
-    Some(u8::try_from(cpus.clamp(1, 64)).unwrap_or(64))
 }
 
 trait DivCeil {
@@ -479,25 +489,6 @@ pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn record() -> Record {
-        super::super::record::sample("ab")
-    }
-
-    #[test]
-    fn vcpus_are_the_limit_rounded_up() {
-        let mut record = record();
-        assert_eq!(vcpus(&record), None);
-        for (nano, vcpus_) in [(10_000_000, 1), (1_000_000_000, 1), (1_500_000_000, 2), (i64::MAX, 64)] {
-            record.host_config.nano_cpus = nano;
-            assert_eq!(vcpus(&record), Some(vcpus_));
-        }
-        record.host_config.nano_cpus = 0;
-        record.host_config.cpu_quota = 250_000;
-        assert_eq!(vcpus(&record), Some(3));
-        record.host_config.cpu_period = 1_000_000;
-        assert_eq!(vcpus(&record), Some(1));
-    }
 
     #[test]
     fn memory_is_the_limit_and_what_the_guest_needs() {
