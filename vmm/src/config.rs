@@ -152,6 +152,12 @@ impl Inherited {
         Ok(unsafe { OwnedFd::from_raw_fd(number) })
     }
 
+    /// Whether a descriptor of that number was taken, so that it has an owner.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn has_taken(&self, number: FdNumber) -> bool {
+        self.taken.contains(&number)
+    }
+
     fn take_file(&mut self, field: &'static str, number: FdNumber) -> Result<File, ConfigError> {
         let file = File::from(self.take(field, number)?);
         match fstat(&file).map(|stat| FileType::from_raw_mode(stat.st_mode)) {

@@ -50,7 +50,7 @@ pub(super) fn holes(machine: &Machine, _: u64) {
         0xfffb_d000,
         0xffff_fff8,
     ];
-    for place in places.into_iter().chain([0x1_0000_0000, 0x1_ffff_fff0]) {
+    for place in places.into_iter().chain([0x1_0000_0000, 0x1_ffff_ff00]) {
         for offset in 0..12 {
             for width in [1, 2, 4, 8, 16] {
                 let _ = cpu::load(place + offset, width);
