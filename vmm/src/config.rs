@@ -152,10 +152,10 @@ impl Inherited {
         Ok(unsafe { OwnedFd::from_raw_fd(number) })
     }
 
-    /// Whether a descriptor of that number was taken, so that it has an owner.
-    #[cfg(any(test, feature = "fuzzing"))]
-    pub(crate) fn has_taken(&self, number: FdNumber) -> bool {
-        self.taken.contains(&number)
+    /// The numbers of all that were taken.
+    #[must_use]
+    pub fn numbers(&self) -> &BTreeSet<FdNumber> {
+        &self.taken
     }
 
     fn take_file(&mut self, field: &'static str, number: FdNumber) -> Result<File, ConfigError> {

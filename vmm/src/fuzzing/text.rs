@@ -81,7 +81,7 @@ impl Descriptors {
 impl Descriptors {
     /// Closes those that nobody took.
     fn close(self, inherited: &Inherited) {
-        for number in self.0.into_iter().filter(|number| !inherited.has_taken(*number)) {
+        for number in self.0.into_iter().filter(|number| !inherited.numbers().contains(number)) {
             // SAFETY: it was made here, its owner was given up in `put`, and nobody else has become one.
             drop(unsafe { OwnedFd::from_raw_fd(number) });
         }
