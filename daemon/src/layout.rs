@@ -7,11 +7,14 @@
 //!   images/                     metadata and blobs of the image store
 //!   layers/                     the layer store (bulkhead-rootfs)
 //!   template.img                the formatted disk that writable layers are clones of
+//!   templates/KEY/              0700: a saved idle machine, see `sandbox::saved`
+//!   forks/                      0700: machines being forked, gone when their clones run
 //!   containers/ID/              0700
 //!     container.json            what it is and its state
 //!     ID-json.log               its log
 //!     disk.img                  its writable layer
 //!     end.json                  why its last microVM died, if it did not end in order
+//!     checkpoints/NAME/         a saved machine, its disk and checkpoint.json
 //! exec_root/                    0711; gone after a reboot
 //!   bulkheadd.pid
 //!   s/ID/                       0700: one sandbox (`sandbox::dir` names what is in it)
@@ -56,6 +59,21 @@ impl Layout {
     /// The formatted disk that writable layers are clones of.
     pub fn disk_template(&self) -> PathBuf {
         self.data_root.join("template.img")
+    }
+
+    /// Machines that new ones are clones of.
+    pub fn templates(&self) -> PathBuf {
+        self.data_root.join("templates")
+    }
+
+    /// Machines that are being forked.
+    pub fn forks(&self) -> PathBuf {
+        self.data_root.join("forks")
+    }
+
+    /// A container's checkpoints.
+    pub fn checkpoints(&self, id: &str) -> PathBuf {
+        self.container(id).join("checkpoints")
     }
 
     /// All containers.

@@ -78,6 +78,8 @@ impl Engine {
             default_runtime: spec::RUNTIME.into(),
             swarm: Swarm::default(),
             live_restore_enabled: true,
+            // Docker's clients keep checkpoints behind it.
+            experimental_build: true,
             containerd_commit: absent(),
             runc_commit: absent(),
             init_commit: absent(),

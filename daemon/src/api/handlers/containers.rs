@@ -4,6 +4,7 @@ use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, stream};
 use http::{Response, StatusCode, header::CONTENT_LENGTH};
 
+use super::checkpoints;
 use crate::{
     api::{
         request::{Call, invalid_json},
@@ -106,10 +107,11 @@ async fn start(call: Call) -> Result<Response<Body>> {
             "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24",
         ));
     }
-    if call.query.non_empty("checkpoint").is_some() {
-        return Err(Error::not_implemented("checkpoints are not supported"));
+    checkpoints::refuse_directory(call.query.get("checkpoint-dir"))?;
+    match call.query.non_empty("checkpoint") {
+        Some(checkpoint) => call.engine.container_start_from(call.name(), checkpoint).await?,
+        None => call.engine.container_start(call.name()).await?,
     }
-    call.engine.container_start(call.name()).await?;
     Ok(no_content())
 }
 

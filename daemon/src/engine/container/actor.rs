@@ -16,13 +16,14 @@ use super::{
     machine,
     record::Record,
     restrain, signal,
-    start::{self, Found, Started},
+    start::{self, Found, Resumption, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
     workload::{self, Watch, Workload},
 };
 use crate::{
     api::types::container::{HostConfig, WaitError, WaitResponse},
     engine::{Error, Result, Shared, WaitCondition},
+    phases::{Stage, Timeline, TimelineKind},
     sandbox::Sandbox,
 };
 
@@ -62,9 +63,13 @@ pub(crate) struct Actor {
     /// Counts boots and delays: a report of an earlier one is not of this one.
     turn: u64,
     workload: Option<Arc<Workload>>,
+    /// Of the present run; None of one that an earlier daemon started.
+    timeline: Option<Arc<Timeline>>,
     boot: Option<CancellationToken>,
     /// What the last boot was begun with.
     booted_with: Option<Box<HostConfig>>,
+    /// What the next boot goes on from.
+    resumption: Option<Resumption>,
     /// The end of the last sandbox, to be waited for before another boots or the disk goes.
     ending: Option<JoinHandle<()>>,
 
@@ -103,8 +108,10 @@ impl Actor {
             reporter,
             turn: 0,
             workload: None,
+            timeline: None,
             boot: None,
             booted_with: None,
+            resumption: None,
             ending: None,
             starters: Vec::new(),
             stoppers: Vec::new(),
@@ -173,6 +180,7 @@ impl Actor {
     async fn command(&mut self, command: Command) -> bool {
         match command {
             Command::Start(reply) => self.start(reply).await,
+            Command::Resume(resumption, reply) => self.resume(*resumption, reply).await,
             Command::Stop(stop, reply) => self.stop(stop, reply).await,
             Command::Restart(stop, reply) => self.restart(stop, reply).await,
             Command::Kill(signal, reply) => self.kill(signal, reply).await,
@@ -264,6 +272,17 @@ impl Actor {
         match self.step(Event::Start).await {
             Ok(()) => self.starters.push(reply),
             Err(Refusal::Already) if self.boot.is_some() => self.starters.push(reply),
+            Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
+        }
+    }
+
+    async fn resume(&mut self, resumption: Resumption, reply: Reply<()>) {
+        // For the boot that this step asks for, and for no other.
+        self.resumption = Some(resumption);
+        let stepped = self.step(Event::Start).await;
+        self.resumption = None;
+        match stepped {
+            Ok(()) => self.starters.push(reply),
             Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
         }
     }
@@ -454,6 +473,7 @@ impl Actor {
             pid: workload.sandbox.pid(),
             log_start,
             at,
+            guest: Some(workload.guest().to_owned()).filter(|guest| *guest != self.record.id),
         };
         let before = self.record.clone();
         match self.record.life.step(self.record.rules(), event) {
@@ -476,8 +496,12 @@ impl Actor {
             let (workload, shared, record) =
                 (Arc::clone(&workload), Arc::clone(&self.shared), self.record.clone());
             tokio::spawn(async move {
-                restrain::catch_up(&workload, &record, &shared.layout().data_root).await;
+                restrain::catch_up(&workload, &record, &shared).await;
             });
+        }
+        self.reached(Stage::Running);
+        if let Some(timeline) = &self.timeline {
+            tracing::debug!(container = self.record.id, %timeline, "started");
         }
         self.watch(workload, watch);
         self.publish();
@@ -567,6 +591,7 @@ impl Actor {
             Effect::Ended(code) => {
                 // Who attaches while the view says that it runs is of the run that is over, and goes with it;
                 // who attaches after the exit was told is of the next.
+                self.reached(Stage::Ended);
                 self.publish();
                 self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();
@@ -596,6 +621,9 @@ impl Actor {
         self.booted_with = Some(Box::new(self.record.host_config.clone()));
         let (shared, record, hub) = (Arc::clone(&self.shared), self.record.clone(), Arc::clone(&self.hub));
         let (reporter, turn, before) = (self.reporter.clone(), self.turn, self.ending.take());
+        let resumption = self.resumption.take();
+        let timeline = self.shared.timelines.begin(&self.record.id, TimelineKind::Run);
+        self.timeline = Some(Arc::clone(&timeline));
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -604,7 +632,7 @@ impl Actor {
             let result = tokio::select! {
                 biased;
                 () = cancel.cancelled() => None,
-                result = start::start(&shared, &record, &hub, &mut booted) => Some(result),
+                result = start::start(&shared, &record, &hub, &timeline, resumption, &mut booted) => Some(result),
             };
             if !matches!(result, Some(Ok(_)))
                 && let Some(sandbox) = booted
@@ -633,6 +661,7 @@ impl Actor {
     /// Ends a sandbox in a task of its own; whatever comes next waits for it.
     fn end(&mut self, sandbox: Arc<Sandbox>, flush: bool) {
         let before = self.ending.take();
+        let (timeline, id) = (self.timeline.clone(), self.record.id.clone());
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -641,6 +670,10 @@ impl Actor {
                 sandbox.shut_down(SHUT_DOWN_WITHIN).await;
             } else {
                 sandbox.destroy().await;
+            }
+            if let Some(timeline) = timeline {
+                timeline.mark(Stage::Gone);
+                tracing::debug!(container = id, %timeline, "ended");
             }
         }));
     }
@@ -662,6 +695,7 @@ impl Actor {
     }
 
     fn gone(&mut self) {
+        self.reached(Stage::Removed);
         self.shared.forget(&self.record.id);
         self.tell("destroy", []);
         let outcome = self.outcome();
@@ -753,6 +787,12 @@ impl Actor {
         tokio::task::spawn_blocking(move || record.write(&path))
             .await
             .unwrap_or_else(|e| Err(std::io::Error::other(e)))
+    }
+
+    fn reached(&self, stage: Stage) {
+        if let Some(timeline) = &self.timeline {
+            timeline.mark(stage);
+        }
     }
 
     fn publish(&self) {

@@ -206,6 +206,7 @@ mod tests {
     #[test]
     fn booleans_follow_from_the_state() {
         let running = Running {
+            guest: None,
             sandbox: "s".into(),
             pid: 42,
             log_start: 0,

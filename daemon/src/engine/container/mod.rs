@@ -13,6 +13,7 @@ pub(crate) mod hub;
 mod inspect;
 mod list;
 mod machine;
+pub(crate) mod memory;
 pub(crate) mod names;
 mod ops;
 mod prune;
@@ -42,6 +43,7 @@ use crate::{
 };
 use hub::Hub;
 use record::Record;
+use start::Resumption;
 use state::State;
 use workload::Workload;
 
@@ -52,6 +54,8 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 pub(crate) enum Command {
     /// Answered when the workload runs.
     Start(Reply<()>),
+    /// Answered when the workload runs on from where it was saved.
+    Resume(Box<Resumption>, Reply<()>),
     /// Answered when it has ended.
     Stop(Stop, Reply<()>),
     /// Answered when it runs again.

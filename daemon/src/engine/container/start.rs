@@ -1,18 +1,23 @@
 //! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
 //! And takes one over that an earlier daemon started.
 
-use std::{fs::OpenOptions, sync::Arc, time::Duration};
+use std::{
+    fs::OpenOptions,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
-    ProcessState, Rootfs, Stdio, StreamKind,
+    AgentError, Answer, Call, ContainerIdentity, ContainerState, Create, Disk, ErrorKind, Event,
+    Exit as AgentExit, ProcessState, Rootfs, Stdio, StreamKind,
 };
 use jiff::Timestamp;
 use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    machine, pump,
+    machine, memory, pump,
     record::Record,
     restrain,
     state::{Failure, Running},
@@ -23,7 +28,11 @@ use crate::{
         Error, Shared, limits,
         logs::{Durable, Log, Stream},
     },
-    sandbox::{self, AdoptError, BootError, CallError, DISK, HostLimits, Sandbox, SandboxSpec, TAG},
+    phases::{Stage, Timeline, TimelineKind},
+    sandbox::{
+        self, AdoptError, BootError, CallError, DISK, HostLimits, MachineSpec, Memory, OpenMachine, Origin,
+        ResizeError, Sandbox, SandboxSpec, Shape, TAG, template::TemplateUse,
+    },
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
@@ -31,9 +40,6 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdi
 
 /// How long a running guest may take to tell a restarted daemon of its container and open the streams.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
-
-/// MiB of guest memory beyond a container's limit: for the guest's kernel, its page tables and the agent.
-const OVERHEAD_MIB: u32 = 64;
 
 /// A workload that runs, and what its watch needs.
 pub(crate) struct Started {
@@ -43,12 +49,27 @@ pub(crate) struct Started {
     pub(crate) at: Timestamp,
 }
 
-/// Starts it. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
+/// A saved machine that a container goes on from.
+pub(crate) struct Resumption {
+    pub(crate) machine: OpenMachine,
+    /// What the machine is made of.
+    pub(crate) shape: Shape,
+    /// The container's name in it.
+    pub(crate) guest: String,
+    /// What becomes of the container.
+    pub(crate) identity: ContainerIdentity,
+    /// The disk that belongs to it, of which the container gets a clone; None: the container's own is that.
+    pub(crate) disk: Option<PathBuf>,
+}
+
+/// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
 /// the caller's to destroy.
 pub(crate) async fn start(
     shared: &Shared,
     record: &Record,
     hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
+    resumption: Option<Resumption>,
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
     let internal = |error: Error| Failure { code: 128, error: error.message };
@@ -60,10 +81,22 @@ pub(crate) async fn start(
         Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
+    if let Some(resumption) = resumption {
+        return resume(shared, record, hub, timeline, resumption, (log, log_start), booted).await;
+    }
     let create = create_call(shared, record).map_err(internal)?;
-    let spec = sandbox_spec(shared, record).map_err(internal)?;
+    let origin = match &shared.templates {
+        Some(store) => {
+            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
+        }
+        None => Origin::Cold,
+    };
+    let disk = shared.layout().container_disk(&record.id);
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
+    let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
+    let memory = spec.memory;
+    timeline.mark(Stage::Prepared);
     let (sandbox, events) = match Sandbox::boot(spec).await {
         Ok(booted) => booted,
         Err(error) => {
@@ -75,18 +108,149 @@ pub(crate) async fn start(
     };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
-    call(&sandbox, Call::Create(Box::new(create))).await?;
+    // The workload is to find all of its memory: it may size itself by it.
+    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
+    timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     restrain::before_start(&sandbox, record, &shared.layout().data_root)
         .await
         .map_err(|error| Failure { code: 128, error })?;
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
+    timeline.mark(Stage::Started);
     let at = Timestamp::now();
-    let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
+    let mut watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
+    watch.timeline = Some(Arc::clone(timeline));
     Ok(Started { workload, watch, log_start, at })
+}
+
+/// Lets a container go on from a saved machine.
+async fn resume(
+    shared: &Shared,
+    record: &Record,
+    hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
+    resumption: Resumption,
+    (log, log_start): (Log, u64),
+    booted: &mut Option<Arc<Sandbox>>,
+) -> Result<Started, Failure> {
+    let internal = |error: Error| Failure { code: 128, error: error.message };
+    let Resumption { machine, shape, guest, identity, disk } = resumption;
+    let disk = RestoredDisk::prepare(shared, record, disk).await.map_err(internal)?;
+    let origin = Origin::Saved { machine, containers: vec![identity] };
+    let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
+    // What the container's settings have become since changes the next machine, not this one.
+    spec.vcpus = shape.vcpus();
+    // What was plugged is in what was saved.
+    spec.memory = Memory { base_mib: shape.memory_mib(), plugged_mib: 0 };
+    let here = shared.shape(spec.machine()).await.map_err(internal)?;
+    if let Some(what) = shape.difference(&here) {
+        let error = format!("the saved machine cannot go on here: {what} is another");
+        return Err(Failure { code: 128, error });
+    }
+    timeline.mark(Stage::Prepared);
+    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
+    let state = container_state(&sandbox, &guest).await.map_err(internal)?;
+    let exit = first_exit(&state).map_err(internal)?;
+    let at = Timestamp::now();
+    let workload = Arc::new(Workload::new(sandbox, Arc::new(log), &guest));
+    let watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
+        .await
+        .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
+    crate::engine::exec::take_over(&workload, state.execs);
+    disk.keep().map_err(|error| internal(error.into()))?;
+    Ok(Started { workload, watch, log_start, at })
+}
+
+/// The disk of a container that goes on from a checkpoint: beside the container's own until it runs on.
+struct RestoredDisk {
+    own: PathBuf,
+    /// A clone of the checkpoint's; None: the container's own is used.
+    clone: Option<PathBuf>,
+}
+
+impl RestoredDisk {
+    async fn prepare(shared: &Shared, record: &Record, source: Option<PathBuf>) -> Result<Self, Error> {
+        let own = shared.layout().container_disk(&record.id);
+        let Some(source) = source else { return Ok(Self { own, clone: None }) };
+        let clone = own.with_extension("restored");
+        let target = clone.clone();
+        let cloned = tokio::task::spawn_blocking(move || {
+            match std::fs::remove_file(&target) {
+                // Of a start that a daemon did not live to end.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            bulkhead_rootfs::disk::clone(&source, &target).map(drop).map_err(std::io::Error::other)
+        });
+        cloned
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|error| Error::internal(format!("the checkpoint's disk cannot be cloned: {error}")))?;
+        Ok(Self { own, clone: Some(clone) })
+    }
+
+    fn path(&self) -> &Path {
+        self.clone.as_ref().unwrap_or(&self.own)
+    }
+
+    /// It is the container's from now on.
+    fn keep(mut self) -> std::io::Result<()> {
+        match self.clone.take() {
+            Some(clone) => std::fs::rename(clone, &self.own),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for RestoredDisk {
+    fn drop(&mut self) {
+        if let Some(clone) = &self.clone
+            && let Err(error) = std::fs::remove_file(clone)
+        {
+            tracing::error!(path = %clone.display(), %error, "a disk that is not needed stays behind");
+        }
+    }
+}
+
+/// Whose templates are good for a container.
+fn domain(shared: &Shared, record: &Record) -> Option<String> {
+    let label = shared.config.vm.template_domain_label.as_ref()?;
+    Some(record.config.labels.as_ref().and_then(|labels| labels.get(label)).cloned().unwrap_or_default())
+}
+
+impl Shared {
+    /// What a machine is made of, by the contents of its files.
+    pub(crate) async fn shape(&self, machine: MachineSpec) -> Result<Shape, Error> {
+        let digests = Arc::clone(&self.digests);
+        let read = tokio::task::spawn_blocking(move || Shape::read(&machine, &digests)).await;
+        read.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|error| Error::internal(format!("the machine's files cannot be read: {error}")))
+    }
+
+    /// What a running sandbox's machine is made of. Its VMM may be of an older daemon's.
+    pub(crate) async fn shape_of(&self, sandbox: &Sandbox, record: &Record) -> Result<Shape, Error> {
+        let disk = self.layout().container_disk(&record.id);
+        let nobody = Timeline::begin(&record.id, TimelineKind::Run);
+        let mut machine = sandbox_spec(self, record, &disk, Origin::Cold, &nobody)?.machine();
+        machine.program = sandbox.program(machine.program);
+        self.shape(machine).await
+    }
+}
+
+/// The exit of a container's first process, if it has ended.
+fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
+    match state.init {
+        Some(ProcessState::Exited(exit)) => Ok(Some(exit)),
+        Some(ProcessState::Running { .. }) => Ok(None),
+        None => Err(Error::internal("its workload was never started")),
+    }
 }
 
 /// How a container that an earlier daemon left running was found.
@@ -121,15 +285,12 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
     };
     let adopted = async {
-        let state = container_state(&sandbox, &record.id).await?;
-        let exit = match state.init {
-            Some(ProcessState::Exited(exit)) => Some(exit),
-            Some(ProcessState::Running { .. }) => None,
-            None => return Err(Error::internal("its workload was never started")),
-        };
-        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
+        let guest = running.guest.as_ref().unwrap_or(&record.id);
+        let state = container_state(&sandbox, guest).await?;
+        let exit = first_exit(&state)?;
+        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
-        crate::engine::exec::take_over(&workload, &record.id, state.execs);
+        crate::engine::exec::take_over(&workload, state.execs);
         Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
@@ -166,49 +327,38 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> {
+fn sandbox_spec(
+    shared: &Shared,
+    record: &Record,
+    disk: &Path,
+    origin: Origin,
+    timeline: &Arc<Timeline>,
+) -> Result<SandboxSpec, Error> {
     let vm = &shared.config.vm;
     let disk = OpenOptions::new()
         .read(true)
         .write(true)
-        .open(shared.layout().container_disk(&record.id))
+        .open(disk)
         .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
     let layers = shared.layers();
+    let memory = memory::of(&record.host_config, vm);
     Ok(SandboxSpec {
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
         vcpus: limits::vcpus(&record.host_config, vm.vcpus),
-        memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
+        memory,
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
-        disk,
+        disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         // The CPUs' come when it is up: a boot is to be quick.
-        limits: HostLimits::default(),
+        limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
+        origin,
     })
-}
-
-trait DivCeil {
-    fn div_ceil_positive(self, by: Self) -> Self;
-}
-
-impl DivCeil for i64 {
-    /// For positive numbers.
-    fn div_ceil_positive(self, by: Self) -> Self {
-        self / by + Self::from(self % by != 0)
-    }
-}
-
-/// The limit with what the guest itself needs; the default without a limit.
-fn memory_mib(limit: i64, default: u32) -> u32 {
-    if limit <= 0 {
-        return default;
-    }
-    let limit = limit.div_ceil_positive(1 << 20);
-    u32::try_from(limit).unwrap_or(u32::MAX / 2).saturating_add(OVERHEAD_MIB).max(2 * OVERHEAD_MIB)
 }
 
 fn stdio(record: &Record) -> Stdio {
@@ -243,13 +393,15 @@ async fn connect(
         (stdio.stdout, StreamKind::Stdout, Stream::Stdout, kept.map(|kept| kept.stdout)),
         (stdio.stderr, StreamKind::Stderr, Stream::Stderr, kept.map(|kept| kept.stderr)),
     ];
+    // All at once: each is a way to the guest and back.
+    let opened =
+        streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
+            sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
+        });
     let mut outputs = JoinSet::new();
-    for (wanted, kind, stream, from) in streams {
-        if wanted {
-            let output = sandbox.output(workload.init(), kind, from).await?;
-            let log = kept.map(|_| Arc::clone(&workload.log));
-            outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
-        }
+    for (stream, output) in futures_util::future::try_join_all(opened).await? {
+        let log = kept.map(|_| Arc::clone(&workload.log));
+        outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
     }
     let mut inputs = JoinSet::new();
     if stdio.stdin
@@ -264,7 +416,7 @@ async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit })
+    Ok(Watch { events, outputs, inputs, exit, timeline: None })
 }
 
 async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
@@ -288,6 +440,10 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
         }
         Err(error) => Err(Failure { code: 128, error: error.to_string() }),
     }
+}
+
+fn memory_failure(error: &ResizeError) -> Failure {
+    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
 }
 
 fn boot_failure(error: &BootError) -> Failure {
@@ -321,14 +477,6 @@ pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_the_limit_and_what_the_guest_needs() {
-        assert_eq!(memory_mib(0, 512), 512);
-        assert_eq!(memory_mib(6 << 20, 512), 128);
-        assert_eq!(memory_mib((256 << 20) + 1, 512), 257 + 64);
-        assert!(memory_mib(i64::MAX, 512) > 1 << 20);
-    }
 
     #[test]
     fn failures_have_the_codes_that_clients_derive_from_their_words() {

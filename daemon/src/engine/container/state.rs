@@ -97,6 +97,10 @@ pub struct Running {
     pub log_start: u64,
     /// Since when.
     pub started_at: Timestamp,
+    /// The container's name in its guest, where that is not its id: it is a clone, or goes on from a
+    /// checkpoint that a clone has made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<String>,
     /// What the user wants after its end; None: what the restart policy says.
     pub then: Option<Then>,
     /// Whether it stands still.
@@ -182,6 +186,8 @@ pub enum Event {
         log_start: u64,
         /// When.
         at: Timestamp,
+        /// [`Running::guest`].
+        guest: Option<String>,
     },
     /// The start failed; nothing of it is left.
     StartFailed(Failure),
@@ -266,11 +272,11 @@ impl Lifecycle {
         let mut next = self.clone();
         let effects = match event {
             Event::Start => next.start()?,
-            Event::Started { sandbox, pid, log_start, at } => {
+            Event::Started { sandbox, pid, log_start, at, guest } => {
                 let State::Starting(_) = self.state else { return Err(Refusal::Stale) };
                 let (then, paused) = (None, false);
-                next.state =
-                    State::Running(Running { sandbox, pid, log_start, started_at: at, then, paused });
+                let running = Running { sandbox, pid, log_start, started_at: at, guest, then, paused };
+                next.state = State::Running(running);
                 vec![]
             }
             Event::StartFailed(failure) => next.start_failed(rules, failure)?,

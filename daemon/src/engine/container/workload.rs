@@ -24,6 +24,7 @@ use tokio::{
 use super::{hub::Hub, state::Exit};
 use crate::{
     engine::{Error, Result, logs::Log},
+    phases::{Stage, Timeline},
     sandbox::{CallError, Death, Sandbox},
 };
 
@@ -43,7 +44,10 @@ const SIGNAL_WITHIN: Duration = Duration::from_secs(10);
 pub(crate) struct Workload {
     pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) log: Arc<Log>,
+    /// The container's name in its guest: its id, unless it is a clone.
     container: String,
+    /// Held while its machine is being saved.
+    pub(crate) saving: tokio::sync::Mutex<()>,
     /// Who waits for which exec's end. None when the workload is over.
     execs: Mutex<Option<HashMap<String, oneshot::Sender<AgentExit>>>>,
     /// Whether the first process has ended, output or not.
@@ -62,14 +66,18 @@ pub(crate) struct Watch {
     pub(crate) inputs: JoinSet<()>,
     /// An exit that is known already, of a container that was adopted.
     pub(crate) exit: Option<AgentExit>,
+    /// Where the stages of the end are marked.
+    pub(crate) timeline: Option<Arc<Timeline>>,
 }
 
 impl Workload {
-    pub(crate) fn new(sandbox: Arc<Sandbox>, log: Arc<Log>, container: &str) -> Self {
+    /// `guest` is the container's name in its guest.
+    pub(crate) fn new(sandbox: Arc<Sandbox>, log: Arc<Log>, guest: &str) -> Self {
         Self {
             sandbox,
             log,
-            container: container.to_owned(),
+            container: guest.to_owned(),
+            saving: tokio::sync::Mutex::default(),
             execs: Mutex::new(Some(HashMap::new())),
             exited: watch::Sender::new(false),
             death: OnceLock::new(),
@@ -95,6 +103,16 @@ impl Workload {
     /// Takes a registration back.
     pub(crate) fn forget_exec(&self, id: &str) {
         self.execs(|execs| execs.as_mut().and_then(|execs| execs.remove(id)));
+    }
+
+    /// The container's name in its guest.
+    pub(crate) fn guest(&self) -> &str {
+        &self.container
+    }
+
+    /// An exec.
+    pub(crate) fn exec(&self, id: &str) -> ProcessId {
+        ProcessId { container: self.container.clone(), exec: Some(id.to_owned()) }
     }
 
     /// The first process.
@@ -141,13 +159,19 @@ impl Workload {
     /// end calls [`Hub::end_run`].
     pub(crate) async fn watch(&self, mut watch: Watch, hub: &Hub, mut oom: impl FnMut()) -> Exit {
         let mut exit = watch.exit;
+        let reached = |stage| watch.timeline.iter().for_each(|timeline| timeline.mark(stage));
         if exit.is_some() {
             self.process_ended(hub);
         }
         let death = loop {
             tokio::select! {
                 event = watch.events.recv() => match event {
-                    Some(event) => self.take(event, &mut exit, hub, &mut oom),
+                    Some(event) => {
+                        self.take(event, &mut exit, hub, &mut oom);
+                        if exit.is_some() {
+                            reached(Stage::Exited);
+                        }
+                    }
                     None => break Some(self.die().await),
                 },
                 _ = watch.outputs.join_next(), if exit.is_some() && !watch.outputs.is_empty() => {}
@@ -170,6 +194,7 @@ impl Workload {
         if let Err(error) = self.log.finish(Timestamp::now()) {
             tracing::error!(container = self.container, %error, "the end of a log could not be written");
         }
+        reached(Stage::Drained);
         watch.inputs.shutdown().await;
         self.execs(Option::take);
         if let (None, Some(death)) = (&exit, &death) {
@@ -315,7 +340,7 @@ mod tests {
         let mut outputs = JoinSet::new();
         let log = Some(Arc::clone(&workload.log));
         outputs.spawn(pump::output(output.unwrap(), Stream::Stdout, log, Arc::clone(&hub)));
-        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None };
+        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None, timeline: None };
         Bench { base, machine, agent, workload, hub, watch, stdout }
     }
 

@@ -141,7 +141,8 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
     if let Some(process) = spec.process_mut() {
         process.set_capabilities(Some(capability_sets(&capabilities)?));
     }
-    let files = files::files(hostname, &config.domainname, host, daemon, addresses, resolv_conf)?;
+    let mut files = files::files(hostname, &config.domainname, host, daemon, addresses, resolv_conf)?;
+    files.push(self::files::machine_id(id));
     Ok(ContainerSpec { spec, files })
 }
 
