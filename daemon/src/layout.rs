@@ -13,6 +13,7 @@
 //!     container.json            what it is and its state
 //!     ID-json.log               its log
 //!     disk.img                  its writable layer
+//!     end.json                  why its last microVM died, if it did not end in order
 //!     checkpoints/NAME/         a saved machine, its disk and checkpoint.json
 //! exec_root/                    0711; gone after a reboot
 //!   bulkheadd.pid
@@ -98,6 +99,11 @@ impl Layout {
     /// A container's writable layer.
     pub fn container_disk(&self, id: &str) -> PathBuf {
         self.container(id).join("disk.img")
+    }
+
+    /// Why a container's last microVM died.
+    pub fn container_last_end(&self, id: &str) -> PathBuf {
+        self.container(id).join("end.json")
     }
 
     /// The daemon's pid, unless `--pidfile` says otherwise.

@@ -152,6 +152,12 @@ impl Inherited {
         Ok(unsafe { OwnedFd::from_raw_fd(number) })
     }
 
+    /// The numbers of all that were taken.
+    #[must_use]
+    pub fn numbers(&self) -> &BTreeSet<FdNumber> {
+        &self.taken
+    }
+
     fn take_file(&mut self, field: &'static str, number: FdNumber) -> Result<File, ConfigError> {
         let file = File::from(self.take(field, number)?);
         match fstat(&file).map(|stat| FileType::from_raw_mode(stat.st_mode)) {

@@ -207,7 +207,7 @@ impl Config {
                 initramfs: options.initramfs.unwrap_or_else(|| "/usr/lib/bulkhead/initramfs.cpio".into()),
                 kvm: "/dev/kvm".into(),
                 memory_mib: range("default-memory-mib", options.default_memory_mib, 512, 64..=1 << 20)?,
-                vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), 1, 1..=64)?
+                vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), default_vcpus(), 1..=64)?
                     .try_into()
                     .unwrap_or(1),
                 disk_gib: range("default-disk-gib", options.default_disk_gib, 10, 1..=16 << 10)?,
@@ -216,6 +216,12 @@ impl Config {
             },
         })
     }
+}
+
+/// vCPUs of a microVM when nobody says how many: two run a workload beside its kernel's work, and cost little
+/// while idle.
+fn default_vcpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1)).min(2)
 }
 
 fn hosts(texts: &[String], tls: &Tls) -> Result<Vec<Host>, String> {

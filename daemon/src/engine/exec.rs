@@ -137,7 +137,7 @@ impl Engine {
     /// The container does not run; a command that is not valid.
     pub async fn exec_create(&self, container: Name<'_>, request: CreateRequest) -> Result<String> {
         let view = self.shared.registry.find(container)?.view();
-        view.running()?;
+        view.awake("exec")?;
         let spec = self.shared.spec(&view.record)?.spec;
         let process = spec::exec(&spec, &request)?;
         let kind = Kind { terminal: request.tty, stdin: request.attach_stdin, stdin_once: true };
@@ -168,7 +168,7 @@ impl Engine {
     pub async fn exec_start(&self, id: &str, request: StartRequest) -> Result<Option<Attachment>> {
         let exec = self.shared.execs.find(id)?;
         let view = self.shared.registry.find(&exec.container)?.view();
-        let workload = Arc::clone(view.running()?);
+        let workload = Arc::clone(view.awake("exec")?);
         exec.claim()?;
         let action = format!("exec_start: {}", exec.command_line());
         self.shared.publish(&view.record, &action, [("execID".into(), exec.id.clone())]);

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Engine, Error, Name, Result, Shared,
-    container::{Actor, Command, names, record::Record, start::Resumption, state::Lifecycle},
+    container::{Actor, Command, names, record::Record, resume::Resumption, state::Lifecycle},
     store,
 };
 use crate::{
@@ -83,7 +83,7 @@ impl Engine {
         let failed =
             |error: &dyn std::fmt::Display| Error::internal(format!("cannot fork container {name}: {error}"));
         let view = self.shared.registry.find(name)?.view();
-        let workload = Arc::clone(view.running()?);
+        let workload = Arc::clone(view.awake("its fork")?);
         let Ok(_saving) = workload.saving.try_lock() else {
             return Err(Error::conflict(format!("cannot fork container {name}: it is being saved already")));
         };

@@ -11,6 +11,7 @@ pub mod exec;
 mod fork;
 pub mod image;
 mod info;
+pub(crate) mod limits;
 pub mod logs;
 mod open;
 pub mod spec;

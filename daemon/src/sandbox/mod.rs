@@ -34,7 +34,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen};
-use bulkhead_vmm_api::{Request, Response};
+use bulkhead_vmm_api::{RateLimits, Request, Response};
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
@@ -131,6 +131,15 @@ impl SandboxSpec {
             kvm: self.kvm.clone(),
         }
     }
+}
+
+/// How fast a sandbox's devices may be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// The writable layer.
+    pub disk: RateLimits,
+    /// Each network interface.
+    pub net: RateLimits,
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.
@@ -306,6 +315,29 @@ impl Sandbox {
         self.control.call(&self.dir, request, &[], ANSWER_WITHIN).await
     }
 
+    /// Limits what its VMM gets of the host's CPUs, from now on. A VMM without a control group of its own has
+    /// no such limits; the guest's own cgroups then hold the workload alone.
+    ///
+    /// # Errors
+    /// [`CgroupError`].
+    pub fn limit_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+        match Cgroup::of_process(self.pid(), &self.id) {
+            Some(group) => group.update_cpus(limits),
+            None => {
+                tracing::debug!(sandbox = self.id, "a VMM has no control group to be limited by");
+                Ok(())
+            }
+        }
+    }
+
+    /// Limits its devices, from now on.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn set_rates(&self, rates: Rates) -> Result<(), ControlError> {
+        plan::set_rates(&self.control, &self.dir, rates).await
+    }
+
     /// Opens a process's output from byte `from`, or from the oldest that the agent still holds; an earlier connection to the same stream ends.
     pub(crate) async fn output(
         &self,
@@ -339,6 +371,9 @@ impl Sandbox {
     /// off within `grace` is killed.
     pub async fn shut_down(&self, grace: Duration) {
         let off = async {
+            // What is still to be written must not wait for the rate at which a workload may write.
+            let _ = self.set_rates(Rates::default()).await;
+            let _ = self.limit_cpus(&HostLimits::default());
             // The answer is the connection's end; the process's end is what counts.
             let _ = self.agent.call(Call::Shutdown).await;
             self.process.ended().await;

@@ -21,13 +21,13 @@ use std::{
 };
 
 use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Request, ShareKind, VsockConfig};
+use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, LimitedDevice, Request, ShareKind, VsockConfig};
 use tokio::sync::mpsc;
 
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, ConnectError, DISK, Origin, Sandbox, SandboxSpec, TAG,
+    BootError, CallError, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     vmm::{
@@ -255,6 +255,16 @@ fn open(what: &str, path: &Path) -> Result<File, BootError> {
 fn open_kvm(path: &Path) -> Result<File, BootError> {
     let opened = File::options().read(true).write(true).open(path);
     opened.map_err(|e| BootError::io(&format!("cannot open {}", path.display()), e))
+}
+
+/// Tells the VMM how fast its devices may be.
+pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates) -> Result<(), ControlError> {
+    let disk = (LimitedDevice::Block { id: DISK.into() }, rates.disk);
+    let net = devices().net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
+    for (device, limits) in std::iter::once(disk).chain(net) {
+        control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
+    }
+    Ok(())
 }
 
 /// Makes the guest one of its own: fresh entropy, the time, its containers' names.

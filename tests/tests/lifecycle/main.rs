@@ -5,6 +5,7 @@ mod containers;
 mod daemon_death;
 mod failures;
 mod forks;
+mod machine;
 mod templates;
 
 /// An error fails the test, with its whole story.

@@ -214,6 +214,11 @@ pub enum Request {
         /// Its limits.
         limits: RateLimits,
     },
+    /// The console from a byte on, or from the oldest that is kept. Answer: [`Response::ConsolePart`].
+    ConsolePart {
+        /// Counted from the machine's start.
+        from: u64,
+    },
     /// The flight recorder: what happened last. Answer: [`Response::Recent`].
     Recent,
     /// Stops every vCPU between two instructions.
@@ -297,6 +302,13 @@ pub enum Response {
     Console {
         /// The tail.
         text: String,
+    },
+    /// To [`Request::ConsolePart`].
+    ConsolePart {
+        /// Lossy UTF-8.
+        text: String,
+        /// The first byte that is not in `text`.
+        next: u64,
     },
     /// To [`Request::Recent`].
     Recent {
@@ -419,6 +431,14 @@ pub enum ExitReason {
         /// The step and its error.
         message: String,
     },
+    /// One of the VMM's threads made a system call that its kind does not make: the VMM is at fault, or not
+    /// its own any more. It was killed before the call was made.
+    Violation {
+        /// The kind of thread: `control`, `vcpu`, or a device's, `block` for instance.
+        thread: String,
+        /// The call's number.
+        call: i32,
+    },
     /// [`Request::Kill`] or a termination signal.
     Killed,
 }
@@ -432,6 +452,9 @@ impl std::fmt::Display for ExitReason {
             Self::Kvm { message } => write!(f, "KVM: {message}"),
             Self::Device { device, message } => write!(f, "device {device}: {message}"),
             Self::Setup { message } => write!(f, "the machine could not be built: {message}"),
+            Self::Violation { thread, call } => {
+                write!(f, "the VMM's {thread} thread made system call {call}, which it may not")
+            }
             Self::Killed => f.write_str("the machine was killed"),
         }
     }

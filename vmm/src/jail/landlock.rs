@@ -2,7 +2,10 @@
 //! opened or made by path; what came as a descriptor is not concerned. A kernel without Landlock, or with
 //! less of it, gives that much less: everything here is denied by other means as well.
 
-use std::{io, os::fd::{FromRawFd, OwnedFd, AsRawFd}};
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+};
 
 use super::JailError;
 

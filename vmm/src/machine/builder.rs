@@ -44,6 +44,7 @@ use crate::{
         i8042::{self, I8042},
         serial::{self, SavedSerial, SerialPort},
     },
+    jail::JailError,
     recorder::Recorder,
 };
 
@@ -103,6 +104,9 @@ pub enum BuildError {
     /// KVM refuses the state of a vCPU or chip.
     #[error("the saved state: {0}")]
     Restore(#[from] StateError),
+    /// A thread cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The process has no descriptor or thread left.
     #[error("{0}")]
     Resources(#[from] io::Error),
@@ -165,9 +169,11 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
             devices.restore(&state.devices)?;
         }
     }
-    devices.start()?;
+    let gate = Arc::default();
+    devices.start(&gate)?;
     let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started, abilities));
-    let vcpus = Vcpus::start(shared, vcpus)?;
+    let vcpus = Vcpus::start(shared, vcpus, &gate)?;
+    gate.wait()?;
     phases.end("ready");
     Ok(Machine { name: config.name, console, end, vcpus, devices, serial, memory, processor, phases, vm })
 }

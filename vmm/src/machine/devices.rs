@@ -38,6 +38,8 @@ use crate::{
         vsock::Vsock,
         worker::{FailureHandler, Port, Worker},
     },
+    jail::gate::Gate,
+    seccomp::Kind,
 };
 
 /// Why the devices cannot be made.
@@ -286,13 +288,14 @@ impl DeviceSet {
         Ok(())
     }
 
-    /// Starts the workers.
+    /// Starts the workers, each of which has to pass the gate.
     ///
     /// # Errors
     /// There is no thread or descriptor left.
-    pub(super) fn start(&mut self) -> Result<(), DeviceSetError> {
+    pub(super) fn start(&mut self, gate: &Arc<Gate>) -> Result<(), DeviceSetError> {
         for member in &self.members {
-            let worker = Worker::start(Arc::clone(&member.port));
+            let pass = gate.pass(Kind::worker(member.port.device().device_type()));
+            let worker = Worker::start(Arc::clone(&member.port), pass);
             self.workers.push(worker.map_err(DeviceSetError::device(member.port.name()))?);
         }
         Ok(())

@@ -33,6 +33,8 @@ use super::end::End;
 use crate::{
     arch::x86_64::state::{Abilities, StateError, VcpuState},
     bus::Bus,
+    jail::gate::Gate,
+    seccomp::Kind,
 };
 
 /// What all vCPUs of a machine share.
@@ -161,18 +163,20 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. They wait until [`Vcpus::resume`].
+    /// Starts a thread for each vCPU, which has to pass the gate. They wait until [`Vcpus::resume`].
     ///
     /// # Errors
     /// The signal's handler cannot be installed, or a thread cannot be started.
-    pub fn start(shared: Arc<Shared>, vcpus: Vec<VcpuFd>) -> io::Result<Self> {
+    pub fn start(shared: Arc<Shared>, vcpus: Vec<VcpuFd>, gate: &Arc<Gate>) -> io::Result<Self> {
         install_handler()?;
         let mut this = Self { shared, threads: Vec::new() };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = Arc::clone(&this.shared);
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || thread_main(vcpu, index, &shared))?;
+            let pass = gate.pass(Kind::Vcpu);
+            let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                pass.confine();
+                thread_main(vcpu, index, &shared);
+            })?;
             this.threads.push(thread);
         }
         Ok(this)

@@ -36,11 +36,7 @@ pub(super) const fn call(number: c_long, _why: &'static str) -> Call {
 }
 
 /// A call where one of the lists holds, and why.
-pub(super) const fn call_if(
-    number: c_long,
-    when: &'static [&'static [Arg]],
-    _why: &'static str,
-) -> Call {
+pub(super) const fn call_if(number: c_long, when: &'static [&'static [Arg]], _why: &'static str) -> Call {
     Call { number, when: Some(when) }
 }
 

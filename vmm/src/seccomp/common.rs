@@ -7,11 +7,7 @@ use super::call::{Call, call, call_if, int, lacks, null, this_process};
 pub(super) const CALLS: &[Call] = &[
     // ---- memory of the allocator
     call(SYS_brk, "malloc"),
-    call_if(
-        SYS_mmap,
-        &[&[lacks(2, PROT_EXEC), int(4, -1)]],
-        "malloc: anonymous memory, never code",
-    ),
+    call_if(SYS_mmap, &[&[lacks(2, PROT_EXEC), int(4, -1)]], "malloc: anonymous memory, never code"),
     call(SYS_munmap, "free; the stack of a thread that ends"),
     call(SYS_mremap, "realloc"),
     call_if(SYS_mprotect, &[&[lacks(2, PROT_EXEC)]], "malloc: an arena grows"),
@@ -20,7 +16,6 @@ pub(super) const CALLS: &[Call] = &[
         &[&[int(2, MADV_DONTNEED)], &[int(2, MADV_FREE)]],
         "free; the stack of a thread that ends",
     ),
-    call_if(SYS_sched_getaffinity, &[&[int(0, 0)]], "malloc: how many arenas"),
     call_if(SYS_prlimit64, &[&[int(0, 0), null(2)]], "the file server asks how many files it may open"),
     // ---- locks, events, time
     call(SYS_futex, "mutexes, condition variables, joins"),

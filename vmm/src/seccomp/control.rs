@@ -3,6 +3,7 @@
 use libc::*;
 
 use super::call::{Call, call, call_if, int, request, this_process};
+use crate::arch::x86_64::ioctls::*;
 
 /// The signal that takes a vCPU out of the guest: SIGRTMIN as the C library counts.
 const KICK: i32 = 34;
@@ -21,7 +22,13 @@ pub(super) const CALLS: &[Call] = &[
     call(SYS_statx, "a disk's size"),
     call_if(
         SYS_fcntl,
-        &[&[int(1, F_GETFL)], &[int(1, F_SETFL)], &[int(1, F_GETFD)], &[int(1, F_SETFD)], &[int(1, F_DUPFD_CLOEXEC)]],
+        &[
+            &[int(1, F_GETFL)],
+            &[int(1, F_SETFL)],
+            &[int(1, F_GETFD)],
+            &[int(1, F_SETFD)],
+            &[int(1, F_DUPFD_CLOEXEC)],
+        ],
         "how it was opened; a tap becomes non-blocking",
     ),
     call(SYS_openat2, "a share's own directory"),
@@ -29,13 +36,19 @@ pub(super) const CALLS: &[Call] = &[
     call(SYS_lseek, "the size of a file"),
     call_if(
         SYS_ioctl,
-        &[
-            &[request(TUNGETIFF as u32)],
-            &[request(TUNSETVNETHDRSZ as u32)],
-            &[request(TUNSETOFFLOAD as u32)],
-        ],
+        &[&[request(TUNGETIFF as u32)], &[request(TUNSETVNETHDRSZ as u32)], &[request(TUNSETOFFLOAD as u32)]],
         "a tap is made ready",
     ),
+    // ---- a rate limit is set
+    call(SYS_timerfd_create, "its timer"),
+    call(SYS_timerfd_settime, "the same"),
+    // ---- the machine is saved
+    call_if(
+        SYS_ioctl,
+        &[&[request(KVM_GET_IRQCHIP)], &[request(KVM_GET_CLOCK)], &[request(KVM_GET_PIT2)]],
+        "the chips",
+    ),
+    call(SYS_fdatasync, "the files are on disk before the answer"),
     call(SYS_epoll_ctl, "a tap is watched"),
     call(SYS_epoll_create1, "the same"),
     // ---- the end

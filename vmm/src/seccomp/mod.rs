@@ -12,11 +12,13 @@
 //! process killed by the handler's hand, is for the report: the kernel itself would tell only its audit log
 //! which call it was.
 
+mod balloon;
 mod block;
 mod call;
 mod common;
 mod control;
 mod fs;
+mod mem;
 mod net;
 mod rng;
 mod vcpu;
@@ -52,12 +54,25 @@ pub enum Kind {
     Vsock,
     /// virtio-rng's.
     Rng,
+    /// virtio-balloon's.
+    Balloon,
+    /// virtio-mem's.
+    Mem,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Control, Self::Vcpu, Self::Block, Self::Fs, Self::Net, Self::Vsock, Self::Rng];
+    pub const ALL: [Self; 9] = [
+        Self::Control,
+        Self::Vcpu,
+        Self::Block,
+        Self::Fs,
+        Self::Net,
+        Self::Vsock,
+        Self::Rng,
+        Self::Balloon,
+        Self::Mem,
+    ];
 
     /// The worker of a device.
     #[must_use]
@@ -68,6 +83,8 @@ impl Kind {
             DeviceType::Net => Self::Net,
             DeviceType::Vsock => Self::Vsock,
             DeviceType::Rng => Self::Rng,
+            DeviceType::Balloon => Self::Balloon,
+            DeviceType::Mem => Self::Mem,
         }
     }
 
@@ -91,6 +108,8 @@ impl Kind {
             Self::Net => "net",
             Self::Vsock => "vsock",
             Self::Rng => "rng",
+            Self::Balloon => "balloon",
+            Self::Mem => "mem",
         }
     }
 
@@ -103,6 +122,8 @@ impl Kind {
             Self::Net => net::CALLS,
             Self::Vsock => vsock::CALLS,
             Self::Rng => rng::CALLS,
+            Self::Balloon => balloon::CALLS,
+            Self::Mem => mem::CALLS,
         };
         [common::CALLS, own]
     }

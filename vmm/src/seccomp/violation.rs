@@ -73,7 +73,8 @@ pub(super) fn prepare(kind: Kind) -> io::Result<()> {
 
 fn parts(kind: Kind) -> io::Result<Parts> {
     let reason = ExitReason::Violation { thread: kind.name().to_owned(), call: PLACEHOLDER };
-    let text = serde_json::to_string(&Report { reason, console: String::new(), uptime_us: 0 })?;
+    let text =
+        serde_json::to_string(&Report { reason, console: String::new(), uptime_us: 0, recent: Vec::new() })?;
     let (before, behind) = text.split_once(&PLACEHOLDER.to_string()).ok_or(io::ErrorKind::InvalidData)?;
     Ok((before.into(), behind.into()))
 }

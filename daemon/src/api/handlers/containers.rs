@@ -11,7 +11,7 @@ use crate::{
         response::{Body, Reply, json, json_with, no_content, status, streamed},
         router::{Route, table},
         stream::{Hijack, detach::DetachKeys, media_type},
-        types::container::{CreateRequest, WaitResponse},
+        types::container::{CreateRequest, HostConfig, WaitResponse},
         version::ApiVersion,
     },
     engine::{
@@ -30,6 +30,9 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/containers/{name}/stop" => stop,
     POST "/containers/{name}/restart" => restart,
     POST "/containers/{name}/kill" => kill,
+    POST "/containers/{name}/update" => update,
+    POST "/containers/{name}/pause" => pause,
+    POST "/containers/{name}/unpause" => unpause,
     POST "/containers/{name}/rename" => rename,
     POST "/containers/{name}/resize" => resize,
     POST "/containers/{name}/wait" [WhileConnected] => wait,
@@ -130,6 +133,25 @@ fn stop_signal(call: &Call) -> Option<&str> {
 
 async fn kill(call: Call) -> Result<Response<Body>> {
     call.engine.container_kill(call.name(), call.query.non_empty("signal")).await?;
+    Ok(no_content())
+}
+
+async fn update(mut call: Call) -> Result<Response<Body>> {
+    // Its fields are those of a host config, of which it is a part.
+    let mut request: HostConfig = call.json().await?;
+    if call.version < ApiVersion::new(1, 40) {
+        request.pids_limit = None;
+    }
+    json(&call.engine.container_update(call.name(), request).await?)
+}
+
+async fn pause(call: Call) -> Result<Response<Body>> {
+    call.engine.container_pause(call.name(), true).await?;
+    Ok(no_content())
+}
+
+async fn unpause(call: Call) -> Result<Response<Body>> {
+    call.engine.container_pause(call.name(), false).await?;
     Ok(no_content())
 }
 

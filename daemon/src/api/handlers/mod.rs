@@ -6,6 +6,8 @@ pub mod exec;
 pub mod images;
 pub mod later;
 pub mod logs;
+pub mod machine;
+pub mod stats;
 pub mod system;
 
 use super::router::Route;
@@ -16,6 +18,8 @@ pub(super) const TABLES: &[&[Route]] = &[
     checkpoints::ROUTES,
     containers::ROUTES,
     logs::ROUTES,
+    machine::ROUTES,
+    stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,
     later::ROUTES,

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use super::{Actor, names, record::Record};
 use crate::{
     api::types::container::{CreateRequest, CreateResponse},
-    engine::{Error, Result, Shared, image::ImageForContainer, spec, store},
+    engine::{Error, Result, Shared, image::ImageForContainer, limits, spec, store},
     phases::{Stage, Timeline, TimelineKind},
 };
 
@@ -33,6 +33,7 @@ pub(super) async fn create(
     let CreateRequest { config, host_config, networking_config } = request;
     let mut warnings: Vec<String> = warning.into_iter().collect();
     warnings.extend(spec::validate(&config, &host_config)?);
+    warnings.extend(limits::check(&config, &host_config, &shared.layout().data_root, false)?);
     spec::validate_networks(&networking_config)?;
     if bridge && !config.network_disabled {
         warnings.push(

@@ -14,6 +14,9 @@
 //!                    └─ removal failed ──▶ Dead ── remove ──▶ Removing
 //! ```
 //!
+//! A running workload may be paused: that is part of Running, since everything else that can happen to one can
+//! happen to it while it stands still.
+//!
 //! A state carries only what exists in it. Docker's status words and booleans are derived in [`super::inspect`].
 
 use std::time::Duration;
@@ -100,6 +103,9 @@ pub struct Running {
     pub guest: Option<String>,
     /// What the user wants after its end; None: what the restart policy says.
     pub then: Option<Then>,
+    /// Whether it stands still.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 /// What the user wants after the workload's end.
@@ -185,6 +191,8 @@ pub enum Event {
     },
     /// The start failed; nothing of it is left.
     StartFailed(Failure),
+    /// Its processes stand still, or run on.
+    Paused(bool),
     /// The user stops or kills it.
     Stop,
     /// The user restarts it.
@@ -234,6 +242,8 @@ pub enum Refusal {
     NotRunning,
     /// It runs; the word is its status.
     Runs(&'static str),
+    /// It is paused.
+    Paused,
     /// It is being removed.
     BeingRemoved,
     /// It is dead.
@@ -264,11 +274,20 @@ impl Lifecycle {
             Event::Start => next.start()?,
             Event::Started { sandbox, pid, log_start, at, guest } => {
                 let State::Starting(_) = self.state else { return Err(Refusal::Stale) };
-                let running = Running { sandbox, pid, log_start, started_at: at, guest, then: None };
+                let (then, paused) = (None, false);
+                let running = Running { sandbox, pid, log_start, started_at: at, guest, then, paused };
                 next.state = State::Running(running);
                 vec![]
             }
             Event::StartFailed(failure) => next.start_failed(rules, failure)?,
+            Event::Paused(paused) => {
+                let State::Running(running) = &mut next.state else { return Err(Refusal::NotRunning) };
+                if running.paused == paused {
+                    return Err(Refusal::Already);
+                }
+                running.paused = paused;
+                vec![]
+            }
             Event::Stop => next.stop(rules)?,
             Event::Restart => next.restart()?,
             Event::Remove { force } => next.remove(force)?,
@@ -297,6 +316,7 @@ impl Lifecycle {
                 self.delay_ms = 0;
                 Ok(vec![Effect::Boot])
             }
+            State::Running(Running { paused: true, .. }) => Err(Refusal::Paused),
             State::Starting(_) | State::Running(_) | State::Restarting(_) => Err(Refusal::Already),
             State::Removing(_) => Err(Refusal::BeingRemoved),
             State::Dead(_) => Err(Refusal::Dead),
@@ -367,6 +387,7 @@ impl Lifecycle {
     fn remove(&mut self, force: bool) -> Result<Vec<Effect>, Refusal> {
         let (rest, effects) = match &mut self.state {
             State::Removing(_) => return Err(Refusal::BeingRemoved),
+            State::Running(Running { paused: true, .. }) if !force => return Err(Refusal::Paused),
             State::Running(_) if !force => return Err(Refusal::Runs("running")),
             State::Restarting(_) if !force => return Err(Refusal::Runs("restarting")),
             State::Starting(_) if !force => return Err(Refusal::Runs("starting")),

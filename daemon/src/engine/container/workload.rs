@@ -10,7 +10,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -34,6 +34,9 @@ const DIE_WITHIN: Duration = Duration::from_secs(10);
 /// How long the events of a dead sandbox may take to come to their end.
 const LAST_WORDS_WITHIN: Duration = Duration::from_secs(2);
 
+/// How long the agent may take to freeze a container; longer than it gives itself.
+const PAUSE_WITHIN: Duration = Duration::from_secs(15);
+
 /// How long the agent may take to deliver a signal.
 const SIGNAL_WITHIN: Duration = Duration::from_secs(10);
 
@@ -49,6 +52,8 @@ pub(crate) struct Workload {
     execs: Mutex<Option<HashMap<String, oneshot::Sender<AgentExit>>>>,
     /// Whether the first process has ended, output or not.
     exited: watch::Sender<bool>,
+    /// How the sandbox ended before the first process did.
+    death: OnceLock<Death>,
 }
 
 /// What belongs to a workload's watch and is not shared.
@@ -75,7 +80,13 @@ impl Workload {
             saving: tokio::sync::Mutex::default(),
             execs: Mutex::new(Some(HashMap::new())),
             exited: watch::Sender::new(false),
+            death: OnceLock::new(),
         }
+    }
+
+    /// How the sandbox ended, if that was the container's end and not in order.
+    pub(crate) fn death(&self) -> Option<&Death> {
+        self.death.get().filter(|death| !death.in_order())
     }
 
     fn execs<R>(&self, f: impl FnOnce(&mut Option<HashMap<String, oneshot::Sender<AgentExit>>>) -> R) -> R {
@@ -121,6 +132,19 @@ impl Workload {
                 Ok(())
             }
             Ok(Err(error)) => Err(Error::internal(format!("the signal was not delivered: {error}"))),
+            Err(_) => Err(Error::internal("the guest does not answer")),
+        }
+    }
+
+    /// Freezes every process, or lets them run on; returns when it is so.
+    ///
+    /// # Errors
+    /// The agent refuses or does not answer.
+    pub(crate) async fn set_paused(&self, paused: bool) -> Result<()> {
+        let container = self.container.clone();
+        let call = if paused { Call::Pause { container } } else { Call::Resume { container } };
+        match tokio::time::timeout(PAUSE_WITHIN, self.sandbox.call(call)).await {
+            Ok(answer) => answer.map(drop).map_err(|error| Error::internal(error.to_string())),
             Err(_) => Err(Error::internal("the guest does not answer")),
         }
     }
@@ -173,6 +197,9 @@ impl Workload {
         reached(Stage::Drained);
         watch.inputs.shutdown().await;
         self.execs(Option::take);
+        if let (None, Some(death)) = (&exit, &death) {
+            let _ = self.death.set(death.clone());
+        }
         conclude(exit, death)
     }
 
@@ -246,10 +273,14 @@ fn conclude(exit: Option<AgentExit>, death: Option<Death>) -> Exit {
 }
 
 /// Stops a workload: the signal, its grace, then SIGKILL. Returns when its first process has ended, or when
-/// its whole sandbox was killed because even SIGKILL brought no end.
-pub(crate) async fn stop(workload: &Workload, signal: i32, grace: Option<Duration>) {
+/// its whole sandbox was killed because even SIGKILL brought no end. One that was paused runs on once the signal
+/// waits for it.
+pub(crate) async fn stop(workload: &Workload, signal: i32, grace: Option<Duration>, paused: bool) {
     if let Err(error) = workload.signal(signal).await {
         tracing::warn!(container = workload.container, %error, "a stop signal was not delivered");
+    }
+    if paused && let Err(error) = workload.set_paused(false).await {
+        tracing::warn!(container = workload.container, %error, "a paused container was not resumed");
     }
     match grace {
         None => workload.exited().await,
@@ -409,7 +440,7 @@ mod tests {
         });
         let stopping = tokio::spawn({
             let workload = Arc::clone(&workload);
-            async move { stop(&workload, 15, Some(Duration::from_millis(1))).await }
+            async move { stop(&workload, 15, Some(Duration::from_millis(1)), false).await }
         });
         for expected in [15, 9] {
             let call = agent.next_call().await.unwrap();

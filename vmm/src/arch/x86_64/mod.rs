@@ -12,6 +12,7 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod ioctls;
 pub mod layout;
 pub mod mptable;
 pub mod registers;

@@ -31,7 +31,10 @@ use vmm_sys_util::{
 };
 
 use super::device::{DeviceError, Interrupt, VirtioDevice};
-use crate::recorder::{Frequent, Place, Rare};
+use crate::{
+    jail::gate::Pass,
+    recorder::{Frequent, Place, Rare},
+};
 
 /// Device status bits (virtio 1.3, 2.1).
 pub mod status {
@@ -246,15 +249,18 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the worker of a device.
+    /// Starts the worker of a device, which first of all confines itself.
     ///
     /// # Errors
     /// No epoll or thread could be made, or an event source cannot be watched.
-    pub fn start(port: Arc<Port>) -> io::Result<Self> {
+    pub fn start(port: Arc<Port>, pass: Pass) -> io::Result<Self> {
         let watch = Watch::new(&port)?;
         let name: String = port.name.chars().take(15).collect();
         let shared = Arc::clone(&port);
-        let thread = thread::Builder::new().name(name).spawn(move || run(&shared, watch))?;
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            pass.confine();
+            run(&shared, watch);
+        })?;
         Ok(Self { port, thread: Some(thread) })
     }
 }
@@ -478,7 +484,7 @@ mod tests {
         });
         let dynamic: Arc<Mutex<dyn VirtioDevice>> = Arc::<Mutex<Probe>>::clone(&device);
         let port = Arc::new(Port::new("probe".to_owned(), dynamic, interrupt, on_failure).unwrap());
-        let worker = Worker::start(Arc::clone(&port)).unwrap();
+        let worker = Worker::start(Arc::clone(&port), Pass::unconfined()).unwrap();
         Fixture { port, device, calls, failures, source, _worker: worker }
     }
 

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod config;
 mod host_config;
+pub mod stats;
 
 use std::collections::BTreeMap;
 
