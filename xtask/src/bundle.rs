@@ -47,6 +47,11 @@ impl Bundle {
         self.dir.join("bulkheadd")
     }
 
+    /// The program for people.
+    pub(crate) fn cli(&self) -> PathBuf {
+        self.dir.join("bulkhead")
+    }
+
     pub(crate) fn vmm(&self) -> PathBuf {
         self.dir.join("bulkhead-vmm")
     }
@@ -85,7 +90,7 @@ pub(crate) fn build(tree: &Tree, profile: &str) -> Result<Bundle> {
     sh::run(&mut programs)?;
     let agent = build_agent(tree)?;
     let built = tree.target().join(profile);
-    for program in ["bulkheadd", "bulkhead-vmm", "bulkhead-rootfs"] {
+    for program in ["bulkheadd", "bulkhead", "bulkhead-vmm", "bulkhead-rootfs"] {
         place(&built.join(program), &bundle.dir().join(program))?;
     }
     sh::run(

@@ -111,10 +111,16 @@ pub struct Options {
     /// Size of containers' writable layer, in GiB
     #[arg(long, value_name = "GIB")]
     pub default_disk_gib: Option<u32>,
+    /// Start microVMs as clones of saved ones; =false boots each
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub templates: Option<bool>,
+    /// Label of containers whose value tells tenants apart: templates are not shared between them
+    #[arg(long, value_name = "KEY")]
+    pub template_domain_label: Option<String>,
 }
 
 /// The options' names in the file that are ours alone.
-const OURS: [&str; 7] = [
+const OURS: [&str; 9] = [
     "vmm",
     "kernel",
     "initramfs",
@@ -122,6 +128,8 @@ const OURS: [&str; 7] = [
     "default-vcpus",
     "reclaim-below-percent",
     "default-disk-gib",
+    "templates",
+    "template-domain-label",
 ];
 
 /// Flags and the file's text as one. Errors are worded as dockerd's.

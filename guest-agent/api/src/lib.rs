@@ -452,7 +452,7 @@ pub struct MemoryStats {
     pub limit: Option<u64>,
     /// All of the guest's memory.
     pub total: u64,
-    /// How often the limit was hit.
+    /// How often it ran out: the limit was hit, and nothing could be reclaimed.
     pub limit_hits: u64,
     /// The kernel's `memory.stat`.
     pub stat: Vec<(String, u64)>,

@@ -23,7 +23,7 @@ impl Cgroup {
                 usage: number(&read("memory.current")),
                 limit: limit(&read("memory.max")),
                 total: total_memory(),
-                limit_hits: counter(&read("memory.events"), "max"),
+                limit_hits: counter(&read("memory.events"), "oom"),
                 stat: pairs(&read("memory.stat")),
             },
             pids: number(&read("pids.current")),

@@ -245,6 +245,11 @@ pub enum Request {
         /// Its limits.
         limits: RateLimits,
     },
+    /// The console from a byte on, or from the oldest that is kept. Answer: [`Response::ConsolePart`].
+    ConsolePart {
+        /// Counted from the machine's start.
+        from: u64,
+    },
     /// The flight recorder: what happened last. Answer: [`Response::Recent`].
     Recent,
     /// Stops every vCPU between two instructions.
@@ -328,6 +333,13 @@ pub enum Response {
     Console {
         /// The tail.
         text: String,
+    },
+    /// To [`Request::ConsolePart`].
+    ConsolePart {
+        /// Lossy UTF-8.
+        text: String,
+        /// The first byte that is not in `text`.
+        next: u64,
     },
     /// To [`Request::Recent`].
     Recent {

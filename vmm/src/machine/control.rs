@@ -145,7 +145,10 @@ enum RequestError {
 
 /// Performs a request, and records it if it is one that changes something.
 fn recorded(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Response {
-    let changes = !matches!(request, Request::Status | Request::Console | Request::Recent);
+    let changes = !matches!(
+        request,
+        Request::Status | Request::Console | Request::ConsolePart { .. } | Request::Recent
+    );
     let text = if changes { Rare::text(&request) } else { Box::default() };
     let recorder = machine.end().recorder();
     match perform(machine, request, fds) {
@@ -190,6 +193,10 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         Request::SetMemory { plugged_mib } => machine.set_memory(plugged_mib)?,
         Request::SetBalloon { mib } => machine.set_balloon(mib)?,
         Request::SetRateLimit { device, limits } => machine.set_rate_limit(&device, limits)?,
+        Request::ConsolePart { from } => {
+            let (text, next) = machine.console().part(from);
+            return Ok(Response::ConsolePart { text, next });
+        }
         Request::Recent => return Ok(Response::Recent { events: machine.end().recorder().recent() }),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),

@@ -172,6 +172,18 @@ impl Cgroup {
         }
     }
 
+    /// The group of its own that process `pid` is in, which is one named `name`; None where it is in another.
+    pub fn of_process(pid: i32, name: &str) -> Option<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        // Version 2 has one line: `0::/path`.
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        let path = Path::new("/sys/fs/cgroup").join(path);
+        if path.file_name().is_none_or(|last| last != name) {
+            return None;
+        }
+        Self::open(path).ok()
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -184,7 +196,31 @@ impl Cgroup {
     /// # Errors
     /// The first limit that cannot be had. Those before it hold.
     pub fn update(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+        self.update_some(limits, |_| true)
+    }
+
+    /// Sets the limits of CPUs alone, as [`Cgroup::update`] does.
+    ///
+    /// # Errors
+    /// The first limit that cannot be had. Those before it hold.
+    pub fn update_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+        self.update_some(limits, |controller| matches!(controller, "cpu" | "cpuset"))
+    }
+
+    /// Sets the limit of memory alone.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub fn update_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        let limits = HostLimits { memory_bytes: Some(bytes), ..HostLimits::default() };
+        self.update_some(&limits, |controller| controller == "memory")
+    }
+
+    fn update_some(&self, limits: &HostLimits, which: fn(&str) -> bool) -> Result<(), CgroupError> {
         for (controller, file, value, wanted) in limits.files() {
+            if !which(controller) {
+                continue;
+            }
             match self.write(file, &value) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
