@@ -71,6 +71,8 @@ pub(super) async fn resume(
     spec.vcpus = shape.vcpus();
     // What was plugged is in what was saved.
     spec.memory = Memory { base_mib: shape.memory_mib(), plugged_mib: 0 };
+    // So the host's limit is known when it is there.
+    spec.limits.memory_bytes = None;
     let here = shared.shape(spec.machine()).await.map_err(internal)?;
     if let Some(what) = shape.difference(&here) {
         let error = format!("the saved machine cannot go on here: {what} is another");
@@ -80,6 +82,8 @@ pub(super) async fn resume(
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
     let data_root = &shared.layout().data_root;
+    let memory = |error| Failure { code: 128, error: format!("the saved machine's memory: {error}") };
+    sandbox.limit_memory().await.map_err(memory)?;
     restrain::before_start(&sandbox, record, data_root)
         .await
         .map_err(|error| Failure { code: 128, error })?;
@@ -89,7 +93,7 @@ pub(super) async fn resume(
     let workload = Arc::new(Workload::new(sandbox, Arc::new(log), &guest));
     if of_checkpoint {
         // Its limits may have changed since.
-        restrain::catch_up(&workload, record, shared).await;
+        restrain::catch_up(shared, &workload, record).await;
     }
     let mut watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
         .await
