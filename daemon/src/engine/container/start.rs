@@ -164,6 +164,13 @@ async fn resume(
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
     timeline.mark(Stage::Connected);
     crate::engine::exec::take_over(&workload, state.execs);
+    restrain::before_start(&workload.sandbox, record, &shared.layout().data_root)
+        .await
+        .map_err(|error| Failure { code: 128, error })?;
+    if state.paused {
+        // It was saved while it stood still; whoever starts it wants it to run.
+        workload.set_paused(false).await.map_err(internal)?;
+    }
     disk.keep().map_err(|error| internal(error.into()))?;
     Ok(Started { workload, watch, log_start, at })
 }
