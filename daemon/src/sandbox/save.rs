@@ -12,13 +12,16 @@
 
 use std::{io, os::fd::AsFd, path::PathBuf, time::Duration};
 
-use bulkhead_agent_api::Call;
+use bulkhead_agent_api::{Call, ErrorKind};
 use bulkhead_vmm_api::Request;
 
 use super::{CallError, ControlError, Sandbox, saved::Writing};
 
 /// How long a guest may take to freeze its containers and flush its disk.
 const QUIESCE_WITHIN: Duration = Duration::from_secs(120);
+
+/// How soon a guest in which a process is being started is asked again.
+const STARTING: Duration = Duration::from_millis(20);
 
 /// How long a VMM may take to write a machine's memory: 64 GiB to a slow disk.
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(1200);
@@ -71,9 +74,9 @@ impl Sandbox {
         meanwhile: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<(Writing, T), SaveError> {
         self.dir.mark_saving()?;
-        let quiet = tokio::time::timeout(QUIESCE_WITHIN, self.call(Call::Quiesce)).await;
+        let quiet = tokio::time::timeout(QUIESCE_WITHIN, self.quiesce()).await;
         let saved = match quiet {
-            Ok(Ok(_)) => self.save_quiet(&options, meanwhile).await,
+            Ok(Ok(())) => self.save_quiet(&options, meanwhile).await,
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(SaveError::Silent),
         };
@@ -89,6 +92,18 @@ impl Sandbox {
             }
         }
         saved
+    }
+
+    /// A process that is just being started is waited for.
+    async fn quiesce(&self) -> Result<(), CallError> {
+        loop {
+            match self.call(Call::Quiesce).await {
+                Err(CallError::Agent(error)) if error.kind == ErrorKind::Conflict => {
+                    tokio::time::sleep(STARTING).await;
+                }
+                other => return other.map(drop),
+            }
+        }
     }
 
     async fn save_quiet<T: Send + 'static>(

@@ -15,8 +15,10 @@ use super::{
     hub::{Hub, Kind},
     machine,
     record::Record,
-    restrain, signal,
-    start::{self, Found, Resumption, Started},
+    restrain,
+    resume::Resumption,
+    signal,
+    start::{self, Found, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
     workload::{self, Watch, Workload},
 };
