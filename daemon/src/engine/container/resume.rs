@@ -101,6 +101,10 @@ pub(super) async fn resume(
     watch.timeline = Some(Arc::clone(timeline));
     timeline.mark(Stage::Connected);
     crate::engine::exec::take_over(&workload, state.execs);
+    if state.paused {
+        // It was saved while it stood still; whoever starts it wants it to run.
+        workload.set_paused(false).await.map_err(internal)?;
+    }
     disk.keep().map_err(|error| internal(error.into()))?;
     Ok(Started { workload, watch, log_start, at })
 }
