@@ -6,6 +6,7 @@ pub mod bus;
 pub mod config;
 pub mod console;
 pub mod devices;
+pub mod entropy;
 pub mod jail;
 pub mod machine;
 pub mod process;
