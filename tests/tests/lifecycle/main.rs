@@ -4,6 +4,7 @@ mod containers;
 mod daemon_death;
 mod failures;
 mod machine;
+mod memory;
 
 /// An error fails the test, with its whole story.
 type Test = anyhow::Result<()>;
