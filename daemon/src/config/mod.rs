@@ -84,6 +84,8 @@ pub struct VmDefaults {
     pub memory_mib: u32,
     /// Number of vCPUs.
     pub vcpus: u8,
+    /// How much of the host's memory, in percent, must be available for guests to keep their page cache.
+    pub reclaim_below_percent: u8,
     /// Size of the writable layer in GiB.
     pub disk_gib: u32,
     /// Whether microVMs are clones of saved ones where they can be.
@@ -210,6 +212,14 @@ impl Config {
                 vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), default_vcpus(), 1..=64)?
                     .try_into()
                     .unwrap_or(1),
+                reclaim_below_percent: range(
+                    "reclaim-below-percent",
+                    options.reclaim_below_percent.map(u32::from),
+                    10,
+                    0..=100,
+                )?
+                .try_into()
+                .unwrap_or(10),
                 disk_gib: range("default-disk-gib", options.default_disk_gib, 10, 1..=16 << 10)?,
                 templates: options.templates.unwrap_or(true),
                 template_domain_label: domain_label(options.template_domain_label)?,

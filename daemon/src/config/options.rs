@@ -105,6 +105,9 @@ pub struct Options {
     /// vCPUs of a microVM whose container has no limit
     #[arg(long, value_name = "N")]
     pub default_vcpus: Option<u8>,
+    /// Guests give up page cache when less than so many percent of the host's memory are available; 0: never
+    #[arg(long, value_name = "PERCENT")]
+    pub reclaim_below_percent: Option<u8>,
     /// Size of containers' writable layer, in GiB
     #[arg(long, value_name = "GIB")]
     pub default_disk_gib: Option<u32>,
@@ -117,12 +120,13 @@ pub struct Options {
 }
 
 /// The options' names in the file that are ours alone.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "vmm",
     "kernel",
     "initramfs",
     "default-memory-mib",
     "default-vcpus",
+    "reclaim-below-percent",
     "default-disk-gib",
     "templates",
     "template-domain-label",

@@ -24,7 +24,7 @@ use super::{
     events::Events,
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
-    store,
+    pressure, store,
 };
 use crate::{
     config::Config,
@@ -69,6 +69,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     for actor in actors {
         tokio::spawn(actor.run(true));
     }
+    tokio::spawn(pressure::watch(Arc::downgrade(&shared), shared.config.vm.reclaim_below_percent));
     Ok(shared)
 }
 

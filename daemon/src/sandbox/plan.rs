@@ -7,7 +7,7 @@
 //!  2 spawn the VMM                           spawn the VMM          undo: kill it
 //!  3 attach disk, layers (while it boots)    attach disk, layers, resume
 //!  4 wait for Hello                          connect to the agent   or hear of the VMM's death
-//!  5 personalize                             personalize, thaw
+//!  5 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
 //! ```
 //! A clone that does not come up is no failure of the sandbox: its template is discarded, and the kernel is
 //! booted.
@@ -21,7 +21,9 @@ use std::{
 };
 
 use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, LimitedDevice, Request, ShareKind, VsockConfig};
+use bulkhead_vmm_api::{
+    BlockConfig, DeviceConfig, FsConfig, LimitedDevice, MemoryDeviceConfig, Request, ShareKind, VsockConfig,
+};
 use tokio::sync::mpsc;
 
 use crate::phases::Stage;
@@ -30,6 +32,7 @@ use super::{
     BootError, CallError, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
+    memory::region_mib,
     vmm::{
         Death,
         control::{ANSWER_WITHIN, Control},
@@ -88,6 +91,10 @@ async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
         vmm.attach(spec, false).await?;
         let (agent, events) = Agent::awaited(&vmm.dir).await?;
         spec.timeline.mark(Stage::Greeted);
+        // Only now: the agent knows how much there was without it.
+        if let Some(growth) = growth(spec) {
+            vmm.control.call(&vmm.dir, &growth, &[], ANSWER_WITHIN).await?;
+        }
         personalize(&agent, Vec::new()).await?;
         spec.timeline.mark(Stage::Personalised);
         Ok((agent, events))
@@ -138,7 +145,7 @@ impl Vmm {
             program: &spec.program,
             name: &spec.id,
             vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
+            memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
             devices: devices(),
@@ -172,8 +179,10 @@ impl Vmm {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
         });
+        let growth = growth(spec).filter(|_| resume).map(|growth| (growth, None));
         let goes_on = resume.then_some((Request::Resume, None));
-        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> = disk.chain(layers).chain(goes_on).collect();
+        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
+            disk.chain(layers).chain(goes_on).chain(growth).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
         if resume {
@@ -245,7 +254,15 @@ pub(super) fn devices() -> DeviceConfig {
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: Vec::new(),
         rng: true,
+        balloon: true,
+        memory: Some(MemoryDeviceConfig { region_mib: region_mib() }),
     }
+}
+
+/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
+fn growth(spec: &SandboxSpec) -> Option<Request> {
+    let plugged_mib = spec.memory.plugged_mib;
+    (plugged_mib > 0).then_some(Request::SetMemory { plugged_mib })
 }
 
 fn open(what: &str, path: &Path) -> Result<File, BootError> {
@@ -349,7 +366,7 @@ mod tests {
     use super::*;
     use crate::{
         phases::{Timeline, TimelineKind},
-        sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity},
+        sandbox::{HostLimits, Memory, dir::IDENTITY, vmm::process::read_identity},
     };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
@@ -361,7 +378,7 @@ mod tests {
             parent: base.to_owned(),
             program: file,
             vcpus: 1,
-            memory_mib: 128,
+            memory: Memory { base_mib: 128, plugged_mib: 0 },
             kernel: "/dev/null".into(),
             initramfs: "/dev/null".into(),
             cmdline: String::new(),

@@ -124,6 +124,8 @@ impl Vmm {
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],
                 rng: true,
+                balloon: false,
+                memory: None,
             },
         };
         let config_path = directory.join("config");

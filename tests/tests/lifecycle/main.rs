@@ -6,6 +6,7 @@ mod daemon_death;
 mod failures;
 mod forks;
 mod machine;
+mod memory;
 mod templates;
 
 /// An error fails the test, with its whole story.

@@ -39,6 +39,11 @@ pub(super) const CALLS: &[Call] = &[
         &[&[request(TUNGETIFF as u32)], &[request(TUNSETVNETHDRSZ as u32)], &[request(TUNSETOFFLOAD as u32)]],
         "a tap is made ready",
     ),
+    call_if(
+        SYS_ioctl,
+        &[&[request(KVM_SET_USER_MEMORY_REGION)]],
+        "more of the region in which memory is plugged becomes usable",
+    ),
     // ---- a rate limit is set
     call(SYS_timerfd_create, "its timer"),
     call(SYS_timerfd_settime, "the same"),

@@ -498,7 +498,7 @@ impl Actor {
             let (workload, shared, record) =
                 (Arc::clone(&workload), Arc::clone(&self.shared), self.record.clone());
             tokio::spawn(async move {
-                restrain::catch_up(&workload, &record, &shared.layout().data_root).await;
+                restrain::catch_up(&shared, &workload, &record).await;
             });
         }
         self.reached(Stage::Running);

@@ -13,6 +13,7 @@ pub(crate) mod hub;
 mod inspect;
 mod list;
 mod machine;
+pub(crate) mod memory;
 pub(crate) mod names;
 mod ops;
 mod prune;

@@ -18,7 +18,10 @@ use super::{
     hub::Hub,
     record::Record,
     restrain,
-    start::{Started, boot_failure, connect, container_state, first_exit, kept, sandbox_spec, stdio},
+    start::{
+        Started, boot_failure, connect, container_state, first_exit, kept, memory_failure, sandbox_spec,
+        stdio,
+    },
     state::Failure,
     workload::Workload,
 };
@@ -28,7 +31,7 @@ use crate::{
         logs::{Durable, Log},
     },
     phases::{Stage, Timeline, TimelineKind},
-    sandbox::{MachineSpec, OpenMachine, Origin, Sandbox, Shape},
+    sandbox::{MachineSpec, Memory, OpenMachine, Origin, Sandbox, Shape},
 };
 
 /// A saved machine that a container goes on from.
@@ -68,7 +71,10 @@ pub(super) async fn resume(
     let origin = Origin::Saved { machine, containers: vec![identity] };
     let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
     // What the container's settings have become since changes the next machine, not this one.
-    (spec.vcpus, spec.memory_mib) = (shape.vcpus(), shape.memory_mib());
+    spec.vcpus = shape.vcpus();
+    spec.memory = Memory { base_mib: shape.memory_mib(), plugged_mib: 0 };
+    // It comes with what was plugged when it was saved; see below.
+    spec.limits.memory_bytes = None;
     let here = shared.shape(spec.machine()).await.map_err(internal)?;
     if let Some(what) = shape.difference(&here) {
         let error = format!("the saved machine cannot go on here: {what} is another");
@@ -77,6 +83,7 @@ pub(super) async fn resume(
     timeline.mark(Stage::Prepared);
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
+    sandbox.limit_memory().await.map_err(|error| memory_failure(&error))?;
     let data_root = &shared.layout().data_root;
     restrain::before_start(&sandbox, record, data_root)
         .await
@@ -87,7 +94,7 @@ pub(super) async fn resume(
     let workload = Arc::new(Workload::new(sandbox, Arc::new(log), &guest));
     if of_checkpoint {
         // Its limits may have changed since.
-        restrain::catch_up(&workload, record, data_root).await;
+        restrain::catch_up(shared, &workload, record).await;
     }
     let mut watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
         .await

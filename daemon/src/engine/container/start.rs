@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    machine, pump,
+    machine, memory, pump,
     record::Record,
     restrain,
     resume::{self, Resumption, Run},
@@ -26,8 +26,8 @@ use crate::{
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec, TAG,
-        template::TemplateUse,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, ResizeError, Sandbox, SandboxSpec,
+        TAG, template::TemplateUse,
     },
 };
 
@@ -36,9 +36,6 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdi
 
 /// How long a running guest may take to tell a restarted daemon of its container and open the streams.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
-
-/// MiB of guest memory beyond a container's limit: for the guest's kernel, its page tables and the agent.
-const OVERHEAD_MIB: u32 = 64;
 
 /// A workload that runs, and what its watch needs.
 pub(crate) struct Started {
@@ -82,6 +79,7 @@ pub(crate) async fn start(
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
     let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
+    let memory = spec.memory;
     timeline.mark(Stage::Prepared);
     let (sandbox, events) = match Sandbox::boot(spec).await {
         Ok(booted) => booted,
@@ -94,7 +92,9 @@ pub(crate) async fn start(
     };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
-    call(&sandbox, Call::Create(Box::new(create))).await?;
+    // The workload is to find all of its memory: it may size itself by it.
+    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
     timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
@@ -215,12 +215,13 @@ pub(super) fn sandbox_spec(
         .open(disk)
         .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
     let layers = shared.layers();
+    let memory = memory::of(&record.host_config, vm);
     Ok(SandboxSpec {
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
         vcpus: limits::vcpus(&record.host_config, vm.vcpus),
-        memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
+        memory,
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
@@ -229,29 +230,9 @@ pub(super) fn sandbox_spec(
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         // The CPUs' come when it is up: a boot is to be quick.
-        limits: HostLimits::default(),
+        limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
         origin,
     })
-}
-
-trait DivCeil {
-    fn div_ceil_positive(self, by: Self) -> Self;
-}
-
-impl DivCeil for i64 {
-    /// For positive numbers.
-    fn div_ceil_positive(self, by: Self) -> Self {
-        self / by + Self::from(self % by != 0)
-    }
-}
-
-/// The limit with what the guest itself needs; the default without a limit.
-fn memory_mib(limit: i64, default: u32) -> u32 {
-    if limit <= 0 {
-        return default;
-    }
-    let limit = limit.div_ceil_positive(1 << 20);
-    u32::try_from(limit).unwrap_or(u32::MAX / 2).saturating_add(OVERHEAD_MIB).max(2 * OVERHEAD_MIB)
 }
 
 pub(super) fn stdio(record: &Record) -> Stdio {
@@ -335,6 +316,10 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
     }
 }
 
+pub(super) fn memory_failure(error: &ResizeError) -> Failure {
+    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
+}
+
 pub(super) fn boot_failure(error: &BootError) -> Failure {
     Failure { code: 128, error: format!("failed to create task for container: {error}") }
 }
@@ -366,14 +351,6 @@ pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_the_limit_and_what_the_guest_needs() {
-        assert_eq!(memory_mib(0, 512), 512);
-        assert_eq!(memory_mib(6 << 20, 512), 128);
-        assert_eq!(memory_mib((256 << 20) + 1, 512), 257 + 64);
-        assert!(memory_mib(i64::MAX, 512) > 1 << 20);
-    }
 
     #[test]
     fn failures_have_the_codes_that_clients_derive_from_their_words() {

@@ -207,6 +207,15 @@ impl Cgroup {
         self.update_some(limits, |controller| matches!(controller, "cpu" | "cpuset"))
     }
 
+    /// Sets the limit of memory alone.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub fn update_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        let limits = HostLimits { memory_bytes: Some(bytes), ..HostLimits::default() };
+        self.update_some(&limits, |controller| controller == "memory")
+    }
+
     fn update_some(&self, limits: &HostLimits, which: fn(&str) -> bool) -> Result<(), CgroupError> {
         for (controller, file, value, wanted) in limits.files() {
             if !which(controller) {

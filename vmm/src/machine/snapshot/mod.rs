@@ -164,6 +164,8 @@ pub fn save(machine: &Machine, mut state: File, memory: &File) -> Result<(), Sna
     let mut id = SnapshotId::default();
     getrandom::fill(&mut id)?;
 
+    // Before the devices stop: what is plugged from here on is empty, for the guest stands still.
+    let extents = machine.elastic.extents(&machine.devices);
     let devices = machine.devices.freeze();
     let vcpus = machine.vcpus.save()?;
     let saved = SavedState {
@@ -172,7 +174,7 @@ pub fn save(machine: &Machine, mut state: File, memory: &File) -> Result<(), Sna
             id,
             vcpus: u8::try_from(vcpus.len()).unwrap_or(u8::MAX),
             processor: machine.processor,
-            memory: image::write(&machine.memory, id, memory)?,
+            memory: image::write(&machine.memory, &extents, id, memory)?,
         },
         vcpus,
         chips: ChipState::save(&machine.vm)?,
