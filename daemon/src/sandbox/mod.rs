@@ -48,6 +48,8 @@ pub use vmm::{
     Death,
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
+    jail::{Confinement, JailError},
+    uids::Uids,
 };
 
 use crate::phases::Timeline;
@@ -99,6 +101,8 @@ pub struct SandboxSpec {
     pub limits: HostLimits,
     /// Where its machine comes from.
     pub origin: Origin,
+    /// How VMMs are confined here.
+    pub confinement: Confinement,
 }
 
 /// Where a sandbox's machine comes from.
@@ -131,6 +135,7 @@ impl SandboxSpec {
             memory_mib: self.memory.base_mib,
             devices: plan::devices(),
             kvm: self.kvm.clone(),
+            confinement: self.confinement.clone(),
         }
     }
 }
@@ -163,6 +168,9 @@ pub enum BootError {
         /// What the host said.
         source: io::Error,
     },
+    /// The VMM cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The VMM refused a request.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -222,6 +230,7 @@ pub struct Sandbox {
     process: Arc<Process>,
     control: Control,
     agent: Agent,
+    cgroup: Option<Cgroup>,
 }
 
 impl Sandbox {
@@ -271,8 +280,9 @@ impl Sandbox {
         };
         match connected {
             Ok(Ok((agent, events))) => {
+                let cgroup = vmm::jail::adopt_cgroup(&path);
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                Ok((Self { id: id.to_owned(), dir, process, control, agent }, events))
+                Ok((Self { id: id.to_owned(), dir, process, control, agent, cgroup }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
             Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
@@ -313,6 +323,11 @@ impl Sandbox {
         Ok(())
     }
 
+    /// The VMM's control group on the host; None where it has none.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
+    }
+
     /// What its agent said of itself.
     pub fn hello(&self) -> &Hello {
         self.agent.hello()
@@ -340,7 +355,7 @@ impl Sandbox {
     /// # Errors
     /// [`CgroupError`].
     pub fn limit_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
-        match Cgroup::of_process(self.pid(), &self.id) {
+        match &self.cgroup {
             Some(group) => group.update_cpus(limits),
             None => {
                 tracing::debug!(sandbox = self.id, "a VMM has no control group to be limited by");
@@ -394,7 +409,7 @@ impl Sandbox {
         let status = self.memory_status().await?;
         let plugged_mib = status.plugged_mib.max(status.requested_mib);
         let memory = Memory { base_mib: status.base_mib, plugged_mib };
-        if let Some(group) = Cgroup::of_process(self.pid(), &self.id) {
+        if let Some(group) = &self.cgroup {
             group.update_memory(memory.host_bytes())?;
         }
         Ok(())
@@ -498,8 +513,13 @@ pub async fn discard(parent: &Path, id: &str) {
 /// ended. A guest that answers is powered off in order, so that its disk is whole; all within `grace`.
 ///
 /// # Errors
-/// When the directory cannot be read.
-pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io::Result<()> {
+/// When the directory, or that of the user ids in use, cannot be read.
+pub async fn sweep(
+    parent: &Path,
+    keep: &HashSet<String>,
+    grace: Duration,
+    confinement: &Confinement,
+) -> io::Result<()> {
     let mut tasks = tokio::task::JoinSet::new();
     for entry in std::fs::read_dir(parent)? {
         let name = entry?.file_name();
@@ -518,7 +538,7 @@ pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io
         });
     }
     tasks.join_all().await;
-    Ok(())
+    vmm::jail::sweep(confinement, parent)
 }
 
 #[cfg(test)]

@@ -4,17 +4,18 @@
 //! ```text
 //!    cold                                    restored: a template's clone, or a saved machine
 //!  1 directory                               directory              undo: remove it
-//!  2 spawn the VMM                           spawn the VMM          undo: kill it
-//!  3 attach disk, layers (while it boots)    attach disk, layers, resume
-//!  4 wait for Hello                          connect to the agent   or hear of the VMM's death
-//!  5 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
+//!  2 user id, control group                  user id, control group undo: given back with the directory
+//!  3 spawn the VMM                           spawn the VMM          undo: kill it, and wait
+//!  4 attach disk, layers (while it boots)    attach disk, layers, resume
+//!  5 wait for Hello                          connect to the agent   or hear of the VMM's death
+//!  6 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
 //! ```
 //! A clone that does not come up is no failure of the sandbox: its template is discarded, and the kernel is
 //! booted.
 
 use std::{
     fs::File,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -29,13 +30,16 @@ use tokio::sync::mpsc;
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec, TAG,
+    BootError, CallError, Confinement, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec,
+    TAG,
     agent::Agent,
     dir::SandboxDir,
     memory::region_mib,
     vmm::{
         Death,
+        cgroup::Cgroup,
         control::{ANSWER_WITHIN, Control},
+        jail::{self, Cell},
         process::Process,
         spawn::{Launch, StartFiles, spawn},
     },
@@ -124,6 +128,7 @@ struct Vmm {
     dir: Arc<SandboxDir>,
     process: Arc<Process>,
     control: Control,
+    cgroup: Option<Cgroup>,
     undo: Undo,
 }
 
@@ -141,6 +146,7 @@ impl Vmm {
                 }
             }
         });
+        let cell = Cell::make(&spec.confinement, &dir, &spec.id, &spec.limits)?;
         let launch = Launch {
             program: &spec.program,
             name: &spec.id,
@@ -149,6 +155,7 @@ impl Vmm {
             start,
             kvm: open_kvm(&spec.kvm)?,
             devices: devices(),
+            cell: &cell,
         };
         let process = spawn(&dir, launch)
             .map_err(|e| BootError::io(&format!("cannot start the VMM {}", spec.program.display()), e))?;
@@ -157,19 +164,20 @@ impl Vmm {
             let process = Arc::clone(&process);
             move || {
                 process.kill();
-                // Somebody must stay to reap it.
+                // Somebody must stay to reap it; its control group is busy until it has ended.
                 tokio::spawn(async move { process.ended().await });
             }
         });
         spec.timeline.mark(Stage::Spawned);
-        Ok(Self { id: spec.id.clone(), dir, process, control: Control::default(), undo })
+        let (control, cgroup) = (Control::default(), cell.cgroup);
+        Ok(Self { id: spec.id.clone(), dir, process, control, cgroup, undo })
     }
 
     /// Attaches what is the sandbox's own, and lets a restored machine run.
     async fn attach(&self, spec: &SandboxSpec, resume: bool) -> Result<(), BootError> {
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (name, path) in &spec.layers {
-            layers.push((name, open("the layer", path)?));
+            layers.push((name, open_layer(path, &spec.confinement)?));
         }
         let disk = spec
             .disk
@@ -240,9 +248,9 @@ impl Vmm {
                 Err(_) => return Err(BootError::Silent(console(&self.control, &dir).await)),
             },
         };
-        let Self { id, dir, process, control, undo, .. } = self;
+        let Self { id, dir, process, control, cgroup, undo } = self;
         undo.disarm();
-        Ok((Sandbox { id, dir, process, control, agent }, events))
+        Ok((Sandbox { id, dir, process, control, agent, cgroup }, events))
     }
 }
 
@@ -282,6 +290,14 @@ pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates)
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
     }
     Ok(())
+}
+
+/// A VMM in a jail gets a layer as a mount that has no parent: an open directory would lead it to the host's.
+fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootError> {
+    if confinement.uids.is_none() {
+        return open("the layer", path).map(OwnedFd::from);
+    }
+    jail::detached(path).map_err(|e| BootError::io(&format!("cannot mount the layer {}", path.display()), e))
 }
 
 /// Makes the guest one of its own: fresh entropy, the time, its containers' names.
@@ -388,6 +404,7 @@ mod tests {
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),
             origin: Origin::Cold,
+            confinement: Confinement::default(),
         }
     }
 

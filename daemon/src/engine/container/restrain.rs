@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   start:   boot ─▶ create ─▶ before_start ─▶ the workload runs
-//!   update:  merge ─▶ restrain ─▶ record ─▶ answer
+//!   update:  merge ─▶ restrain ─▶ record ─▶ answer      memory is plugged before the guest's limit rises
 //!                        └ refused ─▶ the old limits again ─▶ error
 //! ```
 //! Before the workload nothing is held back: a boot is to be quick, and the guest's own mounts are not the

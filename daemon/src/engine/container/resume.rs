@@ -18,10 +18,7 @@ use super::{
     hub::Hub,
     record::Record,
     restrain,
-    start::{
-        Started, boot_failure, connect, container_state, first_exit, kept, memory_failure, sandbox_spec,
-        stdio,
-    },
+    start::{Started, boot_failure, connect, container_state, first_exit, kept, sandbox_spec, stdio},
     state::Failure,
     workload::Workload,
 };
@@ -72,8 +69,9 @@ pub(super) async fn resume(
     let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
     // What the container's settings have become since changes the next machine, not this one.
     spec.vcpus = shape.vcpus();
+    // What was plugged is in what was saved.
     spec.memory = Memory { base_mib: shape.memory_mib(), plugged_mib: 0 };
-    // It comes with what was plugged when it was saved; see below.
+    // So the host's limit is known when it is there.
     spec.limits.memory_bytes = None;
     let here = shared.shape(spec.machine()).await.map_err(internal)?;
     if let Some(what) = shape.difference(&here) {
@@ -83,8 +81,9 @@ pub(super) async fn resume(
     timeline.mark(Stage::Prepared);
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
-    sandbox.limit_memory().await.map_err(|error| memory_failure(&error))?;
     let data_root = &shared.layout().data_root;
+    let memory = |error| Failure { code: 128, error: format!("the saved machine's memory: {error}") };
+    sandbox.limit_memory().await.map_err(memory)?;
     restrain::before_start(&sandbox, record, data_root)
         .await
         .map_err(|error| Failure { code: 128, error })?;
@@ -102,6 +101,10 @@ pub(super) async fn resume(
     watch.timeline = Some(Arc::clone(timeline));
     timeline.mark(Stage::Connected);
     crate::engine::exec::take_over(&workload, state.execs);
+    if state.paused {
+        // It was saved while it stood still; whoever starts it wants it to run.
+        workload.set_paused(false).await.map_err(internal)?;
+    }
     disk.keep().map_err(|error| internal(error.into()))?;
     Ok(Started { workload, watch, log_start, at })
 }

@@ -232,6 +232,7 @@ pub(super) fn sandbox_spec(
         // The CPUs' come when it is up: a boot is to be quick.
         limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
         origin,
+        confinement: vm.confinement.clone(),
     })
 }
 
@@ -316,7 +317,7 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
     }
 }
 
-pub(super) fn memory_failure(error: &ResizeError) -> Failure {
+fn memory_failure(error: &ResizeError) -> Failure {
     Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
 }
 
