@@ -27,6 +27,8 @@ pub struct DaemonOptions {
     pub wrapper: Vec<String>,
     /// Puts the data root on a file system of this many MiB.
     pub data_limit_mib: Option<u32>,
+    /// The guest kernel. Default: the bundle's.
+    pub kernel: Option<PathBuf>,
 }
 
 /// A daemon that runs while this lives, and, dropped or not, leaves nothing behind.
@@ -89,7 +91,9 @@ impl Daemon {
             "--pidfile".into(),
             self.pidfile(),
         ]);
-        words.extend(["--vmm".into(), file("bulkhead-vmm"), "--kernel".into(), file("vmlinux")]);
+        let kernel = self.options.kernel.as_ref();
+        let kernel = kernel.map_or_else(|| file("vmlinux"), |kernel| kernel.display().to_string());
+        words.extend(["--vmm".into(), file("bulkhead-vmm"), "--kernel".into(), kernel]);
         words.extend(["--initramfs".into(), file("initramfs.cpio"), "--debug".into()]);
         if let Some(registry) = &self.options.registry {
             words.extend(["--registry-mirror".into(), format!("http://{registry}")]);
@@ -102,6 +106,25 @@ impl Daemon {
         let answers = self.wait_until_it_answers(&mut process);
         self.process = Some(process);
         answers
+    }
+
+    /// Stops it and starts it again with another guest kernel. Containers that run go on with theirs.
+    ///
+    /// # Errors
+    /// When it does not end, or does not answer again, with its log.
+    pub fn change_kernel(&mut self, kernel: &Path) -> Result<()> {
+        self.stop()?;
+        self.options.kernel = Some(kernel.to_owned());
+        self.start_again()
+    }
+
+    /// Its resident memory in KiB.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn memory_kib(&self) -> Result<u64> {
+        let script = "grep VmRSS \"/proc/$(cat \"$1\")/status\" | tr -dc 0-9";
+        Ok(self.host.sh(script, &[&self.pidfile()])?.parse()?)
     }
 
     /// The CLI here.

@@ -6,6 +6,8 @@ pub mod bus;
 pub mod config;
 pub mod console;
 pub mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod jail;
 pub mod machine;
 pub mod process;

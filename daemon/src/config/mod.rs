@@ -6,6 +6,7 @@
 //!  daemon.json  ─▶ Options ─┘  and so is a key that is none
 //! ```
 
+mod confinement;
 mod host;
 mod options;
 
@@ -17,7 +18,7 @@ use std::{
 pub use host::Host;
 pub use options::Options;
 
-use crate::{api::types::container::Ulimit, layout::Layout};
+use crate::{api::types::container::Ulimit, layout::Layout, sandbox::Confinement};
 
 /// The daemon's settings, valid and complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +81,8 @@ pub struct VmDefaults {
     pub initramfs: PathBuf,
     /// KVM's device.
     pub kvm: PathBuf,
+    /// How VMMs are confined.
+    pub confinement: Confinement,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Number of vCPUs.
@@ -158,9 +161,10 @@ impl Config {
 
     fn from_options(options: Options) -> Result<Self, String> {
         let layout = Layout {
-            data_root: absolute("data-root", options.data_root, "/var/lib/bulkhead")?,
-            exec_root: absolute("exec-root", options.exec_root, "/run/bulkhead")?,
+            data_root: absolute("data-root", options.data_root.clone(), "/var/lib/bulkhead")?,
+            exec_root: absolute("exec-root", options.exec_root.clone(), "/run/bulkhead")?,
         };
+        let confinement = confinement::from(&options, &layout)?;
         let tls = tls(options.tls, options.tlsverify, options.tlscacert, options.tlscert, options.tlskey);
         let hosts = hosts(&options.hosts, &tls)?;
         let debug = options.debug.unwrap_or(false);
@@ -208,6 +212,7 @@ impl Config {
                 kernel: options.kernel.unwrap_or_else(|| "/usr/lib/bulkhead/vmlinux".into()),
                 initramfs: options.initramfs.unwrap_or_else(|| "/usr/lib/bulkhead/initramfs.cpio".into()),
                 kvm: "/dev/kvm".into(),
+                confinement,
                 memory_mib: range("default-memory-mib", options.default_memory_mib, 512, 64..=1 << 20)?,
                 vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), default_vcpus(), 1..=64)?
                     .try_into()

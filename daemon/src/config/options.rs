@@ -99,6 +99,15 @@ pub struct Options {
     /// The guest's initramfs
     #[arg(long, value_name = "FILE")]
     pub initramfs: Option<PathBuf>,
+    /// Control group below which each microVM gets its own
+    #[arg(long, value_name = "PATH")]
+    pub cgroup_parent: Option<String>,
+    /// Jail each microVM's process; =false leaves it to the daemon's user and namespaces
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub jail: Option<bool>,
+    /// User and group ids for microVMs' processes, FIRST:COUNT
+    #[arg(long, value_name = "RANGE")]
+    pub jail_uids: Option<String>,
     /// Memory of a microVM whose container has no limit, in MiB
     #[arg(long, value_name = "MIB")]
     pub default_memory_mib: Option<u32>,
@@ -120,10 +129,12 @@ pub struct Options {
 }
 
 /// The options' names in the file that are ours alone.
-const OURS: [&str; 9] = [
+const OURS: [&str; 11] = [
     "vmm",
     "kernel",
     "initramfs",
+    "jail",
+    "jail-uids",
     "default-memory-mib",
     "default-vcpus",
     "reclaim-below-percent",

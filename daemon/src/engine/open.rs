@@ -56,7 +56,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
     let sandboxes = shared.layout().sandboxes();
-    sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN)
+    sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN, &shared.config.vm.confinement)
         .await
         .map_err(|error| failed("look through", &sandboxes, &error))?;
 

@@ -35,7 +35,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen};
-use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
+use bulkhead_vmm_api::{RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
@@ -48,6 +48,8 @@ pub use vmm::{
     Death,
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
+    jail::{Confinement, JailError},
+    uids::Uids,
 };
 
 use crate::phases::Timeline;
@@ -99,6 +101,8 @@ pub struct SandboxSpec {
     pub limits: HostLimits,
     /// Where its machine comes from.
     pub origin: Origin,
+    /// How VMMs are confined here.
+    pub confinement: Confinement,
 }
 
 /// Where a sandbox's machine comes from.
@@ -131,6 +135,7 @@ impl SandboxSpec {
             memory_mib: self.memory.base_mib,
             devices: plan::devices(),
             kvm: self.kvm.clone(),
+            confinement: self.confinement.clone(),
         }
     }
 }
@@ -163,6 +168,9 @@ pub enum BootError {
         /// What the host said.
         source: io::Error,
     },
+    /// The VMM cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The VMM refused a request.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -195,7 +203,7 @@ pub enum ResizeError {
     /// The guest did not follow.
     #[error(transparent)]
     Call(#[from] CallError),
-    /// The host refused it.
+    /// The host's limit of it cannot be changed.
     #[error(transparent)]
     Host(#[from] CgroupError),
     /// The VMM answered something else.
@@ -222,6 +230,7 @@ pub struct Sandbox {
     process: Arc<Process>,
     control: Control,
     agent: Agent,
+    cgroup: Option<Cgroup>,
 }
 
 impl Sandbox {
@@ -271,8 +280,9 @@ impl Sandbox {
         };
         match connected {
             Ok(Ok((agent, events))) => {
+                let cgroup = vmm::jail::adopt_cgroup(&path);
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                Ok((Self { id: id.to_owned(), dir, process, control, agent }, events))
+                Ok((Self { id: id.to_owned(), dir, process, control, agent, cgroup }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
             Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
@@ -313,6 +323,11 @@ impl Sandbox {
         Ok(())
     }
 
+    /// The VMM's control group on the host; None where it has none.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
+    }
+
     /// What its agent said of itself.
     pub fn hello(&self) -> &Hello {
         self.agent.hello()
@@ -340,7 +355,7 @@ impl Sandbox {
     /// # Errors
     /// [`CgroupError`].
     pub fn limit_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
-        match Cgroup::of_process(self.pid(), &self.id) {
+        match &self.cgroup {
             Some(group) => group.update_cpus(limits),
             None => {
                 tracing::debug!(sandbox = self.id, "a VMM has no control group to be limited by");
@@ -362,13 +377,10 @@ impl Sandbox {
     /// # Errors
     /// [`ResizeError`].
     pub async fn memory(&self) -> Result<Memory, ResizeError> {
-        let status = self.memory_status().await?;
-        Ok(Memory { base_mib: status.base_mib, plugged_mib: status.requested_mib })
-    }
-
-    async fn memory_status(&self) -> Result<MemoryStatus, ResizeError> {
         match self.control(&Request::Status).await? {
-            Response::Status(Status { memory, .. }) => Ok(memory),
+            Response::Status(Status { memory, .. }) => {
+                Ok(Memory { base_mib: memory.base_mib, plugged_mib: memory.requested_mib })
+            }
             _ => Err(ResizeError::Unexpected),
         }
     }
@@ -379,25 +391,18 @@ impl Sandbox {
     /// # Errors
     /// [`ResizeError`].
     pub async fn set_memory(&self, memory: Memory) -> Result<(), ResizeError> {
+        self.raise_host_limit(memory)?;
         self.control(&Request::SetMemory { plugged_mib: memory.plugged_mib }).await?;
-        // Before the guest uses it, or after it has given up what it could at once.
-        self.limit_memory().await?;
         self.memory_is_there(memory).await
     }
 
-    /// Limits what its VMM gets of the host's memory: all that the guest has, or is to have, and what the VMM
-    /// itself needs.
-    ///
-    /// # Errors
-    /// [`ResizeError`].
-    pub async fn limit_memory(&self) -> Result<(), ResizeError> {
-        let status = self.memory_status().await?;
-        let plugged_mib = status.plugged_mib.max(status.requested_mib);
-        let memory = Memory { base_mib: status.base_mib, plugged_mib };
-        if let Some(group) = Cgroup::of_process(self.pid(), &self.id) {
-            group.update_memory(memory.host_bytes())?;
+    /// Lets the VMM take of the host what this much guest memory needs. The limit is never lowered under a
+    /// running guest: it gives memory up when it can, and until then the host must not kill it for it.
+    fn raise_host_limit(&self, memory: Memory) -> Result<(), ResizeError> {
+        match &self.cgroup {
+            Some(group) => Ok(group.raise_memory(memory.host_bytes())?),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Waits until the guest has taken the memory into use that it was given.
@@ -498,8 +503,13 @@ pub async fn discard(parent: &Path, id: &str) {
 /// ended. A guest that answers is powered off in order, so that its disk is whole; all within `grace`.
 ///
 /// # Errors
-/// When the directory cannot be read.
-pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io::Result<()> {
+/// When the directory, or that of the user ids in use, cannot be read.
+pub async fn sweep(
+    parent: &Path,
+    keep: &HashSet<String>,
+    grace: Duration,
+    confinement: &Confinement,
+) -> io::Result<()> {
     let mut tasks = tokio::task::JoinSet::new();
     for entry in std::fs::read_dir(parent)? {
         let name = entry?.file_name();
@@ -518,7 +528,7 @@ pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io
         });
     }
     tasks.join_all().await;
-    Ok(())
+    vmm::jail::sweep(confinement, parent)
 }
 
 #[cfg(test)]

@@ -4,17 +4,18 @@
 //! ```text
 //!    cold                                    restored: a template's clone, or a saved machine
 //!  1 directory                               directory              undo: remove it
-//!  2 spawn the VMM                           spawn the VMM          undo: kill it
-//!  3 attach disk, layers (while it boots)    attach disk, layers, resume
-//!  4 wait for Hello                          connect to the agent   or hear of the VMM's death
-//!  5 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
+//!  2 user id, control group                  user id, control group undo: given back with the directory
+//!  3 spawn the VMM                           spawn the VMM          undo: kill it, and wait
+//!  4 attach disk, layers (while it boots)    attach disk, layers, resume
+//!  5 wait for Hello                          connect to the agent   or hear of the VMM's death
+//!  6 begin to grow, personalize              personalize, thaw, begin to grow
 //! ```
 //! A clone that does not come up is no failure of the sandbox: its template is discarded, and the kernel is
 //! booted.
 
 use std::{
     fs::File,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -29,13 +30,16 @@ use tokio::sync::mpsc;
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec, TAG,
+    BootError, CallError, Confinement, ConnectError, ControlError, DISK, Memory, Origin, Rates, Sandbox,
+    SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
-    memory::region_mib,
+    region_mib,
     vmm::{
         Death,
+        cgroup::Cgroup,
         control::{ANSWER_WITHIN, Control},
+        jail::{self, Cell},
         process::Process,
         spawn::{Launch, StartFiles, spawn},
     },
@@ -92,9 +96,7 @@ async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
         let (agent, events) = Agent::awaited(&vmm.dir).await?;
         spec.timeline.mark(Stage::Greeted);
         // Only now: the agent knows how much there was without it.
-        if let Some(growth) = growth(spec) {
-            vmm.control.call(&vmm.dir, &growth, &[], ANSWER_WITHIN).await?;
-        }
+        add_memory(&vmm.control, &vmm.dir, spec.memory).await?;
         personalize(&agent, Vec::new()).await?;
         spec.timeline.mark(Stage::Personalised);
         Ok((agent, events))
@@ -110,6 +112,7 @@ async fn restored(
     let ready = async |vmm: &Vmm| {
         // At once: a connection waits in the VMM until the guest runs.
         let ((), named) = tokio::try_join!(vmm.attach(spec, true), vmm.named(spec, containers))?;
+        add_memory(&vmm.control, &vmm.dir, spec.memory).await?;
         Ok(named)
     };
     Vmm::spawn(spec, start)?.up(RESTORED_WITHIN, ready).await
@@ -124,6 +127,7 @@ struct Vmm {
     dir: Arc<SandboxDir>,
     process: Arc<Process>,
     control: Control,
+    cgroup: Option<Cgroup>,
     undo: Undo,
 }
 
@@ -141,6 +145,7 @@ impl Vmm {
                 }
             }
         });
+        let cell = Cell::make(&spec.confinement, &dir, &spec.id, &spec.limits)?;
         let launch = Launch {
             program: &spec.program,
             name: &spec.id,
@@ -149,6 +154,7 @@ impl Vmm {
             start,
             kvm: open_kvm(&spec.kvm)?,
             devices: devices(),
+            cell: &cell,
         };
         let process = spawn(&dir, launch)
             .map_err(|e| BootError::io(&format!("cannot start the VMM {}", spec.program.display()), e))?;
@@ -157,19 +163,20 @@ impl Vmm {
             let process = Arc::clone(&process);
             move || {
                 process.kill();
-                // Somebody must stay to reap it.
+                // Somebody must stay to reap it; its control group is busy until it has ended.
                 tokio::spawn(async move { process.ended().await });
             }
         });
         spec.timeline.mark(Stage::Spawned);
-        Ok(Self { id: spec.id.clone(), dir, process, control: Control::default(), undo })
+        let (control, cgroup) = (Control::default(), cell.cgroup);
+        Ok(Self { id: spec.id.clone(), dir, process, control, cgroup, undo })
     }
 
     /// Attaches what is the sandbox's own, and lets a restored machine run.
     async fn attach(&self, spec: &SandboxSpec, resume: bool) -> Result<(), BootError> {
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (name, path) in &spec.layers {
-            layers.push((name, open("the layer", path)?));
+            layers.push((name, open_layer(path, &spec.confinement)?));
         }
         let disk = spec
             .disk
@@ -179,10 +186,8 @@ impl Vmm {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
         });
-        let growth = growth(spec).filter(|_| resume).map(|growth| (growth, None));
         let resume = resume.then_some((Request::Resume, None));
-        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
-            disk.chain(layers).chain(resume).chain(growth).collect();
+        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> = disk.chain(layers).chain(resume).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
         Ok(())
@@ -237,9 +242,9 @@ impl Vmm {
                 Err(_) => return Err(BootError::Silent(console(&self.control, &dir).await)),
             },
         };
-        let Self { id, dir, process, control, undo, .. } = self;
+        let Self { id, dir, process, control, cgroup, undo } = self;
         undo.disarm();
-        Ok((Sandbox { id, dir, process, control, agent }, events))
+        Ok((Sandbox { id, dir, process, control, agent, cgroup }, events))
     }
 }
 
@@ -254,12 +259,6 @@ pub(super) fn devices() -> DeviceConfig {
         balloon: true,
         memory: Some(MemoryDeviceConfig { region_mib: region_mib() }),
     }
-}
-
-/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
-fn growth(spec: &SandboxSpec) -> Option<Request> {
-    let plugged_mib = spec.memory.plugged_mib;
-    (plugged_mib > 0).then_some(Request::SetMemory { plugged_mib })
 }
 
 fn open(what: &str, path: &Path) -> Result<File, BootError> {
@@ -277,6 +276,24 @@ pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates)
     let net = devices().net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
     for (device, limits) in std::iter::once(disk).chain(net) {
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
+    }
+    Ok(())
+}
+
+/// A VMM in a jail gets a layer as a mount that has no parent: an open directory would lead it to the host's.
+fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootError> {
+    if confinement.uids.is_none() {
+        return open("the layer", path).map(OwnedFd::from);
+    }
+    jail::detached(path).map_err(|e| BootError::io(&format!("cannot mount the layer {}", path.display()), e))
+}
+
+/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
+async fn add_memory(control: &Control, dir: &SandboxDir, memory: Memory) -> Result<(), BootError> {
+    if memory.plugged_mib > 0 {
+        control
+            .call(dir, &Request::SetMemory { plugged_mib: memory.plugged_mib }, &[], ANSWER_WITHIN)
+            .await?;
     }
     Ok(())
 }
@@ -363,7 +380,7 @@ mod tests {
     use super::*;
     use crate::{
         phases::{Timeline, TimelineKind},
-        sandbox::{HostLimits, Memory, dir::IDENTITY, vmm::process::read_identity},
+        sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity},
     };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
@@ -385,6 +402,7 @@ mod tests {
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),
             origin: Origin::Cold,
+            confinement: Confinement::default(),
         }
     }
 

@@ -54,7 +54,9 @@ async fn the_sweep_ends_what_nobody_knows_and_spares_the_rest() {
     let base = tempfile::tempdir().unwrap();
     let mut known = FakeMachine::start(base.path(), "known");
     let mut stray = FakeMachine::start(base.path(), "stray");
-    sweep(base.path(), &HashSet::from(["known".to_owned()]), Duration::ZERO).await.unwrap();
+    sweep(base.path(), &HashSet::from(["known".to_owned()]), Duration::ZERO, &Confinement::default())
+        .await
+        .unwrap();
     assert!(stray.process.wait().is_err(), "it was killed, and reaped by its pidfd");
     assert!(!base.path().join("stray").exists());
     assert!(known.process.try_wait().unwrap().is_none());
@@ -66,12 +68,13 @@ async fn the_sweep_lets_a_guest_that_answers_power_off_in_order() {
     let base = tempfile::tempdir().unwrap();
     let mut machine = FakeMachine::start(base.path(), "ending");
     let nobody = HashSet::new();
+    let confinement = Confinement::default();
     let off = async {
         let mut agent = machine.agent().await;
         assert_eq!(agent.next_call().await.unwrap().call, Call::Shutdown);
         machine.process.kill().unwrap();
     };
-    let (swept, ()) = tokio::join!(sweep(base.path(), &nobody, Duration::from_secs(60)), off);
+    let (swept, ()) = tokio::join!(sweep(base.path(), &nobody, Duration::from_secs(60), &confinement), off);
     swept.unwrap();
     assert!(!base.path().join("ending").exists());
 }

@@ -206,7 +206,8 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         if !self.ended {
             if std::thread::panicking() {
-                eprintln!("--- console\n{}---", self.console());
+                let report = fs::read_to_string(self.directory.join("report")).unwrap_or_default();
+                eprintln!("--- console\n{}--- report\n{report}\n---", self.console());
             }
             let _ = self.process.kill();
             let _ = self.process.wait();

@@ -76,7 +76,7 @@ async fn run(flags: &Flags) -> Result<(), ClientError> {
             let query = if *follow { "?follow=1" } else { "" };
             let mut body = client.get(&format!("{path}{query}")).await?;
             while let Some(piece) = body.next().await? {
-                out.write_all(&client::printable(&piece))?;
+                out.write_all(client::printable(&piece).as_bytes())?;
                 out.flush()?;
             }
         }

@@ -496,7 +496,7 @@ impl Actor {
             let (workload, shared, record) =
                 (Arc::clone(&workload), Arc::clone(&self.shared), self.record.clone());
             tokio::spawn(async move {
-                restrain::catch_up(&shared, &workload, &record).await;
+                restrain::catch_up(&workload, &record, &shared).await;
             });
         }
         self.reached(Stage::Running);

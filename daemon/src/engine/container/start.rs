@@ -145,9 +145,8 @@ async fn resume(
     let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
     // What the container's settings have become since changes the next machine, not this one.
     spec.vcpus = shape.vcpus();
+    // What was plugged is in what was saved.
     spec.memory = Memory { base_mib: shape.memory_mib(), plugged_mib: 0 };
-    // It comes with what was plugged when it was saved; see below.
-    spec.limits.memory_bytes = None;
     let here = shared.shape(spec.machine()).await.map_err(internal)?;
     if let Some(what) = shape.difference(&here) {
         let error = format!("the saved machine cannot go on here: {what} is another");
@@ -156,7 +155,6 @@ async fn resume(
     timeline.mark(Stage::Prepared);
     let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
-    sandbox.limit_memory().await.map_err(|error| memory_failure(&error))?;
     let state = container_state(&sandbox, &guest).await.map_err(internal)?;
     let exit = first_exit(&state).map_err(internal)?;
     let at = Timestamp::now();
@@ -360,6 +358,7 @@ fn sandbox_spec(
         // The CPUs' come when it is up: a boot is to be quick.
         limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
         origin,
+        confinement: vm.confinement.clone(),
     })
 }
 

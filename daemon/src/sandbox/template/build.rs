@@ -45,6 +45,7 @@ pub(super) async fn build(
         layers: Vec::new(),
         kvm: machine.kvm.clone(),
         limits: HostLimits::default(),
+        confinement: machine.confinement.clone(),
         timeline: Timeline::begin("", TimelineKind::Run),
         origin: Origin::Cold,
     };

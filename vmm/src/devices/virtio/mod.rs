@@ -18,6 +18,6 @@ pub mod worker;
 
 #[cfg(test)]
 mod hostile;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 #[allow(dead_code)]
 pub(crate) mod testing;
