@@ -35,7 +35,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen};
-use bulkhead_vmm_api::{RateLimits, Request, Response, Status};
+use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
@@ -203,7 +203,7 @@ pub enum ResizeError {
     /// The guest did not follow.
     #[error(transparent)]
     Call(#[from] CallError),
-    /// The host's limit of it cannot be changed.
+    /// The host refused it.
     #[error(transparent)]
     Host(#[from] CgroupError),
     /// The VMM answered something else.
@@ -377,10 +377,13 @@ impl Sandbox {
     /// # Errors
     /// [`ResizeError`].
     pub async fn memory(&self) -> Result<Memory, ResizeError> {
+        let status = self.memory_status().await?;
+        Ok(Memory { base_mib: status.base_mib, plugged_mib: status.requested_mib })
+    }
+
+    async fn memory_status(&self) -> Result<MemoryStatus, ResizeError> {
         match self.control(&Request::Status).await? {
-            Response::Status(Status { memory, .. }) => {
-                Ok(Memory { base_mib: memory.base_mib, plugged_mib: memory.requested_mib })
-            }
+            Response::Status(Status { memory, .. }) => Ok(memory),
             _ => Err(ResizeError::Unexpected),
         }
     }
@@ -391,18 +394,25 @@ impl Sandbox {
     /// # Errors
     /// [`ResizeError`].
     pub async fn set_memory(&self, memory: Memory) -> Result<(), ResizeError> {
-        self.raise_host_limit(memory)?;
         self.control(&Request::SetMemory { plugged_mib: memory.plugged_mib }).await?;
+        // Before the guest uses it, or after it has given up what it could at once.
+        self.limit_memory().await?;
         self.memory_is_there(memory).await
     }
 
-    /// Lets the VMM take of the host what this much guest memory needs. The limit is never lowered under a
-    /// running guest: it gives memory up when it can, and until then the host must not kill it for it.
-    fn raise_host_limit(&self, memory: Memory) -> Result<(), ResizeError> {
-        match &self.cgroup {
-            Some(group) => Ok(group.raise_memory(memory.host_bytes())?),
-            None => Ok(()),
+    /// Limits what its VMM gets of the host's memory: all that the guest has, or is to have, and what the VMM
+    /// itself needs.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub async fn limit_memory(&self) -> Result<(), ResizeError> {
+        let status = self.memory_status().await?;
+        let plugged_mib = status.plugged_mib.max(status.requested_mib);
+        let memory = Memory { base_mib: status.base_mib, plugged_mib };
+        if let Some(group) = &self.cgroup {
+            group.update_memory(memory.host_bytes())?;
         }
+        Ok(())
     }
 
     /// Waits until the guest has taken the memory into use that it was given.

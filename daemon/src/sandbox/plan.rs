@@ -8,7 +8,7 @@
 //!  3 spawn the VMM                           spawn the VMM          undo: kill it, and wait
 //!  4 attach disk, layers (while it boots)    attach disk, layers, resume
 //!  5 wait for Hello                          connect to the agent   or hear of the VMM's death
-//!  6 begin to grow, personalize              personalize, thaw, begin to grow
+//!  6 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
 //! ```
 //! A clone that does not come up is no failure of the sandbox: its template is discarded, and the kernel is
 //! booted.
@@ -30,11 +30,11 @@ use tokio::sync::mpsc;
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, Confinement, ConnectError, ControlError, DISK, Memory, Origin, Rates, Sandbox,
-    SandboxSpec, TAG,
+    BootError, CallError, Confinement, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec,
+    TAG,
     agent::Agent,
     dir::SandboxDir,
-    region_mib,
+    memory::region_mib,
     vmm::{
         Death,
         cgroup::Cgroup,
@@ -96,7 +96,9 @@ async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
         let (agent, events) = Agent::awaited(&vmm.dir).await?;
         spec.timeline.mark(Stage::Greeted);
         // Only now: the agent knows how much there was without it.
-        add_memory(&vmm.control, &vmm.dir, spec.memory).await?;
+        if let Some(growth) = growth(spec) {
+            vmm.control.call(&vmm.dir, &growth, &[], ANSWER_WITHIN).await?;
+        }
         personalize(&agent, Vec::new()).await?;
         spec.timeline.mark(Stage::Personalised);
         Ok((agent, events))
@@ -112,7 +114,6 @@ async fn restored(
     let ready = async |vmm: &Vmm| {
         // At once: a connection waits in the VMM until the guest runs.
         let ((), named) = tokio::try_join!(vmm.attach(spec, true), vmm.named(spec, containers))?;
-        add_memory(&vmm.control, &vmm.dir, spec.memory).await?;
         Ok(named)
     };
     Vmm::spawn(spec, start)?.up(RESTORED_WITHIN, ready).await
@@ -186,10 +187,15 @@ impl Vmm {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
         });
-        let resume = resume.then_some((Request::Resume, None));
-        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> = disk.chain(layers).chain(resume).collect();
+        let growth = growth(spec).filter(|_| resume).map(|growth| (growth, None));
+        let goes_on = resume.then_some((Request::Resume, None));
+        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
+            disk.chain(layers).chain(goes_on).chain(growth).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
+        if resume {
+            spec.timeline.mark(Stage::Restored);
+        }
         Ok(())
     }
 
@@ -261,6 +267,12 @@ pub(super) fn devices() -> DeviceConfig {
     }
 }
 
+/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
+fn growth(spec: &SandboxSpec) -> Option<Request> {
+    let plugged_mib = spec.memory.plugged_mib;
+    (plugged_mib > 0).then_some(Request::SetMemory { plugged_mib })
+}
+
 fn open(what: &str, path: &Path) -> Result<File, BootError> {
     File::open(path).map_err(|e| BootError::io(&format!("cannot open {what} {}", path.display()), e))
 }
@@ -286,16 +298,6 @@ fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootErr
         return open("the layer", path).map(OwnedFd::from);
     }
     jail::detached(path).map_err(|e| BootError::io(&format!("cannot mount the layer {}", path.display()), e))
-}
-
-/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
-async fn add_memory(control: &Control, dir: &SandboxDir, memory: Memory) -> Result<(), BootError> {
-    if memory.plugged_mib > 0 {
-        control
-            .call(dir, &Request::SetMemory { plugged_mib: memory.plugged_mib }, &[], ANSWER_WITHIN)
-            .await?;
-    }
-    Ok(())
 }
 
 /// Makes the guest one of its own: fresh entropy, the time, its containers' names.
@@ -380,7 +382,7 @@ mod tests {
     use super::*;
     use crate::{
         phases::{Timeline, TimelineKind},
-        sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity},
+        sandbox::{HostLimits, Memory, dir::IDENTITY, vmm::process::read_identity},
     };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {

@@ -289,7 +289,7 @@ pub struct ContainerIdentity {
     /// Its new host name. Empty, or without a UTS namespace of its own: as it is.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub hostname: String,
-    /// New contents of [`Create::files`], by path; a path that was not injected is refused.
+    /// New contents of [`Create::files`], by path; those that were not injected are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<InjectedFile>,
     /// Whether its execs are killed: who asked for them has no connection to the copy.

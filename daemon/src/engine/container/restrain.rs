@@ -36,24 +36,21 @@ pub(super) async fn before_start(sandbox: &Sandbox, record: &Record, data_root: 
 }
 
 /// Holds a workload to limits that were changed while it was being started.
-pub(super) async fn catch_up(workload: &Workload, record: &Record, shared: &Shared) {
-    if let Err(error) = restrain(workload, record, &record.host_config, shared).await {
+pub(super) async fn catch_up(shared: &Shared, workload: &Workload, record: &Record) {
+    if let Err(error) = restrain(shared, workload, record, &record.host_config).await {
         tracing::error!(container = record.id, %error, "limits changed during the start do not hold yet");
     }
 }
 
 /// Holds a running workload to limits.
-async fn restrain(workload: &Workload, record: &Record, host: &HostConfig, shared: &Shared) -> Result<()> {
+async fn restrain(shared: &Shared, workload: &Workload, record: &Record, host: &HostConfig) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
     let resources = Box::new(spec::updated_resources(host)?);
-    let in_guest = async {
-        let call = Call::Update { container: workload.guest().to_owned(), resources };
-        workload.sandbox.call(call).await.map(drop).map_err(|error| failed(&error))
-    };
-    memory::resize(&workload.sandbox, host, &shared.config.vm, in_guest).await?;
-    let data_root = &shared.layout().data_root;
+    let call = Call::Update { container: workload.guest().to_owned(), resources };
+    let limit = async { workload.sandbox.call(call).await.map(drop).map_err(|error| failed(&error)) };
+    memory::resize(&workload.sandbox, host, &shared.config.vm, limit).await?;
     workload.sandbox.limit_cpus(&limits::host_limits(host)).map_err(|error| failed(&error))?;
-    let rates = limits::rates(&record.config, host, data_root);
+    let rates = limits::rates(&record.config, host, &shared.layout().data_root);
     workload.sandbox.set_rates(rates).await.map_err(|error| failed(&error))
 }
 
@@ -87,10 +84,10 @@ impl Engine {
         }
         let next = limits::merge(&record.host_config, request)?;
         if let Some(workload) = &view.workload
-            && let Err(error) = restrain(workload, record, &next, &self.shared).await
+            && let Err(error) = restrain(&self.shared, workload, record, &next).await
         {
             // What was changed of it is taken back as far as it can be.
-            if let Err(error) = restrain(workload, record, &record.host_config, &self.shared).await {
+            if let Err(error) = restrain(&self.shared, workload, record, &record.host_config).await {
                 tracing::warn!(container = record.id, %error, "old limits were not put back");
             }
             return Err(error);

@@ -1,16 +1,11 @@
 //! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
 //! And takes one over that an earlier daemon started.
 
-use std::{
-    fs::OpenOptions,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs::OpenOptions, path::Path, sync::Arc, time::Duration};
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerIdentity, ContainerState, Create, Disk, ErrorKind, Event,
-    Exit as AgentExit, ProcessState, Rootfs, Stdio, StreamKind,
+    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
+    ProcessState, Rootfs, Stdio, StreamKind,
 };
 use jiff::Timestamp;
 use tokio::{sync::mpsc, task::JoinSet};
@@ -20,6 +15,7 @@ use super::{
     machine, memory, pump,
     record::Record,
     restrain,
+    resume::{self, Resumption, Run},
     state::{Failure, Running},
     workload::{Watch, Workload},
 };
@@ -28,10 +24,10 @@ use crate::{
         Error, Shared, limits,
         logs::{Durable, Log, Stream},
     },
-    phases::{Stage, Timeline, TimelineKind},
+    phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, MachineSpec, Memory, OpenMachine, Origin,
-        ResizeError, Sandbox, SandboxSpec, Shape, TAG, template::TemplateUse,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, ResizeError, Sandbox, SandboxSpec,
+        TAG, template::TemplateUse,
     },
 };
 
@@ -47,19 +43,6 @@ pub(crate) struct Started {
     pub(crate) watch: Watch,
     pub(crate) log_start: u64,
     pub(crate) at: Timestamp,
-}
-
-/// A saved machine that a container goes on from.
-pub(crate) struct Resumption {
-    pub(crate) machine: OpenMachine,
-    /// What the machine is made of.
-    pub(crate) shape: Shape,
-    /// The container's name in it.
-    pub(crate) guest: String,
-    /// What becomes of the container.
-    pub(crate) identity: ContainerIdentity,
-    /// The disk that belongs to it, of which the container gets a clone; None: the container's own is that.
-    pub(crate) disk: Option<PathBuf>,
 }
 
 /// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
@@ -82,7 +65,8 @@ pub(crate) async fn start(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
     if let Some(resumption) = resumption {
-        return resume(shared, record, hub, timeline, resumption, (log, log_start), booted).await;
+        let run = Run { shared, record, hub, timeline, log, log_start };
+        return resume::resume(run, resumption, booted).await;
     }
     let create = create_call(shared, record).map_err(internal)?;
     let origin = match &shared.templates {
@@ -128,124 +112,14 @@ pub(crate) async fn start(
     Ok(Started { workload, watch, log_start, at })
 }
 
-/// Lets a container go on from a saved machine.
-async fn resume(
-    shared: &Shared,
-    record: &Record,
-    hub: &Arc<Hub>,
-    timeline: &Arc<Timeline>,
-    resumption: Resumption,
-    (log, log_start): (Log, u64),
-    booted: &mut Option<Arc<Sandbox>>,
-) -> Result<Started, Failure> {
-    let internal = |error: Error| Failure { code: 128, error: error.message };
-    let Resumption { machine, shape, guest, identity, disk } = resumption;
-    let disk = RestoredDisk::prepare(shared, record, disk).await.map_err(internal)?;
-    let origin = Origin::Saved { machine, containers: vec![identity] };
-    let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
-    // What the container's settings have become since changes the next machine, not this one.
-    spec.vcpus = shape.vcpus();
-    // What was plugged is in what was saved.
-    spec.memory = Memory { base_mib: shape.memory_mib(), plugged_mib: 0 };
-    let here = shared.shape(spec.machine()).await.map_err(internal)?;
-    if let Some(what) = shape.difference(&here) {
-        let error = format!("the saved machine cannot go on here: {what} is another");
-        return Err(Failure { code: 128, error });
-    }
-    timeline.mark(Stage::Prepared);
-    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
-    let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
-    let state = container_state(&sandbox, &guest).await.map_err(internal)?;
-    let exit = first_exit(&state).map_err(internal)?;
-    let at = Timestamp::now();
-    let workload = Arc::new(Workload::new(sandbox, Arc::new(log), &guest));
-    let watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
-        .await
-        .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
-    timeline.mark(Stage::Connected);
-    crate::engine::exec::take_over(&workload, state.execs);
-    disk.keep().map_err(|error| internal(error.into()))?;
-    Ok(Started { workload, watch, log_start, at })
-}
-
-/// The disk of a container that goes on from a checkpoint: beside the container's own until it runs on.
-struct RestoredDisk {
-    own: PathBuf,
-    /// A clone of the checkpoint's; None: the container's own is used.
-    clone: Option<PathBuf>,
-}
-
-impl RestoredDisk {
-    async fn prepare(shared: &Shared, record: &Record, source: Option<PathBuf>) -> Result<Self, Error> {
-        let own = shared.layout().container_disk(&record.id);
-        let Some(source) = source else { return Ok(Self { own, clone: None }) };
-        let clone = own.with_extension("restored");
-        let target = clone.clone();
-        let cloned = tokio::task::spawn_blocking(move || {
-            match std::fs::remove_file(&target) {
-                // Of a start that a daemon did not live to end.
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            bulkhead_rootfs::disk::clone(&source, &target).map(drop).map_err(std::io::Error::other)
-        });
-        cloned
-            .await
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|error| Error::internal(format!("the checkpoint's disk cannot be cloned: {error}")))?;
-        Ok(Self { own, clone: Some(clone) })
-    }
-
-    fn path(&self) -> &Path {
-        self.clone.as_ref().unwrap_or(&self.own)
-    }
-
-    /// It is the container's from now on.
-    fn keep(mut self) -> std::io::Result<()> {
-        match self.clone.take() {
-            Some(clone) => std::fs::rename(clone, &self.own),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for RestoredDisk {
-    fn drop(&mut self) {
-        if let Some(clone) = &self.clone
-            && let Err(error) = std::fs::remove_file(clone)
-        {
-            tracing::error!(path = %clone.display(), %error, "a disk that is not needed stays behind");
-        }
-    }
-}
-
 /// Whose templates are good for a container.
 fn domain(shared: &Shared, record: &Record) -> Option<String> {
     let label = shared.config.vm.template_domain_label.as_ref()?;
     Some(record.config.labels.as_ref().and_then(|labels| labels.get(label)).cloned().unwrap_or_default())
 }
 
-impl Shared {
-    /// What a machine is made of, by the contents of its files.
-    pub(crate) async fn shape(&self, machine: MachineSpec) -> Result<Shape, Error> {
-        let digests = Arc::clone(&self.digests);
-        let read = tokio::task::spawn_blocking(move || Shape::read(&machine, &digests)).await;
-        read.unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|error| Error::internal(format!("the machine's files cannot be read: {error}")))
-    }
-
-    /// What a running sandbox's machine is made of. Its VMM may be of an older daemon's.
-    pub(crate) async fn shape_of(&self, sandbox: &Sandbox, record: &Record) -> Result<Shape, Error> {
-        let disk = self.layout().container_disk(&record.id);
-        let nobody = Timeline::begin(&record.id, TimelineKind::Run);
-        let mut machine = sandbox_spec(self, record, &disk, Origin::Cold, &nobody)?.machine();
-        machine.program = sandbox.program(machine.program);
-        self.shape(machine).await
-    }
-}
-
 /// The exit of a container's first process, if it has ended.
-fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
+pub(super) fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
     match state.init {
         Some(ProcessState::Exited(exit)) => Ok(Some(exit)),
         Some(ProcessState::Running { .. }) => Ok(None),
@@ -301,7 +175,7 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
     }
 }
 
-async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, Error> {
+pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, Error> {
     match sandbox.call(Call::State).await {
         Ok(Answer::State { containers }) => containers
             .into_iter()
@@ -327,7 +201,7 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(
+pub(super) fn sandbox_spec(
     shared: &Shared,
     record: &Record,
     disk: &Path,
@@ -362,7 +236,7 @@ fn sandbox_spec(
     })
 }
 
-fn stdio(record: &Record) -> Stdio {
+pub(super) fn stdio(record: &Record) -> Stdio {
     let config = &record.config;
     let [rows, columns] = record.host_config.console_size;
     let size = u16::try_from(rows).ok().zip(u16::try_from(columns).ok()).filter(|size| *size != (0, 0));
@@ -376,12 +250,12 @@ fn stdio(record: &Record) -> Stdio {
 }
 
 /// What the log has; None when the log keeps nothing.
-fn kept(record: &Record, durable: Durable) -> Option<Durable> {
+pub(super) fn kept(record: &Record, durable: Durable) -> Option<Durable> {
     (record.host_config.log_config.kind != "none").then_some(durable)
 }
 
 /// Opens the streams and starts their pumps.
-async fn connect(
+pub(super) async fn connect(
     workload: &Arc<Workload>,
     stdio: Stdio,
     kept: Option<Durable>,
@@ -447,7 +321,7 @@ fn memory_failure(error: &ResizeError) -> Failure {
     Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
 }
 
-fn boot_failure(error: &BootError) -> Failure {
+pub(super) fn boot_failure(error: &BootError) -> Failure {
     Failure { code: 128, error: format!("failed to create task for container: {error}") }
 }
 

@@ -200,18 +200,13 @@ impl Cgroup {
         self.update_some(limits, |controller| matches!(controller, "cpu" | "cpuset"))
     }
 
-    /// Lets it take `bytes` of memory, if it may take less now.
+    /// Sets the limit of memory alone.
     ///
     /// # Errors
-    /// The limit cannot be had.
-    pub fn raise_memory(&self, bytes: u64) -> Result<(), CgroupError> {
-        let file = "memory.max";
-        // Not a number: there is no limit, or no controller; either way nothing is to be raised.
-        if self.number(file).is_ok_and(|limit| limit < bytes) {
-            let value = bytes.to_string();
-            self.write(file, &value).map_err(|source| CgroupError::Value { file, value, source })?;
-        }
-        Ok(())
+    /// It cannot be had.
+    pub fn update_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        let limits = HostLimits { memory_bytes: Some(bytes), ..HostLimits::default() };
+        self.update_some(&limits, |controller| controller == "memory")
     }
 
     fn update_some(&self, limits: &HostLimits, which: fn(&str) -> bool) -> Result<(), CgroupError> {

@@ -321,7 +321,8 @@ mod tests {
         assert!(matches!(other, Err(ImageError::Other)));
         let smaller = Image::new(&file, ID, &regions, &wanted()[..1]);
         assert!(matches!(smaller, Err(ImageError::Regions { .. })));
-        for run in [1..4096, 4096..4096, 0..(PAGES + 1) * PAGE as u64, 8192..4096] {
+        let backwards = Range { start: 8192, end: 4096 };
+        for run in [1..4096, 4096..4096, 0..(PAGES + 1) * PAGE as u64, backwards] {
             let mut damaged = regions.clone();
             damaged[0].runs = vec![run];
             assert!(matches!(Image::new(&file, ID, &damaged, &wanted()), Err(ImageError::Layout(_))));
