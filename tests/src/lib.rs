@@ -20,7 +20,7 @@ pub mod suite;
 pub mod terminal;
 
 pub use daemon::{Daemon, DaemonOptions, with_daemon};
-pub use docker::{Docker, Output};
+pub use docker::{Container, Docker, Output};
 pub use host::Host;
 pub use registry::Registry;
 pub use suite::Suite;

@@ -392,6 +392,12 @@ impl Actor {
         tokio::spawn(async move {
             let oom = || shared.publish(&record, "oom", []);
             let exit = workload.watch(watch, &hub, oom).await;
+            if let Some(violation) = workload.sandbox.violation() {
+                let call = violation.call.map_or_else(|| "unknown".to_owned(), |call| call.to_string());
+                let thread = violation.thread.unwrap_or_else(|| "unknown".to_owned());
+                let attributes = [("syscall".into(), call), ("thread".into(), thread)];
+                shared.publish(&record, "jail-violation", attributes);
+            }
             let _ = reporter.send(Report::Over(turn, exit)).await;
         });
     }
