@@ -6,4 +6,5 @@ pub mod config;
 pub mod data_root;
 pub mod engine;
 pub mod layout;
+pub mod phases;
 pub mod sandbox;

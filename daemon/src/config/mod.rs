@@ -87,8 +87,14 @@ pub struct VmDefaults {
     pub memory_mib: u32,
     /// Number of vCPUs.
     pub vcpus: u8,
+    /// How much of the host's memory, in percent, must be available for guests to keep their page cache.
+    pub reclaim_below_percent: u8,
     /// Size of the writable layer in GiB.
     pub disk_gib: u32,
+    /// Whether microVMs are clones of saved ones where they can be.
+    pub templates: bool,
+    /// The label of containers whose value tells tenants apart; None: there is one tenant.
+    pub template_domain_label: Option<String>,
 }
 
 /// TLS of TCP hosts.
@@ -208,13 +214,29 @@ impl Config {
                 kvm: "/dev/kvm".into(),
                 confinement,
                 memory_mib: range("default-memory-mib", options.default_memory_mib, 512, 64..=1 << 20)?,
-                vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), 1, 1..=64)?
+                vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), default_vcpus(), 1..=64)?
                     .try_into()
                     .unwrap_or(1),
+                reclaim_below_percent: range(
+                    "reclaim-below-percent",
+                    options.reclaim_below_percent.map(u32::from),
+                    10,
+                    0..=100,
+                )?
+                .try_into()
+                .unwrap_or(10),
                 disk_gib: range("default-disk-gib", options.default_disk_gib, 10, 1..=16 << 10)?,
+                templates: options.templates.unwrap_or(true),
+                template_domain_label: domain_label(options.template_domain_label)?,
             },
         })
     }
+}
+
+/// vCPUs of a microVM when nobody says how many: two run a workload beside its kernel's work, and cost little
+/// while idle.
+fn default_vcpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1)).min(2)
 }
 
 fn hosts(texts: &[String], tls: &Tls) -> Result<Vec<Host>, String> {
@@ -313,6 +335,15 @@ fn label(text: String) -> Result<String, String> {
     match text.split_once('=') {
         Some((name, _)) if !name.is_empty() => Ok(text),
         _ => Err(format!("bad attribute format: {text}")),
+    }
+}
+
+fn domain_label(key: Option<String>) -> Result<Option<String>, String> {
+    match key {
+        Some(key) if key.is_empty() || key.contains('=') => {
+            Err(format!("invalid template-domain-label {key:?}: the key of a label is expected"))
+        }
+        key => Ok(key),
     }
 }
 

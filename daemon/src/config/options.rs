@@ -114,13 +114,22 @@ pub struct Options {
     /// vCPUs of a microVM whose container has no limit
     #[arg(long, value_name = "N")]
     pub default_vcpus: Option<u8>,
+    /// Guests give up page cache when less than so many percent of the host's memory are available; 0: never
+    #[arg(long, value_name = "PERCENT")]
+    pub reclaim_below_percent: Option<u8>,
     /// Size of containers' writable layer, in GiB
     #[arg(long, value_name = "GIB")]
     pub default_disk_gib: Option<u32>,
+    /// Start microVMs as clones of saved ones; =false boots each
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub templates: Option<bool>,
+    /// Label of containers whose value tells tenants apart: templates are not shared between them
+    #[arg(long, value_name = "KEY")]
+    pub template_domain_label: Option<String>,
 }
 
 /// The options' names in the file that are ours alone.
-const OURS: [&str; 8] = [
+const OURS: [&str; 11] = [
     "vmm",
     "kernel",
     "initramfs",
@@ -128,7 +137,10 @@ const OURS: [&str; 8] = [
     "jail-uids",
     "default-memory-mib",
     "default-vcpus",
+    "reclaim-below-percent",
     "default-disk-gib",
+    "templates",
+    "template-domain-label",
 ];
 
 /// Flags and the file's text as one. Errors are worded as dockerd's.

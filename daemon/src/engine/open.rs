@@ -6,7 +6,7 @@
 //! ```
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs::{DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt,
@@ -24,9 +24,17 @@ use super::{
     events::Events,
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
-    store,
+    pressure, store,
 };
-use crate::{config::Config, layout::Layout, sandbox};
+use crate::{
+    config::Config,
+    layout::Layout,
+    phases::Timelines,
+    sandbox::{
+        self,
+        template::{Bounds, News, Templates},
+    },
+};
 
 /// How long sandboxes that are nobody's may take to power off.
 const SWEEP_WITHIN: Duration = Duration::from_secs(10);
@@ -39,8 +47,11 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     })
     .await
     .map_err(|error| Error::internal(error.to_string()))??;
-    let shared =
-        Arc::new(Shared { config, events, images, registry: Registry::default(), execs: Execs::default() });
+    let digests = Arc::new(sandbox::Digests::default());
+    let templates = open_templates(&config, &events, &digests)?;
+    let (registry, execs) = (Registry::default(), Execs::default());
+    let timelines = Timelines::default();
+    let shared = Arc::new(Shared { config, events, images, registry, execs, templates, digests, timelines });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -49,11 +60,16 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
         .await
         .map_err(|error| failed("look through", &sandboxes, &error))?;
 
+    if let Some(templates) = &shared.templates {
+        let vm = &shared.config.vm;
+        templates.warm_up([vm.vmm.clone(), vm.kernel.clone(), vm.initramfs.clone()]);
+    }
     let weak = Arc::downgrade(&shared);
     shared.images.connect(Arc::new(move || containers_in_use(&weak))).await;
     for actor in actors {
         tokio::spawn(actor.run(true));
     }
+    tokio::spawn(pressure::watch(Arc::downgrade(&shared), shared.config.vm.reclaim_below_percent));
     Ok(shared)
 }
 
@@ -63,7 +79,14 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
 
 fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, Vec<Record>)> {
     let layout = &config.layout;
-    for path in [layout.containers(), layout.sandboxes()] {
+    // What a daemon that died was forking: its clones hold what they need open.
+    match std::fs::remove_dir_all(layout.forks()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("empty", &layout.forks(), &error));
+        }
+        _ => {}
+    }
+    for path in [layout.containers(), layout.sandboxes(), layout.forks()] {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.map_err(|error| failed("make", &path, &error))?;
     }
@@ -81,6 +104,45 @@ fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>,
     let containers = layout.containers();
     let records = store::load(layout).map_err(|error| failed("read", &containers, &error))?;
     Ok((images, records))
+}
+
+/// Opens the templates, unless they are not wanted; those of an earlier daemon that wanted them stay.
+fn open_templates(
+    config: &Config,
+    events: &Arc<Events>,
+    digests: &Arc<sandbox::Digests>,
+) -> Result<Option<Arc<Templates>>> {
+    if !config.vm.templates {
+        return Ok(None);
+    }
+    let layout = &config.layout;
+    let (path, sandboxes) = (layout.templates(), layout.sandboxes());
+    let daemon = std::fs::read_to_string(layout.daemon_id()).unwrap_or_default().trim().to_owned();
+    let events = Arc::clone(events);
+    let listener = move |key: &str, news: &News| tell_of_template(&events, &daemon, key, news);
+    let opened = Templates::open(path.clone(), sandboxes, Bounds::default(), Arc::clone(digests), listener);
+    opened.map(Some).map_err(|error| failed("open", &path, &error))
+}
+
+/// A template's news are the daemon's: logged, and an event where an operator may have to act.
+fn tell_of_template(events: &Events, daemon: &str, key: &str, news: &News) {
+    let key = key.get(..12).unwrap_or(key);
+    let (status, error) = match news {
+        News::Built => ("built", None),
+        News::Pruned => ("pruned", None),
+        News::Failed(error) => ("failed", Some(error)),
+        News::Discarded(error) => ("discarded", Some(error)),
+    };
+    match error {
+        None => tracing::info!(template = key, status, "a template"),
+        Some(error) => tracing::warn!(template = key, status, error, "a template is not used"),
+    }
+    let mut attributes =
+        BTreeMap::from([("template".to_owned(), key.to_owned()), ("status".to_owned(), status.to_owned())]);
+    if let Some(error) = error {
+        attributes.insert("error".into(), error.clone());
+    }
+    events.publish("daemon", "template", daemon, attributes);
 }
 
 /// What the configuration says of registries.

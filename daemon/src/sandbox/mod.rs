@@ -16,8 +16,12 @@ mod agent;
 mod dir;
 #[cfg(test)]
 pub(crate) mod fake;
+mod memory;
 mod plan;
+mod save;
+pub(crate) mod saved;
 mod stream;
+pub mod template;
 mod vmm;
 mod vsock;
 
@@ -30,11 +34,15 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::{Answer, Call, Event, Hello, ProcessId, StreamKind, StreamOpen};
-use bulkhead_vmm_api::Request;
+use bulkhead_agent_api::{Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen};
+use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
+pub use memory::{Memory, region_mib};
+pub use save::{Leave, SaveError, SaveOptions};
+pub(crate) use saved::Check;
+pub use saved::{Digests, MachineSpec, OpenMachine, SavedError, SavedMachine, Shape};
 pub(crate) use stream::{InputStream, OutputStream};
 pub use vmm::{
     Death, Violation,
@@ -44,10 +52,12 @@ pub use vmm::{
     uids::Uids,
 };
 
+use crate::phases::Timeline;
 use agent::Agent;
 use dir::{IDENTITY, SandboxDir};
+use template::TemplateUse;
 use vmm::{
-    control::Control,
+    control::{ANSWER_WITHIN, Control},
     process::{Process, read_identity},
 };
 
@@ -71,24 +81,72 @@ pub struct SandboxSpec {
     pub program: PathBuf,
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// Guest memory in MiB.
-    pub memory_mib: u32,
+    /// Guest memory.
+    pub memory: Memory,
     /// The guest kernel, an uncompressed ELF.
     pub kernel: PathBuf,
     /// The initramfs with the agent.
     pub initramfs: PathBuf,
     /// The guest kernel's command line.
     pub cmdline: String,
-    /// The writable layer, open for reading and writing.
-    pub disk: File,
+    /// The writable layer, open for reading and writing; None: the slot stays empty.
+    pub disk: Option<File>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// Where the stages of the boot are marked.
+    pub timeline: Arc<Timeline>,
     /// `/dev/kvm`.
     pub kvm: PathBuf,
     /// What the VMM may use of the host.
     pub limits: HostLimits,
+    /// Where its machine comes from.
+    pub origin: Origin,
     /// How VMMs are confined here.
     pub confinement: Confinement,
+}
+
+/// Where a sandbox's machine comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// Its kernel is booted.
+    Cold,
+    /// A template's clone, if there is a template by now; else its kernel is booted, and a template made for
+    /// those that follow.
+    Template(TemplateUse),
+    /// A saved machine, which must be of the same shape.
+    Saved {
+        /// Its files.
+        machine: OpenMachine,
+        /// What becomes of the containers in it.
+        containers: Vec<ContainerIdentity>,
+    },
+}
+
+impl SandboxSpec {
+    /// What its machine is made of.
+    #[must_use]
+    pub fn machine(&self) -> MachineSpec {
+        MachineSpec {
+            program: self.program.clone(),
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            cmdline: self.cmdline.clone(),
+            vcpus: self.vcpus,
+            memory_mib: self.memory.base_mib,
+            devices: plan::devices(),
+            kvm: self.kvm.clone(),
+            confinement: self.confinement.clone(),
+        }
+    }
+}
+
+/// How fast a sandbox's devices may be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// The writable layer.
+    pub disk: RateLimits,
+    /// Each network interface.
+    pub net: RateLimits,
 }
 
 /// Which controllers a host lacks, by what its `cgroup.controllers` says.
@@ -156,6 +214,23 @@ impl BootError {
     }
 }
 
+/// Why a sandbox's memory is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The VMM refused it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The guest did not follow.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The host refused it.
+    #[error(transparent)]
+    Host(#[from] CgroupError),
+    /// The VMM answered something else.
+    #[error("the VMM's answer is not valid")]
+    Unexpected,
+}
+
 /// Why a running sandbox could not be taken over.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
@@ -204,16 +279,29 @@ impl Sandbox {
             Ok(None) => return Err(AdoptError::Dead(Death::read(&dir, None))),
             Err(error) => return Err(AdoptError::Mute(error.to_string())),
         };
+        let control = Control::default();
+        let connect = async {
+            if !dir.is_saving() {
+                return Ok(Agent::connect(&dir).await?);
+            }
+            wake(&control, &dir).await?;
+            let (agent, events) = Agent::connect(&dir).await?;
+            // The guest cannot know that it is no copy, and so gets what a copy gets; its containers are as
+            // they were.
+            plan::personalize(&agent, Vec::new()).await?;
+            agent.call(Call::Thaw).await?;
+            dir.unmark_saving().map_err(|e| BootError::io("cannot note that the machine runs", e))?;
+            Ok::<_, BootError>((agent, events))
+        };
         let connected = tokio::select! {
             biased;
             status = process.ended() => return Err(AdoptError::Dead(Death::read(&dir, status))),
-            connected = tokio::time::timeout(ADOPT_WITHIN, Agent::connect(&dir)) => connected,
+            connected = tokio::time::timeout(ADOPT_WITHIN, connect) => connected,
         };
         match connected {
             Ok(Ok((agent, events))) => {
                 let cgroup = vmm::jail::adopt_cgroup(&path);
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                let control = Control::default();
                 Ok((Self { id: id.to_owned(), dir, process, control, agent, cgroup }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
@@ -229,6 +317,30 @@ impl Sandbox {
     /// The VMM's pid, for people.
     pub fn pid(&self) -> i32 {
         self.process.pid()
+    }
+
+    /// The executable that its VMM runs, where `current` is no longer that.
+    pub(crate) fn program(&self, current: PathBuf) -> PathBuf {
+        use std::os::unix::fs::MetadataExt;
+        let running = PathBuf::from(format!("/proc/{}/exe", self.pid()));
+        let same = |a: &std::fs::Metadata, b: &std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        match (std::fs::metadata(&running), std::fs::metadata(&current)) {
+            (Ok(running_file), Ok(file)) if !same(&running_file, &file) => running,
+            _ => current,
+        }
+    }
+
+    /// Lets containers run on that were left frozen when the machine was saved.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub(crate) async fn thaw(&self) -> Result<(), CallError> {
+        self.call(Call::Thaw).await?;
+        if let Err(error) = self.dir.unmark_saving() {
+            // A later daemon then wakes a guest that is awake, which changes nothing.
+            tracing::warn!(sandbox = self.id, %error, "it could not be noted that a machine runs on");
+        }
+        Ok(())
     }
 
     /// The VMM's control group on the host; None where it has none.
@@ -253,8 +365,85 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn control(&self, request: &Request) -> Result<bulkhead_vmm_api::Response, ControlError> {
-        self.control.call(&self.dir, request, None).await
+    pub async fn control(&self, request: &Request) -> Result<Response, ControlError> {
+        self.control.call(&self.dir, request, &[], ANSWER_WITHIN).await
+    }
+
+    /// Limits what its VMM gets of the host's CPUs, from now on. A VMM without a control group of its own has
+    /// no such limits; the guest's own cgroups then hold the workload alone.
+    ///
+    /// # Errors
+    /// [`CgroupError`].
+    pub fn limit_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+        match &self.cgroup {
+            Some(group) => group.update_cpus(limits),
+            None => {
+                tracing::debug!(sandbox = self.id, "a VMM has no control group to be limited by");
+                Ok(())
+            }
+        }
+    }
+
+    /// Limits its devices, from now on.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn set_rates(&self, rates: Rates) -> Result<(), ControlError> {
+        plan::set_rates(&self.control, &self.dir, rates).await
+    }
+
+    /// How much memory it has been given.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub async fn memory(&self) -> Result<Memory, ResizeError> {
+        let status = self.memory_status().await?;
+        Ok(Memory { base_mib: status.base_mib, plugged_mib: status.requested_mib })
+    }
+
+    async fn memory_status(&self) -> Result<MemoryStatus, ResizeError> {
+        match self.control(&Request::Status).await? {
+            Response::Status(Status { memory, .. }) => Ok(memory),
+            _ => Err(ResizeError::Unexpected),
+        }
+    }
+
+    /// Gives it more memory, or takes some away. More is there when this returns; what is to be taken away goes
+    /// when the guest can spare it.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub async fn set_memory(&self, memory: Memory) -> Result<(), ResizeError> {
+        self.control(&Request::SetMemory { plugged_mib: memory.plugged_mib }).await?;
+        // Before the guest uses it, or after it has given up what it could at once.
+        self.limit_memory().await?;
+        self.memory_is_there(memory).await
+    }
+
+    /// Limits what its VMM gets of the host's memory: all that the guest has, or is to have, and what the VMM
+    /// itself needs.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub async fn limit_memory(&self) -> Result<(), ResizeError> {
+        let status = self.memory_status().await?;
+        let plugged_mib = status.plugged_mib.max(status.requested_mib);
+        let memory = Memory { base_mib: status.base_mib, plugged_mib };
+        if let Some(group) = &self.cgroup {
+            group.update_memory(memory.host_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the guest has taken the memory into use that it was given.
+    ///
+    /// # Errors
+    /// [`ResizeError::Call`].
+    pub async fn memory_is_there(&self, memory: Memory) -> Result<(), ResizeError> {
+        if memory.plugged_mib > 0 {
+            self.agent.call(Call::AwaitMemory { plugged_mib: memory.plugged_mib }).await?;
+        }
+        Ok(())
     }
 
     /// Opens a process's output from byte `from`, or from the oldest that the agent still holds; an earlier connection to the same stream ends.
@@ -281,12 +470,6 @@ impl Sandbox {
         Death::read(&self.dir, status)
     }
 
-    /// What the VMM died of, if it has ended and that is what it died of.
-    pub fn violation(&self) -> Option<Violation> {
-        use futures_util::FutureExt;
-        self.ended().now_or_never()?.violation()
-    }
-
     /// Kills the VMM. [`Sandbox::ended`] tells when it is done.
     pub fn kill(&self) {
         self.process.kill();
@@ -296,6 +479,9 @@ impl Sandbox {
     /// off within `grace` is killed.
     pub async fn shut_down(&self, grace: Duration) {
         let off = async {
+            // What is still to be written must not wait for the rate at which a workload may write.
+            let _ = self.set_rates(Rates::default()).await;
+            let _ = self.limit_cpus(&HostLimits::default());
             // The answer is the connection's end; the process's end is what counts.
             let _ = self.agent.call(Call::Shutdown).await;
             self.process.ended().await;
@@ -316,6 +502,15 @@ impl Sandbox {
             tracing::error!(path = %self.dir.path().display(), %error, "a sandbox's directory stays behind");
         }
     }
+}
+
+/// Lets a machine run that an earlier daemon paused to save it, and then died.
+async fn wake(control: &Control, dir: &SandboxDir) -> Result<(), ControlError> {
+    let status = control.call(dir, &Request::Status, &[], ANSWER_WITHIN).await?;
+    if matches!(status, Response::Status(status) if status.paused) {
+        control.call(dir, &Request::Resume, &[], ANSWER_WITHIN).await?;
+    }
+    Ok(())
 }
 
 /// Kills a sandbox by its directory alone and removes it.

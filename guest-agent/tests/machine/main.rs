@@ -4,6 +4,7 @@
 //! `BULKHEAD_KERNEL` and `BULKHEAD_INITRAMFS`; without them it says so and does nothing. One machine, one
 //! container after the other: `cargo test -p bulkhead-agent --test machine [NAME]`.
 
+mod limits;
 mod sandbox;
 mod snapshots;
 
@@ -25,7 +26,7 @@ const PIPES: Stdio = Stdio { terminal: false, size: None, stdin: false, stdout: 
 
 type Test = fn(&mut Machine);
 
-const TESTS: [(&str, Test); 17] = [
+const TESTS: [(&str, Test); 18] = [
     ("output_and_exit_code", output_and_exit_code),
     ("writes_stay_and_layers_do_not_change", writes_stay),
     ("start_failures_have_runcs_words", start_failures),
@@ -42,6 +43,7 @@ const TESTS: [(&str, Test); 17] = [
     ("seccomp", seccomp),
     ("memory_limit", memory_limit),
     ("injected_files", injected_files),
+    ("pause_update_and_stats", limits::limits),
     ("short_runs_lose_nothing", short_runs),
 ];
 

@@ -48,7 +48,7 @@ const MAGIC: u32 = 0x7472_6976;
 /// The most devices that a machine has.
 const MOST: usize = 19;
 /// The most queues that a device has.
-pub const MOST_QUEUES: usize = 3;
+pub const MOST_QUEUES: usize = 4;
 
 /// What a device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,7 +231,18 @@ impl Device {
     /// Brings it up with these features.
     #[must_use]
     pub fn up_with(&self, features: u64) -> Driver {
-        assert!(self.negotiate(features), "{:?} refuses features {features:#x}", self.kind);
+        match self.try_up(features) {
+            Some(driver) => driver,
+            None => panic!("{:?} refuses features {features:#x}", self.kind),
+        }
+    }
+
+    /// Brings it up with these features, if it takes them: where several processors do so at once, it need not.
+    #[must_use]
+    pub fn try_up(&self, features: u64) -> Option<Driver> {
+        if !self.negotiate(features) {
+            return None;
+        }
         let mut rings = [Ring::default(); MOST_QUEUES];
         for (queue, ring) in (0..self.queues() as u32).zip(&mut rings) {
             *ring = Ring::new(self.ring_base(queue), self.queue_max(queue));
@@ -239,7 +250,7 @@ impl Device {
             self.set_queue(queue, u32::from(ring.size), ring.desc, ring.avail, ring.used);
         }
         self.go();
-        Driver { device: *self, rings }
+        Some(Driver { device: *self, rings })
     }
 
     /// Where this program puts the ring of one of its queues.

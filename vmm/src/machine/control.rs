@@ -20,7 +20,9 @@ use rustix::{
     },
 };
 
-use super::{Machine, devices::AttachError, signals::Signals, snapshot::SnapshotError};
+use super::{
+    Machine, devices::AttachError, elastic::ElasticError, signals::Signals, snapshot::SnapshotError,
+};
 use crate::recorder::Rare;
 
 /// Clients at a time; more wait in the socket's backlog.
@@ -137,11 +139,16 @@ enum RequestError {
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error(transparent)]
+    Elastic(#[from] ElasticError),
 }
 
 /// Performs a request, and records it if it is one that changes something.
 fn recorded(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Response {
-    let changes = !matches!(request, Request::Status | Request::Console | Request::Recent);
+    let changes = !matches!(
+        request,
+        Request::Status | Request::Console | Request::ConsolePart { .. } | Request::Recent
+    );
     let text = if changes { Rare::text(&request) } else { Box::default() };
     let recorder = machine.end().recorder();
     match perform(machine, request, fds) {
@@ -183,7 +190,13 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
+        Request::SetMemory { plugged_mib } => machine.set_memory(plugged_mib)?,
+        Request::SetBalloon { mib } => machine.set_balloon(mib)?,
         Request::SetRateLimit { device, limits } => machine.set_rate_limit(&device, limits)?,
+        Request::ConsolePart { from } => {
+            let (text, next) = machine.console().part(from);
+            return Ok(Response::ConsolePart { text, next });
+        }
         Request::Recent => return Ok(Response::Recent { events: machine.end().recorder().recent() }),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),

@@ -12,4 +12,5 @@ pub(super) const CALLS: &[Call] = &[
     call(SYS_pwritev, "writes from guest memory"),
     call(SYS_fdatasync, "flush"),
     call(SYS_fallocate, "discard, write zeroes"),
+    call(SYS_timerfd_settime, "when a request over its rate limit is looked at again"),
 ];

@@ -1,14 +1,26 @@
 //! The operations, a file a resource. Each handler: parse → one engine call → render.
 
+pub mod checkpoints;
 pub mod containers;
 pub mod exec;
 pub mod images;
 pub mod later;
 pub mod logs;
+pub mod machine;
+pub mod stats;
 pub mod system;
 
 use super::router::Route;
 
 /// Every resource's routes.
-pub(super) const TABLES: &[&[Route]] =
-    &[system::ROUTES, containers::ROUTES, logs::ROUTES, exec::ROUTES, images::ROUTES, later::ROUTES];
+pub(super) const TABLES: &[&[Route]] = &[
+    system::ROUTES,
+    checkpoints::ROUTES,
+    containers::ROUTES,
+    logs::ROUTES,
+    machine::ROUTES,
+    stats::ROUTES,
+    exec::ROUTES,
+    images::ROUTES,
+    later::ROUTES,
+];

@@ -1,7 +1,7 @@
 //! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
 //! And takes one over that an earlier daemon started.
 
-use std::{fs::OpenOptions, sync::Arc, time::Duration};
+use std::{fs::OpenOptions, path::Path, sync::Arc, time::Duration};
 
 use bulkhead_agent_api::{
     AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
@@ -12,17 +12,23 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    pump,
+    machine, memory, pump,
     record::Record,
+    restrain,
+    resume::{self, Resumption, Run},
     state::{Failure, Running},
     workload::{Watch, Workload},
 };
 use crate::{
     engine::{
-        Error, Shared,
+        Error, Shared, limits,
         logs::{Durable, Log, Stream},
     },
-    sandbox::{self, AdoptError, BootError, CallError, DISK, HostLimits, Sandbox, SandboxSpec, TAG},
+    phases::{Stage, Timeline},
+    sandbox::{
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, ResizeError, Sandbox, SandboxSpec,
+        TAG, template::TemplateUse,
+    },
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
@@ -30,9 +36,6 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdi
 
 /// How long a running guest may take to tell a restarted daemon of its container and open the streams.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
-
-/// MiB of guest memory beyond a container's limit: for the guest's kernel, its page tables and the agent.
-const OVERHEAD_MIB: u32 = 64;
 
 /// A workload that runs, and what its watch needs.
 pub(crate) struct Started {
@@ -42,12 +45,14 @@ pub(crate) struct Started {
     pub(crate) at: Timestamp,
 }
 
-/// Starts it. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
+/// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
 /// the caller's to destroy.
 pub(crate) async fn start(
     shared: &Shared,
     record: &Record,
     hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
+    resumption: Option<Resumption>,
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
     let internal = |error: Error| Failure { code: 128, error: error.message };
@@ -59,26 +64,80 @@ pub(crate) async fn start(
         Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
+    if let Some(resumption) = resumption {
+        let run = Run { shared, record, hub, timeline, log, log_start };
+        return resume::resume(run, resumption, booted).await;
+    }
     let create = create_call(shared, record).map_err(internal)?;
-    let spec = sandbox_spec(shared, record).map_err(internal)?;
-    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    let origin = match &shared.templates {
+        Some(store) => {
+            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
+        }
+        None => Origin::Cold,
+    };
+    let disk = shared.layout().container_disk(&record.id);
+    // The machine that it tells of is no longer the last.
+    let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
+    let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
+    let memory = spec.memory;
+    timeline.mark(Stage::Prepared);
+    let (sandbox, events) = match Sandbox::boot(spec).await {
+        Ok(booted) => booted,
+        Err(error) => {
+            if let BootError::Died(death) = &error {
+                machine::remember(shared, record, death).await;
+            }
+            return Err(boot_failure(&error));
+        }
+    };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
-    call(&sandbox, Call::Create(Box::new(create))).await?;
+    // The workload is to find all of its memory: it may size itself by it.
+    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
+    timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
+    restrain::before_start(&sandbox, record, &shared.layout().data_root)
+        .await
+        .map_err(|error| Failure { code: 128, error })?;
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
+    timeline.mark(Stage::Started);
     let at = Timestamp::now();
-    let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
+    let mut watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
+    watch.timeline = Some(Arc::clone(timeline));
     Ok(Started { workload, watch, log_start, at })
+}
+
+/// Whose templates are good for a container.
+fn domain(shared: &Shared, record: &Record) -> Option<String> {
+    let label = shared.config.vm.template_domain_label.as_ref()?;
+    Some(record.config.labels.as_ref().and_then(|labels| labels.get(label)).cloned().unwrap_or_default())
+}
+
+/// The exit of a container's first process, if it has ended.
+pub(super) fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
+    match state.init {
+        Some(ProcessState::Exited(exit)) => Ok(Some(exit)),
+        Some(ProcessState::Running { .. }) => Ok(None),
+        None => Err(Error::internal("its workload was never started")),
+    }
 }
 
 /// How a container that an earlier daemon left running was found.
 pub(crate) enum Found {
     /// It runs, or has ended in the meantime with its exit kept by the agent.
-    Alive(Arc<Workload>, Watch),
+    Alive {
+        /// What runs.
+        workload: Arc<Workload>,
+        /// For its watch.
+        watch: Watch,
+        /// Whether it stands still.
+        paused: bool,
+    },
     /// Its sandbox is gone; the text is why.
     Gone(String),
 }
@@ -100,26 +159,23 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
     };
     let adopted = async {
-        let state = container_state(&sandbox, &record.id).await?;
-        let exit = match state.init {
-            Some(ProcessState::Exited(exit)) => Some(exit),
-            Some(ProcessState::Running { .. }) => None,
-            None => return Err(Error::internal("its workload was never started")),
-        };
-        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
+        let guest = running.guest.as_ref().unwrap_or(&record.id);
+        let state = container_state(&sandbox, guest).await?;
+        let exit = first_exit(&state)?;
+        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
-        crate::engine::exec::take_over(&workload, &record.id, state.execs);
-        Ok::<_, Error>((workload, watch))
+        crate::engine::exec::take_over(&workload, state.execs);
+        Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
     match tokio::time::timeout(ADOPT_WITHIN, adopted).await {
-        Ok(Ok((workload, watch))) => Found::Alive(workload, watch),
+        Ok(Ok((workload, watch, paused))) => Found::Alive { workload, watch, paused },
         Ok(Err(error)) => Found::Gone(format!("it could not be taken over: {error}")),
         Err(_) => Found::Gone("it could not be taken over: the guest agent does not answer".into()),
     }
 }
 
-async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, Error> {
+pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, Error> {
     match sandbox.call(Call::State).await {
         Ok(Answer::State { containers }) => containers
             .into_iter()
@@ -145,64 +201,42 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> {
+pub(super) fn sandbox_spec(
+    shared: &Shared,
+    record: &Record,
+    disk: &Path,
+    origin: Origin,
+    timeline: &Arc<Timeline>,
+) -> Result<SandboxSpec, Error> {
     let vm = &shared.config.vm;
     let disk = OpenOptions::new()
         .read(true)
         .write(true)
-        .open(shared.layout().container_disk(&record.id))
+        .open(disk)
         .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
     let layers = shared.layers();
+    let memory = memory::of(&record.host_config, vm);
     Ok(SandboxSpec {
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
-        vcpus: vcpus(record).unwrap_or(vm.vcpus),
-        memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
+        vcpus: limits::vcpus(&record.host_config, vm.vcpus),
+        memory,
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
-        disk,
+        disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
-        limits: HostLimits::default(),
+        // The CPUs' come when it is up: a boot is to be quick.
+        limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
+        origin,
         confinement: vm.confinement.clone(),
     })
 }
 
-/// As many vCPUs as the limit needs, rounded up; None without a limit.
-fn vcpus(record: &Record) -> Option<u8> {
-    let host = &record.host_config;
-    let period = if host.cpu_period > 0 { host.cpu_period } else { 100_000 };
-    let cpus = match (host.nano_cpus, host.cpu_quota) {
-        (nano @ 1.., _) => nano.div_ceil_positive(1_000_000_000),
-        (_, quota @ 1..) => quota.div_ceil_positive(period),
-        _ => return None,
-    };
-    Some(u8::try_from(cpus.clamp(1, 64)).unwrap_or(64))
-}
-
-trait DivCeil {
-    fn div_ceil_positive(self, by: Self) -> Self;
-}
-
-impl DivCeil for i64 {
-    /// For positive numbers.
-    fn div_ceil_positive(self, by: Self) -> Self {
-        self / by + Self::from(self % by != 0)
-    }
-}
-
-/// The limit with what the guest itself needs; the default without a limit.
-fn memory_mib(limit: i64, default: u32) -> u32 {
-    if limit <= 0 {
-        return default;
-    }
-    let limit = limit.div_ceil_positive(1 << 20);
-    u32::try_from(limit).unwrap_or(u32::MAX / 2).saturating_add(OVERHEAD_MIB).max(2 * OVERHEAD_MIB)
-}
-
-fn stdio(record: &Record) -> Stdio {
+pub(super) fn stdio(record: &Record) -> Stdio {
     let config = &record.config;
     let [rows, columns] = record.host_config.console_size;
     let size = u16::try_from(rows).ok().zip(u16::try_from(columns).ok()).filter(|size| *size != (0, 0));
@@ -216,12 +250,12 @@ fn stdio(record: &Record) -> Stdio {
 }
 
 /// What the log has; None when the log keeps nothing.
-fn kept(record: &Record, durable: Durable) -> Option<Durable> {
+pub(super) fn kept(record: &Record, durable: Durable) -> Option<Durable> {
     (record.host_config.log_config.kind != "none").then_some(durable)
 }
 
 /// Opens the streams and starts their pumps.
-async fn connect(
+pub(super) async fn connect(
     workload: &Arc<Workload>,
     stdio: Stdio,
     kept: Option<Durable>,
@@ -234,13 +268,15 @@ async fn connect(
         (stdio.stdout, StreamKind::Stdout, Stream::Stdout, kept.map(|kept| kept.stdout)),
         (stdio.stderr, StreamKind::Stderr, Stream::Stderr, kept.map(|kept| kept.stderr)),
     ];
+    // All at once: each is a way to the guest and back.
+    let opened =
+        streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
+            sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
+        });
     let mut outputs = JoinSet::new();
-    for (wanted, kind, stream, from) in streams {
-        if wanted {
-            let output = sandbox.output(workload.init(), kind, from).await?;
-            let log = kept.map(|_| Arc::clone(&workload.log));
-            outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
-        }
+    for (stream, output) in futures_util::future::try_join_all(opened).await? {
+        let log = kept.map(|_| Arc::clone(&workload.log));
+        outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
     }
     let mut inputs = JoinSet::new();
     if stdio.stdin
@@ -255,7 +291,7 @@ async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit })
+    Ok(Watch { events, outputs, inputs, exit, timeline: None })
 }
 
 async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
@@ -281,7 +317,11 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
     }
 }
 
-fn boot_failure(error: &BootError) -> Failure {
+fn memory_failure(error: &ResizeError) -> Failure {
+    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
+}
+
+pub(super) fn boot_failure(error: &BootError) -> Failure {
     Failure { code: 128, error: format!("failed to create task for container: {error}") }
 }
 
@@ -312,33 +352,6 @@ pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn record() -> Record {
-        super::super::record::sample("ab")
-    }
-
-    #[test]
-    fn vcpus_are_the_limit_rounded_up() {
-        let mut record = record();
-        assert_eq!(vcpus(&record), None);
-        for (nano, vcpus_) in [(10_000_000, 1), (1_000_000_000, 1), (1_500_000_000, 2), (i64::MAX, 64)] {
-            record.host_config.nano_cpus = nano;
-            assert_eq!(vcpus(&record), Some(vcpus_));
-        }
-        record.host_config.nano_cpus = 0;
-        record.host_config.cpu_quota = 250_000;
-        assert_eq!(vcpus(&record), Some(3));
-        record.host_config.cpu_period = 1_000_000;
-        assert_eq!(vcpus(&record), Some(1));
-    }
-
-    #[test]
-    fn memory_is_the_limit_and_what_the_guest_needs() {
-        assert_eq!(memory_mib(0, 512), 512);
-        assert_eq!(memory_mib(6 << 20, 512), 128);
-        assert_eq!(memory_mib((256 << 20) + 1, 512), 257 + 64);
-        assert!(memory_mib(i64::MAX, 512) > 1 << 20);
-    }
 
     #[test]
     fn failures_have_the_codes_that_clients_derive_from_their_words() {

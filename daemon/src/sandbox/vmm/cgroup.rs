@@ -39,6 +39,12 @@ pub struct HostLimits {
 }
 
 impl HostLimits {
+    /// Whether its CPUs are limited.
+    pub(crate) fn has_cpu_limits(&self) -> bool {
+        let bounds = Self { memory_bytes: self.memory_bytes, pids: self.pids, ..Self::default() };
+        *self != bounds
+    }
+
     /// The files that say it, and which controller each belongs to. A limit that is not there is written as the
     /// kernel's word for none.
     fn files(&self) -> [(&'static str, &'static str, String, bool); 7] {
@@ -183,7 +189,31 @@ impl Cgroup {
     /// # Errors
     /// The first limit that cannot be had. Those before it hold.
     pub fn update(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+        self.update_some(limits, |_| true)
+    }
+
+    /// Sets the limits of CPUs alone, as [`Cgroup::update`] does.
+    ///
+    /// # Errors
+    /// The first limit that cannot be had. Those before it hold.
+    pub fn update_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+        self.update_some(limits, |controller| matches!(controller, "cpu" | "cpuset"))
+    }
+
+    /// Sets the limit of memory alone.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub fn update_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        let limits = HostLimits { memory_bytes: Some(bytes), ..HostLimits::default() };
+        self.update_some(&limits, |controller| controller == "memory")
+    }
+
+    fn update_some(&self, limits: &HostLimits, which: fn(&str) -> bool) -> Result<(), CgroupError> {
         for (controller, file, value, wanted) in limits.files() {
+            if !which(controller) {
+                continue;
+            }
             match self.write(file, &value) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -73,8 +73,9 @@ pub enum JailError {
 impl Cell {
     /// Makes one for the sandbox `name` in `dir`. What was made is given back by [`release`], on failure too.
     ///
-    /// Without control groups on the host one with limits is refused, and one without is made without: the log
-    /// says so once.
+    /// On a host without control groups limits of its CPUs are refused, since nothing else holds it to them. The
+    /// bounds of memory and processes are the second fence around what the machine itself has; without them it
+    /// is made, and the log says so once.
     pub(crate) fn make(
         confinement: &Confinement,
         dir: &SandboxDir,
@@ -97,7 +98,7 @@ impl Cell {
             None => None,
             Some(parent) => match Cgroup::create(parent, name, limits) {
                 Ok(cgroup) => Some(cgroup),
-                Err(error @ CgroupError::Unavailable { .. }) if *limits == HostLimits::default() => {
+                Err(error @ CgroupError::Unavailable { .. }) if !limits.has_cpu_limits() => {
                     static WARNED: Once = Once::new();
                     WARNED.call_once(|| tracing::warn!(%error, "VMMs run without control groups"));
                     None

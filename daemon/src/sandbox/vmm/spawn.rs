@@ -43,7 +43,6 @@ pub(crate) enum StartFiles {
     /// Boots a kernel.
     Boot { kernel: File, initramfs: File, cmdline: String },
     /// Goes on from a saved machine, paused.
-    #[expect(dead_code, reason = "nothing is restored yet")]
     Restore { state: File, memory: File },
 }
 

@@ -148,6 +148,15 @@ impl Net {
         self.attach_link(Box::new(Tap::new(tap)?))
     }
 
+    /// Gives the slot a socket for a link, each datagram of it a header with its frame.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn attach_socket(
+        &mut self,
+        socket: std::os::unix::net::UnixDatagram,
+    ) -> Result<(), AttachError> {
+        self.attach_link(Box::new(tap::Cable(socket)))
+    }
+
     fn attach_link(&mut self, mut link: Box<dyn Link>) -> Result<(), AttachError> {
         let setup = |context| move |source| AttachError::Setup { context, source };
         if let Some(active) = &self.active {
