@@ -31,6 +31,8 @@ const USAGE: &str = "usage: bulkhead-vmm --config-fd N";
 pub fn main() -> ExitCode {
     let started = Instant::now();
     one_arena();
+    // Executed by a descriptor, it would be named after that.
+    let _ = rustix::thread::set_name(c"bulkhead-vmm");
     match begin() {
         Ok((report, config)) => run(report, config, started),
         Err(message) => {

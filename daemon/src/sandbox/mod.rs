@@ -45,7 +45,7 @@ pub(crate) use saved::Check;
 pub use saved::{Digests, MachineSpec, OpenMachine, SavedError, SavedMachine, Shape};
 pub(crate) use stream::{InputStream, OutputStream};
 pub use vmm::{
-    Death,
+    Death, Violation,
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
     jail::{Confinement, JailError},
@@ -147,6 +147,26 @@ pub struct Rates {
     pub disk: RateLimits,
     /// Each network interface.
     pub net: RateLimits,
+}
+
+/// Which controllers a host lacks, by what its `cgroup.controllers` says.
+#[must_use]
+pub fn missing_controllers(given: &str) -> Vec<&'static str> {
+    vmm::cgroup::missing(given)
+}
+
+/// Starts a process as a VMM is started, and waits for its end.
+///
+/// # Errors
+/// What this host does not permit.
+pub fn probe_jail(uids: &Uids) -> io::Result<()> {
+    vmm::jail::probe(uids)
+}
+
+/// The kernel's version of Landlock; None where it has none.
+#[must_use]
+pub fn landlock_version() -> Option<i64> {
+    vmm::jail::landlock_version()
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.
@@ -475,7 +495,9 @@ impl Sandbox {
     /// Kills the VMM and removes every trace. Nothing is flushed: for a guest whose disk nobody will read.
     pub async fn destroy(&self) {
         self.process.kill();
-        self.process.ended().await;
+        if let Some(violation) = self.ended().await.violation() {
+            tracing::error!(sandbox = self.id, ?violation, "a VMM made a system call that it may not");
+        }
         if let Err(error) = self.dir.remove() {
             tracing::error!(path = %self.dir.path().display(), %error, "a sandbox's directory stays behind");
         }
