@@ -10,7 +10,7 @@ const KICK: i32 = 34;
 
 pub(super) const CALLS: &[Call] = &[
     // ---- the socket
-    call(SYS_poll, "waits for requests, signals and the machine's end"),
+    call(SYS_ppoll, "waits for requests, signals and the machine's end"),
     call(SYS_accept4, "a daemon connects"),
     call(SYS_recvmsg, "a request with its descriptors"),
     call(SYS_sendmsg, "its answer"),
