@@ -6,6 +6,7 @@ pub mod bus;
 pub mod config;
 pub mod console;
 pub mod devices;
+pub mod entropy;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod jail;

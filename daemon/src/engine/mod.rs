@@ -14,6 +14,7 @@ mod info;
 pub(crate) mod limits;
 pub mod logs;
 mod open;
+mod pressure;
 pub mod spec;
 pub mod store;
 

@@ -24,7 +24,7 @@ use super::{
     events::Events,
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
-    store,
+    pressure, store,
 };
 use crate::{
     config::Config,
@@ -56,7 +56,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
     let sandboxes = shared.layout().sandboxes();
-    sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN)
+    sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN, &shared.config.vm.confinement)
         .await
         .map_err(|error| failed("look through", &sandboxes, &error))?;
 
@@ -69,6 +69,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     for actor in actors {
         tokio::spawn(actor.run(true));
     }
+    tokio::spawn(pressure::watch(Arc::downgrade(&shared), shared.config.vm.reclaim_below_percent));
     Ok(shared)
 }
 
