@@ -172,10 +172,13 @@ impl Vmm {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
         });
-        let resume = resume.then_some((Request::Resume, None));
-        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> = disk.chain(layers).chain(resume).collect();
+        let goes_on = resume.then_some((Request::Resume, None));
+        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> = disk.chain(layers).chain(goes_on).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
+        if resume {
+            spec.timeline.mark(Stage::Restored);
+        }
         Ok(())
     }
 

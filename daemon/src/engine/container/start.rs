@@ -411,9 +411,10 @@ async fn connect(
         (stdio.stderr, StreamKind::Stderr, Stream::Stderr, kept.map(|kept| kept.stderr)),
     ];
     // All at once: each is a way to the guest and back.
-    let opened = streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
-        sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
-    });
+    let opened =
+        streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
+            sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
+        });
     let mut outputs = JoinSet::new();
     for (stream, output) in futures_util::future::try_join_all(opened).await? {
         let log = kept.map(|_| Arc::clone(&workload.log));
