@@ -143,7 +143,8 @@ fn what_a_vmm_was_given_is_given_back() -> Test {
         let group = vmm.sh("cut -d: -f3 cgroup")?;
         let group = format!("/sys/fs/cgroup{group}");
         let host = Host::from_env()?;
-        let taken = |host: &Host| host.sh("ls \"$1/u\"", &[daemon.exec_root()]);
+        let exec_root = daemon.exec_root().to_owned();
+        let taken = |host: &Host| host.sh("ls \"$1/u\"", &[&exec_root]);
         assert_eq!(taken(&host)?, vmm.of_each_thread("Uid")?[0].split(' ').next().context("no id")?);
         assert_eq!(host.sh("cat \"$1/cgroup.procs\"", &[&group])?, vmm.pid);
 
