@@ -61,6 +61,16 @@ use vmm::{
     process::{Process, read_identity},
 };
 
+/// What a microVM tells of itself and is told, as data.
+pub(crate) mod vocabulary {
+    pub(crate) use bulkhead_vmm_api::{
+        Bucket, CONSOLE_TAIL, DeviceFigures, RECENT, RateLimit, RateLimits, Recorded, Request, Response,
+        Traffic,
+    };
+    #[cfg(test)]
+    pub(crate) use bulkhead_vmm_api::{ExitReason, Report};
+}
+
 /// The block slot of the writable layer.
 pub const DISK: &str = "root";
 
