@@ -32,7 +32,7 @@ pub(crate) const ATTACKS: &[Attack] = &[
     attack("clone", || call(SYS_clone, [SIGCHLD as u64, 0, 0, 0, 0, 0])),
     attack("execute", || call(SYS_execve, [text(c"/bin/sh"), 0, 0, 0, 0, 0])),
     attack("execute-fd", || call(SYS_execveat, [0, text(c""), 0, 0, AT_EMPTY_PATH as u64, 0])),
-    attack("ptrace", || call(SYS_ptrace, [PTRACE_ATTACH as u64, 1, 0, 0, 0, 0])),
+    attack("ptrace", || call(SYS_ptrace, [u64::from(PTRACE_ATTACH), 1, 0, 0, 0, 0])),
     attack("read-memory", || call(SYS_process_vm_readv, [2, 0, 0, 0, 0, 0])),
     attack("pidfd", || call(SYS_pidfd_open, [2, 0, 0, 0, 0, 0])),
     // ---- networks and sockets
@@ -48,7 +48,7 @@ pub(crate) const ATTACKS: &[Attack] = &[
     attack("capset", || call(SYS_capset, [0; 6])),
     attack("chroot", || call(SYS_chroot, [text(c"/"), 0, 0, 0, 0, 0])),
     attack("raise-limit", || {
-        call(SYS_prlimit64, [0, RLIMIT_CORE as u64, text(c"limits of sixteen"), 0, 0, 0])
+        call(SYS_prlimit64, [0, u64::from(RLIMIT_CORE), text(c"limits of sixteen"), 0, 0, 0])
     }),
     attack("new-filter", || call(SYS_seccomp, [0; 6])),
     attack("handler", || call(SYS_rt_sigaction, [SIGSYS as u64, 0, 0, 8, 0, 0])),
