@@ -249,13 +249,14 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_refused_where_there_are_no_control_groups() {
+    fn limits_of_cpus_are_refused_where_there_are_no_control_groups() {
         let base = tempfile::tempdir().unwrap();
         let dir = SandboxDir::create(base.path().join("s")).unwrap();
         let confinement = Confinement { uids: None, cgroups: Some(base.path().join("nogroups/p")) };
-        let limits = HostLimits { pids: Some(1), ..HostLimits::default() };
+        let limits = HostLimits { cpu_weight: Some(1), ..HostLimits::default() };
         assert!(matches!(Cell::make(&confinement, &dir, "s", &limits), Err(JailError::Cgroup(_))));
-        let cell = Cell::make(&confinement, &dir, "s", &HostLimits::default()).unwrap();
+        let bounds = HostLimits { memory_bytes: Some(1 << 30), ..HostLimits::default() };
+        let cell = Cell::make(&confinement, &dir, "s", &bounds).unwrap();
         assert!(cell.cgroup.is_none());
         release(dir.path()).unwrap();
     }
