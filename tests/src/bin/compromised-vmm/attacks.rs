@@ -113,7 +113,8 @@ fn open_anywhere(path: &'static std::ffi::CStr, flags: i32) -> &'static str {
 fn climb() -> &'static str {
     for directory in 0..DESCRIPTORS {
         for path in [
-            c"../../../../../../../../../../../../etc/passwd",
+            // A layer has an /etc/passwd too; this one only a host has.
+            c"../../../../../../../../../../../../etc/debian_version",
             c"../../../../../../../../../../../../proc/1/environ",
             c"../../../../../../../../../../../../dev/kvm",
         ] {
