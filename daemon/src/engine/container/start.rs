@@ -93,7 +93,12 @@ pub(crate) async fn start(
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
     // The workload is to find all of its memory: it may size itself by it.
-    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    let grown = async {
+        if memory.plugged_mib > 0 {
+            call(&sandbox, Call::AwaitMemory { plugged_mib: memory.plugged_mib }).await?;
+        }
+        Ok::<_, Failure>(())
+    };
     tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
     timeline.mark(Stage::Created);
     let stdio = stdio(record);
