@@ -26,8 +26,8 @@ use crate::{
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, ResizeError, Sandbox, SandboxSpec,
-        TAG, template::TemplateUse,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec, TAG,
+        template::TemplateUse,
     },
 };
 
@@ -320,10 +320,6 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
         }
         Err(error) => Err(Failure { code: 128, error: error.to_string() }),
     }
-}
-
-fn memory_failure(error: &ResizeError) -> Failure {
-    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
 }
 
 pub(super) fn boot_failure(error: &BootError) -> Failure {
