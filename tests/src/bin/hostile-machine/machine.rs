@@ -70,7 +70,7 @@ impl Machine {
             console: Some(inherit(&console)?),
             devices: DeviceConfig {
                 block: vec![BlockConfig { id: DISK.into() }],
-                fs: vec![FsConfig { tag: TAG.into() }],
+                fs: vec![FsConfig { tag: TAG.into(), server: bulkhead_vmm_api::FsServer::Vmm }],
                 vsock: Some(VsockConfig { cid: 3, listener: inherit(&vsock)? }),
                 net: vec![NetConfig { id: NIC.into(), mac: [2, 0, 0, 0, 0, 1], tap: None, mtu: 1500 }],
                 rng: true,
