@@ -97,7 +97,7 @@ impl Container {
     pub fn create(poller: &Rc<Poller<Key>>, create: &Create, spec: Checked, device: &Path) -> Result<Self> {
         let resources = spec.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let cgroup = Cgroup::create(&create.container, resources)?;
-        let mounted = Mounted::new(&create.container, &create.rootfs, device, &create.files);
+        let mounted = Mounted::new(create, device);
         let made = mounted.and_then(|root| {
             let memory = poller.watch(cgroup.memory_events()?, Key::Memory(create.container.as_str().into()));
             memory.want_changes().context("watch memory.events")?;

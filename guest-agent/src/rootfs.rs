@@ -1,9 +1,9 @@
 //! A container's root filesystem, as the agent mounts it before any of the container's processes exist.
 //!
 //! ```text
-//!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer     (once a tag)
+//!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer, or each share   (once a tag)
 //!   /run/bulkhead/c/<id>/disk       ext4 of the writable layer: upper/ work/
-//!   /run/bulkhead/c/<id>/files      tmpfs: contents of injected files
+//!   /run/bulkhead/c/<id>/files      tmpfs: contents of injected files, forwarded sockets
 //!   /run/bulkhead/c/<id>/root       overlay of the two, injected files bound over it
 //! ```
 //!
@@ -19,14 +19,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_agent_api::{Create, Disk, InjectedFile, Rootfs};
+use bulkhead_agent_api::{Create, Disk, ForwardedSocket, InjectedFile, Rootfs};
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
     io::Errno,
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags},
 };
 
-use crate::error::{Context, Result, internal, invalid};
+use crate::{
+    copy_up,
+    error::{Context, Result, internal, invalid},
+    forward::{self, Forwarder},
+};
 
 /// Where virtio-fs tags are mounted; the only place that a bind mount of a spec may come from.
 pub const SHARES: &str = "/run/bulkhead/fs";
@@ -37,6 +41,9 @@ const CONTAINERS: &str = "/run/bulkhead/c";
 const MAX_LAYERS: usize = 500;
 
 const MAX_FILES: usize = 256;
+
+/// The most volumes that are filled, and sockets.
+const MAX_SHARES: usize = 512;
 
 /// How long an unmounted disk may stay in use.
 const RELEASE: Duration = Duration::from_secs(2);
@@ -49,6 +56,10 @@ pub struct Mounted {
     live: PathBuf,
     /// The paths of injected files, in the order of their numbers.
     injected: Vec<String>,
+    /// Where the host's shares are mounted.
+    shares: Option<PathBuf>,
+    /// Who serves its forwarded sockets.
+    forwarder: Option<Forwarder>,
 }
 
 /// Whether a disk is there.
@@ -96,10 +107,22 @@ pub fn validate(create: &Create) -> Result<()> {
     if create.files.len() > MAX_FILES {
         return Err(invalid("too many files to inject"));
     }
-    for file in &create.files {
-        let path = Path::new(&file.path);
-        if !path.is_absolute() || path.file_name().is_none() || file.path.contains('\0') {
-            return Err(invalid(format!("{:?} is not the absolute path of a file", file.path)));
+    let files = create.files.iter().map(|file| &file.path);
+    for path in files.chain(create.sockets.iter().map(|socket| &socket.path)) {
+        if !Path::new(path).is_absolute() || Path::new(path).file_name().is_none() || path.contains('\0') {
+            return Err(invalid(format!("{path:?} is not the absolute path of a file")));
+        }
+    }
+    if let Some(tag) = &create.shares {
+        check_name("file share tag", tag)?;
+    }
+    if create.copy_up.len().max(create.sockets.len()) > MAX_SHARES {
+        return Err(invalid("too many volumes or sockets"));
+    }
+    for copy in &create.copy_up {
+        check_name("share name", &copy.share)?;
+        if !copy.path.starts_with('/') || copy.path.contains('\0') || create.shares.is_none() {
+            return Err(invalid(format!("{:?} cannot be copied to a share", copy.path)));
         }
     }
     Ok(())
@@ -116,13 +139,12 @@ pub fn check_name(what: &str, name: &str) -> Result<()> {
 
 impl Mounted {
     /// Mounts everything; what was mounted is undone after an error.
-    pub fn new(container: &str, rootfs: &Rootfs, device: &Path, files: &[InjectedFile]) -> Result<Self> {
-        let base = Path::new(CONTAINERS).join(container);
+    pub fn new(create: &Create, device: &Path) -> Result<Self> {
+        let base = Path::new(CONTAINERS).join(&create.container);
         let live = Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
-        let injected = files.iter().map(|file| file.path.clone()).collect();
-        let mounted = Self { base, live, injected };
-        let result = mounted.build(rootfs, device).and_then(|()| mounted.inject(files));
-        match result {
+        let injected = create.files.iter().map(|file| file.path.clone()).collect();
+        let mut mounted = Self { base, live, injected, shares: None, forwarder: None };
+        match mounted.mount(create, device) {
             Ok(()) => Ok(mounted),
             Err(error) => {
                 let _ = mounted.unmount();
@@ -144,6 +166,17 @@ impl Mounted {
             .context(format_args!("write {}", file.path))
     }
 
+    fn mount(&mut self, create: &Create, device: &Path) -> Result<()> {
+        self.build(&create.rootfs, device)?;
+        if let Some(tag) = &create.shares {
+            let shares = self.shares.insert(mount_share(tag, MountFlags::NOATIME)?).clone();
+            for copy in &create.copy_up {
+                copy_up::copy_up(&self.root(), &shares, copy)?;
+            }
+        }
+        self.inject(&create.files, &create.sockets)
+    }
+
     fn build(&self, rootfs: &Rootfs, device: &Path) -> Result<()> {
         for name in ["disk", "files", "root", "empty"] {
             let path = self.base.join(name);
@@ -163,7 +196,8 @@ impl Mounted {
         let layers = if rootfs.layers.is_empty() {
             vec![open_directory(CWD, &self.base.join("empty"))?]
         } else {
-            let share = open_directory(CWD, &mount_share(&rootfs.tag)?)?;
+            let share =
+                open_directory(CWD, &mount_share(&rootfs.tag, MountFlags::RDONLY | MountFlags::NOATIME)?)?;
             rootfs
                 .layers
                 .iter()
@@ -173,8 +207,8 @@ impl Mounted {
         mount_overlay(&layers, &disk, &self.root())
     }
 
-    fn inject(&self, files: &[InjectedFile]) -> Result<()> {
-        if files.is_empty() {
+    fn inject(&mut self, files: &[InjectedFile], sockets: &[ForwardedSocket]) -> Result<()> {
+        if files.is_empty() && sockets.is_empty() {
             return Ok(());
         }
         let store = self.base.join("files");
@@ -185,15 +219,17 @@ impl Mounted {
         for (index, file) in files.iter().enumerate() {
             let source = store.join(index.to_string());
             write_file(&source, file).context(format_args!("write {}", file.path))?;
-            let target = open_target(&root, Path::new(&file.path))
-                .context(format_args!("prepare {} in the container", file.path))?;
-            // By descriptors on both sides: nothing in the image can lead this mount elsewhere.
-            let flags = rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE
-                | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC;
-            let tree = rustix::mount::open_tree(CWD, &source, flags).context("open_tree")?;
-            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-            rustix::mount::move_mount(tree, c"", target, c"", flags)
-                .context(format_args!("mount over {}", file.path))?;
+            mount_over(&root, &source, &file.path)?;
+        }
+        let mut listeners = Vec::with_capacity(sockets.len());
+        for (index, socket) in sockets.iter().enumerate() {
+            let source = store.join(format!("socket{index}"));
+            let listener = listen(&source, socket).context(format_args!("listen at {}", socket.path))?;
+            listeners.push((listener, socket.port));
+            mount_over(&root, &source, &socket.path)?;
+        }
+        if !listeners.is_empty() {
+            self.forwarder = Some(forward::start(listeners)?);
         }
         Ok(())
     }
@@ -221,6 +257,9 @@ impl Mounted {
                 Err(error) => detached = Err(error).context(format_args!("unmount {}", path.display())),
             }
         }
+        if let Some(shares) = &self.shares {
+            release_shares(shares)?;
+        }
         self.wait_until_released();
         if detached.is_ok() {
             // Empty directories of a tmpfs; those that stay do no harm.
@@ -243,14 +282,50 @@ impl Mounted {
     }
 }
 
+/// Unmounts the shares, which writes what was changed in memory maps; or, as long as another container uses them,
+/// writes it.
+fn release_shares(shares: &Path) -> Result<()> {
+    match rustix::mount::unmount(shares, UnmountFlags::NOFOLLOW) {
+        Ok(()) => {
+            let _ = fs::remove_dir(shares);
+            Ok(())
+        }
+        Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(Errno::BUSY) => {
+            rustix::fs::syncfs(open_directory(CWD, shares)?).context("write what was changed in shares")
+        }
+        Err(error) => Err(error).context(format_args!("unmount {}", shares.display())),
+    }
+}
+
+/// A listening socket at a path, with its owner and permissions.
+fn listen(path: &Path, socket: &ForwardedSocket) -> std::io::Result<OwnedFd> {
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    let (uid, gid) = (rustix::fs::Uid::from_raw(socket.uid), rustix::fs::Gid::from_raw(socket.gid));
+    rustix::fs::chown(path, Some(uid), Some(gid))?;
+    rustix::fs::chmod(path, Mode::from_raw_mode(socket.mode & 0o777))?;
+    Ok(listener.into())
+}
+
+/// Puts a file over a path of the root. By descriptors on both sides: nothing in the image can lead this mount
+/// elsewhere.
+fn mount_over(root: &OwnedFd, source: &Path, path: &str) -> Result<()> {
+    let target =
+        open_target(root, Path::new(path)).context(format_args!("prepare {path} in the container"))?;
+    let flags =
+        rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = rustix::mount::open_tree(CWD, source, flags).context("open_tree")?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(tree, c"", target, c"", flags).context(format_args!("mount over {path}"))
+}
+
 /// Mounts a virtio-fs tag, once.
-fn mount_share(tag: &str) -> Result<PathBuf> {
+fn mount_share(tag: &str, flags: MountFlags) -> Result<PathBuf> {
     let path = Path::new(SHARES).join(tag);
     if path.exists() {
         return Ok(path);
     }
     fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
-    let flags = MountFlags::RDONLY | MountFlags::NOATIME;
     rustix::mount::mount(tag, &path, "virtiofs", flags, None)
         .inspect_err(|_| drop(fs::remove_dir(&path)))
         .context(format_args!("mount the file share {tag:?}"))?;
