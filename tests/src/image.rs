@@ -70,6 +70,11 @@ impl Image {
         Ok(Image::new(vec![layer.finish()?], run))
     }
 
+    /// Sets a field of what it says about running it: `Volumes`, `User`…
+    pub fn set(&mut self, field: &str, value: Value) {
+        self.run[field] = value;
+    }
+
     /// This image with one more layer on top.
     #[must_use]
     pub fn with_layer(&self, layer: Layer) -> Image {

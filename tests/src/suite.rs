@@ -21,6 +21,8 @@ const VARIABLE: &str = "BULKHEAD_TEST_SUITE";
 pub struct Suite {
     /// The daemon's socket here.
     pub docker_socket: String,
+    /// The daemon's socket in the host.
+    pub inner_socket: String,
     /// The daemon's data root, in the host.
     pub data_root: String,
     /// The registry's address in the host.
@@ -98,6 +100,7 @@ impl SuiteOwner {
     pub fn to_env(&self) -> Result<(&'static str, String)> {
         let suite = Suite {
             docker_socket: self.daemon.socket().to_owned(),
+            inner_socket: self.daemon.inner_socket(),
             data_root: self.daemon.data_root(),
             registry: self.registry.address().to_owned(),
             registry_here: self.registry.forwarded().to_owned(),

@@ -138,7 +138,7 @@ impl Engine {
     pub async fn exec_create(&self, container: Name<'_>, request: CreateRequest) -> Result<String> {
         let view = self.shared.registry.find(container)?.view();
         view.awake("exec")?;
-        let spec = self.shared.spec(&view.record)?.spec;
+        let spec = self.shared.spec(&view.record, &[])?.spec;
         let process = spec::exec(&spec, &request)?;
         let kind = Kind { terminal: request.tty, stdin: request.attach_stdin, stdin_once: true };
         let exec = Exec {

@@ -13,10 +13,12 @@ pub mod image;
 mod info;
 pub(crate) mod limits;
 pub mod logs;
+pub mod mounts;
 mod open;
 mod pressure;
 pub mod spec;
 pub mod store;
+pub mod volume;
 
 use std::{os::unix::fs::MetadataExt, sync::Arc};
 
@@ -155,6 +157,7 @@ pub(crate) struct Shared {
     pub(crate) config: Arc<Config>,
     pub(crate) events: Arc<events::Events>,
     pub(crate) images: Arc<image::ImageStore>,
+    pub(crate) volumes: Arc<volume::store::VolumeStore>,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
     /// None: every microVM is booted.
@@ -174,7 +177,13 @@ impl Shared {
     }
 
     /// The runtime spec and files of a container.
-    pub(crate) fn spec(&self, record: &Record) -> Result<spec::ContainerSpec> {
+    ///
+    /// `binds` are the places of its shares: destination, the share's name, whether read-only.
+    pub(crate) fn spec(
+        &self,
+        record: &Record,
+        binds: &[(String, String, bool)],
+    ) -> Result<spec::ContainerSpec> {
         // A host without one has no name servers to tell of.
         let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
         spec::container(&spec::Facts {
@@ -184,6 +193,7 @@ impl Shared {
             daemon: &self.config,
             addresses: &[],
             resolv_conf: &resolv_conf,
+            binds,
         })
     }
 

@@ -25,6 +25,7 @@ use super::{
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
     pressure, store,
+    volume::store::VolumeStore,
 };
 use crate::{
     config::Config,
@@ -41,7 +42,7 @@ const SWEEP_WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let events = Arc::new(Events::default());
-    let (images, records) = tokio::task::spawn_blocking({
+    let (images, volumes, records) = tokio::task::spawn_blocking({
         let (config, events) = (Arc::clone(&config), Arc::clone(&events));
         move || open_stores(&config, events)
     })
@@ -51,7 +52,9 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let templates = open_templates(&config, &events, &digests)?;
     let (registry, execs) = (Registry::default(), Execs::default());
     let timelines = Timelines::default();
-    let shared = Arc::new(Shared { config, events, images, registry, execs, templates, digests, timelines });
+    let volumes = Arc::new(volumes);
+    let shared =
+        Arc::new(Shared { config, events, images, volumes, registry, execs, templates, digests, timelines });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -77,7 +80,7 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
     Error::internal(format!("cannot {what} {}: {error}", path.display()))
 }
 
-fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, Vec<Record>)> {
+fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, VolumeStore, Vec<Record>)> {
     let layout = &config.layout;
     // What a daemon that died was forking: its clones hold what they need open.
     match std::fs::remove_dir_all(layout.forks()) {
@@ -103,7 +106,9 @@ fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>,
     })?;
     let containers = layout.containers();
     let records = store::load(layout).map_err(|error| failed("read", &containers, &error))?;
-    Ok((images, records))
+    let volumes = VolumeStore::open(layout.volumes());
+    let volumes = volumes.map_err(|error| failed("open", &layout.volumes(), &error))?;
+    Ok((images, volumes, records))
 }
 
 /// Opens the templates, unless they are not wanted; those of an earlier daemon that wanted them stay.

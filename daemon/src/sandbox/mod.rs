@@ -49,6 +49,7 @@ pub use vmm::{
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
     jail::{Confinement, JailError},
+    shares::{ShareSpec, SharesError},
     uids::Uids,
 };
 
@@ -77,6 +78,9 @@ pub const DISK: &str = "root";
 /// The virtio-fs tag below which image layers are shared.
 pub const TAG: &str = "layers";
 
+/// The virtio-fs tag below which volumes and bind mounts are shared.
+pub const SHARES: &str = "shares";
+
 /// How long a running guest may take to answer a restarted daemon.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
 
@@ -103,6 +107,8 @@ pub struct SandboxSpec {
     pub disk: Option<File>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// What it gets of the host to read and write.
+    pub shares: Vec<ShareSpec>,
     /// Where the stages of the boot are marked.
     pub timeline: Arc<Timeline>,
     /// `/dev/kvm`.
@@ -201,6 +207,9 @@ pub enum BootError {
     /// The VMM cannot be confined.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// What it is to be given of the host is not there.
+    #[error(transparent)]
+    Shares(#[from] SharesError),
     /// The VMM refused a request.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -466,6 +475,11 @@ impl Sandbox {
         let request = StreamOpen { process, stream, from };
         let (stream, from) = stream::open(&self.dir, &request).await?;
         Ok(OutputStream::new(stream, from))
+    }
+
+    /// Waits until the guest connects to the host's port.
+    pub(crate) async fn accept(&self, port: u32) -> io::Result<tokio::net::UnixStream> {
+        vsock::listen(&self.dir, port).await
     }
 
     /// Opens a process's input.

@@ -24,23 +24,24 @@ use std::{
 
 use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, LimitedDevice, MemoryDeviceConfig, Request, ShareKind, VsockConfig,
+    BlockConfig, DeviceConfig, FsConfig, FsServer, LimitedDevice, MemoryDeviceConfig, Request, ShareKind,
+    VsockConfig,
 };
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::phases::Stage;
 
 use super::{
-    BootError, Confinement, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec, TAG,
+    BootError, Confinement, ControlError, DISK, Origin, Rates, SHARES, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     memory::region_mib,
     vmm::{
         Death,
-        cgroup::Cgroup,
         control::{ANSWER_WITHIN, Control},
         jail::{self, Cell},
         process::Process,
+        shares,
         spawn::{Launch, StartFiles, spawn},
     },
 };
@@ -69,6 +70,8 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<Booted, BootError> {
             if let Some(template) = templates.store.find(&machine, domain.as_deref()) {
                 match restored(&spec, template.files.into(), Vec::new()).await {
                     Ok(booted) => return Ok(booted),
+                    // No fault of the template's.
+                    Err(error @ BootError::Shares(_)) => return Err(error),
                     Err(error) => templates.store.discard(&template.key, &error.to_string()),
                 }
             }
@@ -134,7 +137,7 @@ struct Vmm {
     dir: Arc<SandboxDir>,
     process: Arc<Process>,
     control: Control,
-    cgroup: Option<Cgroup>,
+    cell: Cell,
     undo: Undo,
 }
 
@@ -175,12 +178,12 @@ impl Vmm {
             }
         });
         spec.timeline.mark(Stage::Spawned);
-        let (control, cgroup) = (Control::default(), cell.cgroup);
-        Ok(Self { id: spec.id.clone(), dir, process, control, cgroup, undo })
+        Ok(Self { id: spec.id.clone(), dir, process, control: Control::default(), cell, undo })
     }
 
     /// Attaches what is the sandbox's own, and lets a restored machine run.
     async fn attach(&self, spec: &SandboxSpec, resume: bool) -> Result<(), BootError> {
+        self.attach_shares(spec).await?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (name, path) in &spec.layers {
             layers.push((name, open_layer(path, &spec.confinement)?));
@@ -202,6 +205,21 @@ impl Vmm {
         if resume {
             spec.timeline.mark(Stage::Restored);
         }
+        Ok(())
+    }
+
+    /// Starts the share server where there is anything for it to serve. It ends with the VMM.
+    async fn attach_shares(&self, spec: &SandboxSpec) -> Result<(), BootError> {
+        if spec.shares.is_empty() {
+            return Ok(());
+        }
+        let (dir, memory) = (&self.dir, spec.memory.base_mib.saturating_add(spec.memory.plugged_mib));
+        let (server, theirs) = shares::spawn(dir, &spec.program, &self.cell, memory, &spec.shares)?;
+        // Somebody must reap it.
+        tokio::spawn(async move { server.ended().await });
+        let request = Request::AttachServer { tag: SHARES.into() };
+        let fds = [theirs.channel.as_fd(), theirs.area.as_fd()];
+        self.control.call(dir, &request, &fds, ANSWER_WITHIN).await?;
         Ok(())
     }
 
@@ -243,7 +261,7 @@ impl Vmm {
                 Err(_) => return Err(BootError::Silent(console(&self.control, &dir).await)),
             },
         };
-        let Self { id, dir, process, control, cgroup, undo } = self;
+        let Self { id, dir, process, control, cell: Cell { cgroup, .. }, undo } = self;
         undo.disarm();
         Ok((Sandbox { id, dir, process, control, agent, cgroup }, events))
     }
@@ -253,7 +271,10 @@ impl Vmm {
 pub(super) fn devices() -> DeviceConfig {
     DeviceConfig {
         block: vec![BlockConfig { id: DISK.into() }],
-        fs: vec![FsConfig { tag: TAG.into() }],
+        fs: vec![
+            FsConfig { tag: TAG.into(), server: FsServer::Vmm },
+            FsConfig { tag: SHARES.into(), server: FsServer::Process },
+        ],
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: Vec::new(),
         rng: true,
@@ -395,6 +416,7 @@ mod tests {
             cmdline: String::new(),
             disk: Some(File::open("/dev/null").unwrap()),
             layers: vec![],
+            shares: vec![],
             timeline: Timeline::begin("c", TimelineKind::Run),
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),

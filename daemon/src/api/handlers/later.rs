@@ -31,7 +31,6 @@ refusals! {
     build => "building images is",
     session => "BuildKit's sessions are",
     distribution => "inspecting images in registries is",
-    volume => "volumes are",
     network => "networks are",
     plugin => "plugins are",
 }
@@ -50,12 +49,6 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/session" => session,
     POST "/grpc" => session,
     GET "/distribution/{name}/json" => distribution,
-    GET "/volumes" => volumes,
-    POST "/volumes/create" => volume,
-    POST "/volumes/prune" => volumes_prune,
-    GET "/volumes/{name}" => no_volume,
-    PUT "/volumes/{name}" => no_volume,
-    DELETE "/volumes/{name}" => no_volume,
     GET "/networks" => networks,
     POST "/networks/create" => network,
     POST "/networks/prune" => networks_prune,
@@ -103,20 +96,6 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/configs/{id}/update" => swarm,
     DELETE "/configs/{id}" => swarm,
 };
-
-async fn volumes(call: Call) -> Result<Response<Body>> {
-    call.filters(&["dangling", "driver", "label", "name"])?;
-    json_response(&json!({ "Volumes": [], "Warnings": null }))
-}
-
-async fn volumes_prune(call: Call) -> Result<Response<Body>> {
-    call.filters(&["label", "label!", "all"])?;
-    json_response(&json!({ "VolumesDeleted": null, "SpaceReclaimed": 0 }))
-}
-
-async fn no_volume(call: Call) -> Result<Response<Body>> {
-    Err(Error::not_found(format!("get {}: no such volume", call.name())))
-}
 
 /// The one network there is: none. Containers have a loopback interface and nothing else.
 fn none_network() -> serde_json::Value {

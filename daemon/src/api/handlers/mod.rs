@@ -9,6 +9,7 @@ pub mod logs;
 pub mod machine;
 pub mod stats;
 pub mod system;
+pub mod volumes;
 
 use super::router::Route;
 
@@ -22,5 +23,6 @@ pub(super) const TABLES: &[&[Route]] = &[
     stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,
+    volumes::ROUTES,
     later::ROUTES,
 ];

@@ -8,7 +8,14 @@ use jiff::Timestamp;
 use super::{Actor, names, record::Record};
 use crate::{
     api::types::container::{CreateRequest, CreateResponse},
-    engine::{Error, Result, Shared, image::ImageForContainer, limits, spec, store},
+    engine::{
+        Error, Result, Shared,
+        image::ImageForContainer,
+        limits,
+        mounts::{self, Mount},
+        spec, store,
+        volume::store::Pin,
+    },
     phases::{Stage, Timeline, TimelineKind},
 };
 
@@ -51,17 +58,38 @@ pub(super) async fn create(
     record.layers = layers;
     record.config = config;
     record.host_config = host_config;
+    // Held until the registry tells of them.
+    let pins = match resolve_mounts(shared, &record).await {
+        Ok((mounts, pins)) => {
+            record.mounts = mounts;
+            pins
+        }
+        Err(error) => {
+            shared.registry.remove(&id);
+            return Err(error);
+        }
+    };
     if let Err(error) = lay_down(shared, &record, size, &timeline).await {
         shared.registry.remove(&id);
+        drop(pins);
+        shared.remove_anonymous(&record).await;
         return Err(error);
     }
     let (actor, container) = Actor::new(Arc::clone(shared), record.clone());
     shared.registry.insert(container);
     // From here on the registry tells of the layers.
-    drop(pin);
+    drop((pin, pins));
     shared.publish(&record, "create", []);
     tokio::spawn(actor.run(false));
     Ok(CreateResponse { id, warnings })
+}
+
+/// What is to be mounted, off the runtime's threads: volumes and directories are made.
+async fn resolve_mounts(shared: &Arc<Shared>, record: &Record) -> Result<(Vec<Mount>, Vec<Pin>)> {
+    let (shared, config, host) = (Arc::clone(shared), record.config.clone(), record.host_config.clone());
+    tokio::task::spawn_blocking(move || mounts::resolve(&shared, &config, &host))
+        .await
+        .unwrap_or_else(|error| Err(Error::internal(error.to_string())))
 }
 
 /// `--storage-opt size=`, in bytes rounded up to whole blocks.

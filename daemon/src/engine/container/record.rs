@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{Lifecycle, Policy, Rules};
 use crate::{
     api::types::container::{Config, HostConfig, RestartPolicy},
-    engine::image::Digest,
+    engine::{image::Digest, mounts::Mount},
 };
 
 /// Version of the document. A later version's is not read.
@@ -40,6 +40,9 @@ pub struct Record {
     pub config: Config,
     /// The host config.
     pub host_config: HostConfig,
+    /// What is mounted of the host.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
     /// Its life.
     pub life: Lifecycle,
 }
@@ -67,6 +70,7 @@ impl Record {
             layers: Vec::new(),
             config: Config::default(),
             host_config: HostConfig::default(),
+            mounts: Vec::new(),
             life: Lifecycle::default(),
         }
     }

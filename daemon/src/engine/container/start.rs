@@ -16,17 +16,18 @@ use super::{
     record::Record,
     restrain,
     resume::{self, Resumption, Run},
-    state::{Failure, Running},
+    state::{Failure, Rest, Running, State},
     workload::{Watch, Workload},
 };
 use crate::{
     engine::{
         Error, Shared, limits,
         logs::{Durable, Log, Stream},
+        mounts,
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec, TAG,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, SHARES, Sandbox, SandboxSpec, TAG,
         template::TemplateUse,
     },
 };
@@ -68,7 +69,9 @@ pub(crate) async fn start(
         let run = Run { shared, record, hub, timeline, log, log_start };
         return resume::resume(run, resumption, booted).await;
     }
-    let create = create_call(shared, record).map_err(internal)?;
+    let first = matches!(record.life.state, State::Starting(Rest::Created(_)));
+    let plan = mounts::plan(shared, &record.mounts, first).map_err(internal)?;
+    let create = create_call(shared, record, &plan).map_err(internal)?;
     let origin = match &shared.templates {
         Some(store) => {
             Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
@@ -79,6 +82,7 @@ pub(crate) async fn start(
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
     let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
+    let spec = SandboxSpec { shares: plan.shares, ..spec };
     let memory = spec.memory;
     timeline.mark(Stage::Prepared);
     let (sandbox, events) = match Sandbox::boot(spec).await {
@@ -101,6 +105,8 @@ pub(crate) async fn start(
     };
     tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
     timeline.mark(Stage::Created);
+    shared.mount_events(record, "mount");
+    mounts::sockets::serve(&sandbox, &record.mounts);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     restrain::before_start(&sandbox, record, &shared.layout().data_root)
@@ -170,6 +176,7 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, state.execs);
+        mounts::sockets::serve(&workload.sandbox, &record.mounts);
         Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
@@ -191,8 +198,8 @@ pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<Conta
     }
 }
 
-fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
-    let built = shared.spec(record)?;
+fn create_call(shared: &Shared, record: &Record, plan: &mounts::Plan) -> Result<Create, Error> {
+    let built = shared.spec(record, &plan.binds)?;
     let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
     Ok(Create {
         container: record.id.clone(),
@@ -203,6 +210,9 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
         },
         spec: Box::new(built.spec),
         files: built.files,
+        shares: (!plan.shares.is_empty()).then(|| SHARES.to_owned()),
+        copy_up: plan.copy_up.clone(),
+        sockets: plan.sockets.clone(),
     })
 }
 
@@ -232,6 +242,7 @@ pub(super) fn sandbox_spec(
         cmdline: CMDLINE.into(),
         disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        shares: Vec::new(),
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         // The CPUs' come when it is up: a boot is to be quick.

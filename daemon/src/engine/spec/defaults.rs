@@ -151,7 +151,8 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
     logs::validate(&host.log_config.kind, host.log_config.config.as_ref().unwrap_or(&BTreeMap::new()))?;
     check_restart(host)?;
     check_resources(host)?;
-    mounts::mounts(host)?;
+    mounts::mounts(host, &[])?;
+    crate::engine::mounts::check(config, host)?;
     parse_security(host)?;
     super::resources::devices(host)?;
     super::resources::rlimits(host, std::iter::empty())?;
@@ -307,21 +308,6 @@ fn check_modes(host: &HostConfig) -> Result<()> {
 fn check_not_there_yet(host: &HostConfig) -> Result<()> {
     let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
     let refuse = |what: &str| Err(Error::not_implemented(format!("{what} not supported yet")));
-    if some(&host.binds) {
-        return refuse("volumes and bind mounts (-v) are");
-    }
-    if let Some(mount) = host.mounts.iter().flatten().find(|mount| mount.kind != "tmpfs") {
-        return match mount.kind.as_str() {
-            "bind" | "volume" | "image" => refuse(&format!("mounts of type {} are", mount.kind)),
-            kind => Err(Error::invalid(format!("mount type unknown: {kind:?}"))),
-        };
-    }
-    if some(&host.volumes_from) {
-        return refuse("--volumes-from is");
-    }
-    if !matches!(host.volume_driver.as_str(), "" | "local") {
-        return refuse("volume drivers (--volume-driver) are");
-    }
     if !host.cgroup.is_empty() {
         return Err(Error::invalid(format!("invalid cgroup mode: {}", host.cgroup)));
     }
@@ -415,10 +401,6 @@ fn warnings(config: &Config, host: &HostConfig) -> Vec<String> {
             warnings.push(text.to_owned());
         }
     };
-    warn(
-        config.volumes.as_ref().is_some_and(|volumes| !volumes.is_empty()),
-        "Volumes are not supported yet: what is written to the image's volumes stays in the container's own layer.",
-    );
     warn(host.uts_mode == "host", "--uts host means the guest's own UTS namespace.");
     warn(host.cgroupns_mode == "host", "--cgroupns host means the guest's own cgroup namespace.");
     warn(!host.cgroup_parent.is_empty(), "--cgroup-parent is ignored: containers' cgroups are the guest's.");

@@ -43,6 +43,7 @@ pub(super) async fn build(
         cmdline: machine.cmdline.clone(),
         disk: None,
         layers: Vec::new(),
+        shares: Vec::new(),
         kvm: machine.kvm.clone(),
         limits: HostLimits::default(),
         confinement: machine.confinement.clone(),
