@@ -4,9 +4,6 @@ use libc::*;
 
 use super::call::{Call, call, call_if, int};
 
-/// `fchmodat2`, `openat2`'s age and younger: not in every C library's list.
-const SYS_PWRITEV2: c_long = 328;
-
 pub(super) const CALLS: &[Call] = &[
     // ---- the channel
     call(SYS_recvfrom, "a call"),
@@ -23,7 +20,7 @@ pub(super) const CALLS: &[Call] = &[
     call(SYS_lseek, "a directory's position; holes"),
     // ---- content
     call(SYS_pread64, "READ"),
-    call(SYS_PWRITEV2, "WRITE"),
+    call(SYS_pwritev2, "WRITE"),
     call(SYS_fsync, "FSYNC"),
     call(SYS_fdatasync, "FSYNC"),
     call(SYS_syncfs, "SYNCFS"),
