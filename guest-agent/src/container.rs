@@ -13,7 +13,9 @@ use std::{
     rc::Rc,
 };
 
-use bulkhead_agent_api::{ContainerState, Create, Exit, ProcessId, ProcessState, Stdio, StreamKind};
+use bulkhead_agent_api::{
+    ContainerState, Create, Exit, InjectedFile, ProcessId, ProcessState, Stdio, StreamKind,
+};
 use oci_spec::runtime::{LinuxNamespaceType, Process as ProcessSpec};
 use rustix::{
     fs::{Mode, OFlags},
@@ -177,6 +179,11 @@ impl Container {
             stdio,
             id: Rc::clone(id),
         })
+    }
+
+    /// Writes files that were injected at its creation anew.
+    pub fn rewrite(&self, files: &[InjectedFile]) -> Result<()> {
+        files.iter().try_for_each(|file| self.root.rewrite(file))
     }
 
     /// Whether the end of the first process ends all others by itself.

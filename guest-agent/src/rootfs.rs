@@ -26,7 +26,7 @@ use rustix::{
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags},
 };
 
-use crate::error::{Context, Result, internal, invalid};
+use crate::error::{Context, Result, internal, invalid, not_found};
 
 /// Where virtio-fs tags are mounted; the only place that a bind mount of a spec may come from.
 pub const SHARES: &str = "/run/bulkhead/fs";
@@ -47,6 +47,8 @@ pub struct Mounted {
     base: PathBuf,
     /// What the kernel knows of the mounted disk; gone when the last mount of it is.
     live: PathBuf,
+    /// Where in the container the injected files are, in the order of their sources.
+    injected: Vec<String>,
 }
 
 /// Whether a disk is there.
@@ -117,7 +119,8 @@ impl Mounted {
     pub fn new(container: &str, rootfs: &Rootfs, device: &Path, files: &[InjectedFile]) -> Result<Self> {
         let base = Path::new(CONTAINERS).join(container);
         let live = Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
-        let mounted = Self { base, live };
+        let injected = files.iter().map(|file| file.path.clone()).collect();
+        let mounted = Self { base, live, injected };
         let result = mounted.build(rootfs, device).and_then(|()| mounted.inject(files));
         match result {
             Ok(()) => Ok(mounted),
@@ -131,6 +134,14 @@ impl Mounted {
     /// The root directory.
     pub fn root(&self) -> PathBuf {
         self.base.join("root")
+    }
+
+    /// Writes an injected file anew, in its place: the container sees it at once.
+    pub fn rewrite(&self, file: &InjectedFile) -> Result<()> {
+        let index = self.injected.iter().position(|path| *path == file.path);
+        let index = index.ok_or_else(|| not_found(format!("{:?} was not injected", file.path)))?;
+        let source = self.base.join("files").join(index.to_string());
+        write_file(&source, file).context(format_args!("write {}", file.path))
     }
 
     fn build(&self, rootfs: &Rootfs, device: &Path) -> Result<()> {

@@ -33,7 +33,6 @@ const MAX_TAG: usize = 36;
 /// Context ids 0 to 2 have meanings of their own; all ones is "any" (virtio 1.3, 5.10.4).
 const CIDS: std::ops::Range<u64> = 3..0xffff_ffff;
 /// Below this IPv4 does not work (RFC 791).
-const MIN_MTU: u16 = 68;
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
@@ -96,8 +95,8 @@ pub struct Devices {
     pub fs: Vec<FsConfig>,
     /// Context id and listening socket.
     pub vsock: Option<(u64, UnixListener)>,
-    /// [`DeviceConfig::net`] with the taps that are there from the beginning.
-    pub net: Vec<(NetConfig, Option<OwnedFd>)>,
+    /// [`DeviceConfig::net`].
+    pub net: Vec<NetConfig>,
     /// [`DeviceConfig::rng`].
     pub rng: bool,
 }
@@ -253,18 +252,7 @@ fn check_devices(config: DeviceConfig, inherited: &mut Inherited) -> Result<Devi
         }
         None => None,
     };
-    let mut net = Vec::new();
-    for slot in config.net {
-        if slot.mac.first().is_none_or(|first| first & 1 != 0) || slot.mac == [0; 6] {
-            return Err(value_error("net", format!("{}: not a unicast MAC address", slot.id)));
-        }
-        if slot.mtu < MIN_MTU {
-            return Err(value_error("net", format!("{}: MTU {} below {MIN_MTU}", slot.id, slot.mtu)));
-        }
-        let tap = slot.tap.map(|number| inherited.take("net", number)).transpose()?;
-        net.push((slot, tap));
-    }
-    Ok(Devices { block: config.block, fs: config.fs, vsock, net, rng: config.rng })
+    Ok(Devices { block: config.block, fs: config.fs, vsock, net: config.net, rng: config.rng })
 }
 
 /// Names address devices in requests: each is there once and has 1 to `limit` bytes.

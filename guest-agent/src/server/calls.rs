@@ -14,7 +14,7 @@ use crate::{
     child,
     container::{Container, Phase, Process},
     error::{Context, Result, conflict, invalid, not_found},
-    processes,
+    network, processes,
     rootfs::{self, DiskState},
     spec::{self, Checked},
     sys,
@@ -115,6 +115,12 @@ impl Server {
                 let nanoseconds = (unix_ns % 1_000_000_000) as i64;
                 let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
                 rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")?;
+            }
+            Call::NetworkConnect(interface) => network::connect(&interface)?,
+            Call::NetworkDisconnect { mac } => network::disconnect(mac)?,
+            Call::NetworkRoutes { gateways } => network::set_routes(&gateways)?,
+            Call::NetworkFiles { container, files } => {
+                self.containers.get(&container).ok_or_else(no_container)?.rewrite(&files)?;
             }
             Call::Create(_) | Call::Start { .. } | Call::Exec { .. } | Call::Shutdown => {
                 return Err(invalid("this call is not a simple one"));

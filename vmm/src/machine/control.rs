@@ -21,6 +21,7 @@ use rustix::{
 };
 
 use super::{Machine, devices::AttachError, signals::Signals};
+use crate::devices::virtio::net::NetIdentity;
 
 /// Clients at a time; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 16;
@@ -159,7 +160,10 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
             machine.attach_share(&tag, &name, fds.next().ok_or(error)?, kind)?;
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
-        Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
+        Request::AttachTap { id, mac, mtu } => {
+            machine.attach_tap(&id, fds.next().ok_or(error)?, NetIdentity { mac, mtu })?;
+        }
+        Request::DetachTap { id } => machine.detach_tap(&id)?,
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
         Request::Kill => machine.end().report(ExitReason::Killed),

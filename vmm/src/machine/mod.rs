@@ -26,7 +26,7 @@ use vcpu::Vcpus;
 
 use crate::{
     console::Console,
-    devices::virtio::{device::DeviceError, mmio::SavedTransport},
+    devices::virtio::{device::DeviceError, mmio::SavedTransport, net::NetIdentity},
 };
 
 /// A KVM operation failed.
@@ -133,8 +133,16 @@ impl Machine {
     ///
     /// # Errors
     /// There is no such slot, or it refuses the descriptor.
-    pub fn attach_tap(&self, id: &str, tap: OwnedFd) -> Result<(), AttachError> {
-        self.devices.attach_tap(id, tap)
+    pub fn attach_tap(&self, id: &str, tap: OwnedFd, identity: NetIdentity) -> Result<(), AttachError> {
+        self.devices.attach_tap(id, tap, identity)
+    }
+
+    /// Takes a network slot's tap away.
+    ///
+    /// # Errors
+    /// There is no such slot, or it has no tap.
+    pub fn detach_tap(&self, id: &str) -> Result<(), AttachError> {
+        self.devices.detach_tap(id)
     }
 
     /// The state of every virtio device by name, in bus order. The vCPUs are paused for it if they are not,
