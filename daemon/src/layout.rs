@@ -7,6 +7,7 @@
 //!   images/                     metadata and blobs of the image store
 //!   layers/                     the layer store (bulkhead-rootfs)
 //!   template.img                the formatted disk that writable layers are clones of
+//!   networks/ID.json            networks
 //!   containers/ID/              0700
 //!     container.json            what it is and its state
 //!     ID-json.log               its log
@@ -55,6 +56,11 @@ impl Layout {
     /// The formatted disk that writable layers are clones of.
     pub fn disk_template(&self) -> PathBuf {
         self.data_root.join("template.img")
+    }
+
+    /// All networks.
+    pub fn networks(&self) -> PathBuf {
+        self.data_root.join("networks")
     }
 
     /// All containers.

@@ -10,6 +10,7 @@ pub mod exec;
 pub mod image;
 mod info;
 pub mod logs;
+pub mod network;
 mod open;
 pub mod spec;
 pub mod store;
@@ -133,6 +134,7 @@ pub(crate) struct Shared {
     pub(crate) config: Arc<Config>,
     pub(crate) events: Arc<events::Events>,
     pub(crate) images: Arc<image::ImageStore>,
+    pub(crate) networks: network::Networks,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
 }
@@ -155,7 +157,7 @@ impl Shared {
             config: &record.config,
             host: &record.host_config,
             daemon: &self.config,
-            addresses: &[],
+            network: &self.networks.facts(record),
             resolv_conf: &resolv_conf,
         })
     }

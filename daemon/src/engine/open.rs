@@ -1,7 +1,7 @@
 //! Opens the engine: what is on disk is loaded, what runs is taken over, what is nobody's goes.
 //!
 //! ```text
-//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ adopt running sandboxes (all at once)
+//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ networks ─▶ adopt running sandboxes (all at once)
 //!     ─▶ discard every other sandbox ─▶ tell images which layers are in use ─▶ actors: restart policies
 //! ```
 
@@ -24,6 +24,7 @@ use super::{
     events::Events,
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
+    network::Networks,
     store,
 };
 use crate::{config::Config, layout::Layout, sandbox};
@@ -39,8 +40,11 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     })
     .await
     .map_err(|error| Error::internal(error.to_string()))??;
-    let shared =
-        Arc::new(Shared { config, events, images, registry: Registry::default(), execs: Execs::default() });
+    let daemon_id = std::fs::read_to_string(config.layout.daemon_id())
+        .map_err(|error| failed("read", &config.layout.daemon_id(), &error))?;
+    let networks = Networks::open(Arc::clone(&config), Arc::clone(&events), &daemon_id).await?;
+    let (registry, execs) = (Registry::default(), Execs::default());
+    let shared = Arc::new(Shared { config, events, images, networks, registry, execs });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -48,6 +52,9 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN)
         .await
         .map_err(|error| failed("look through", &sandboxes, &error))?;
+
+    // Every running container is back in its networks.
+    shared.networks.sweep().await;
 
     let weak = Arc::downgrade(&shared);
     shared.images.connect(Arc::new(move || containers_in_use(&weak))).await;

@@ -25,6 +25,7 @@ use std::{
     collections::HashSet,
     fs::File,
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -50,6 +51,27 @@ pub const DISK: &str = "root";
 
 /// The virtio-fs tag below which image layers are shared.
 pub const TAG: &str = "layers";
+
+/// How many network slots a machine has. An empty one costs a boot one look of the guest's kernel.
+pub const NICS: u8 = 4;
+
+/// The name of a network slot.
+fn nic(slot: u8) -> String {
+    format!("net{slot}")
+}
+
+/// A network slot's tap.
+#[derive(Debug)]
+pub struct Nic {
+    /// Below [`NICS`].
+    pub slot: u8,
+    /// Opened with `IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: OwnedFd,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// In bytes.
+    pub mtu: u16,
+}
 
 /// How long a running guest may take to answer a restarted daemon.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
@@ -77,6 +99,8 @@ pub struct SandboxSpec {
     pub disk: File,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// The taps that it has from the beginning.
+    pub nics: Vec<Nic>,
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.
@@ -212,6 +236,22 @@ impl Sandbox {
     /// [`ControlError`].
     pub async fn control(&self, request: &Request) -> Result<bulkhead_vmm_api::Response, ControlError> {
         self.control.call(&self.dir, request, None).await
+    }
+
+    /// Gives a network slot its tap.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn plug(&self, nic: &Nic) -> Result<(), ControlError> {
+        plan::plug(&self.control, &self.dir, nic).await
+    }
+
+    /// Takes a network slot's tap away.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn unplug(&self, slot: u8) -> Result<(), ControlError> {
+        self.control(&Request::DetachTap { id: nic(slot) }).await.map(drop)
     }
 
     /// Opens a process's output from byte `from`, or from the oldest that the agent still holds; an earlier connection to the same stream ends.

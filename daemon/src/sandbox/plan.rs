@@ -4,7 +4,7 @@
 //! ```text
 //!  1 directory            undo: remove it
 //!  2 spawn the VMM        undo: kill it
-//!  3 attach disk, layers  (while the guest boots; goes with the VMM)
+//!  3 attach disk, taps, layers(while the guest boots; goes with the VMM)
 //!  4 wait for Hello       or for the VMM's death
 //!  5 set the clock
 //! ```
@@ -12,22 +12,22 @@
 use std::{
     fs::File,
     os::fd::AsFd,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use bulkhead_agent_api::{Call, Event};
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, Request, ShareKind, VsockConfig};
+use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, NetConfig, Request, ShareKind, VsockConfig};
 use tokio::sync::mpsc;
 
 use super::{
-    BootError, DISK, Sandbox, SandboxSpec, TAG,
+    BootError, DISK, NICS, Nic, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     vmm::{
         Death,
-        control::Control,
+        control::{Control, ControlError},
         process::Process,
         spawn::{Launch, spawn},
     },
@@ -79,7 +79,7 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<E
 
     let control = Control::default();
     let ready = async {
-        attach(&control, &dir, &spec.disk, &spec.layers).await?;
+        attach(&control, &dir, &spec).await?;
         let (agent, events) = Agent::awaited(&dir).await?;
         set_clock(&agent).await?;
         Ok::<_, BootError>((agent, events))
@@ -108,7 +108,7 @@ fn devices() -> DeviceConfig {
         block: vec![BlockConfig { id: DISK.into() }],
         fs: vec![FsConfig { tag: TAG.into() }],
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
-        net: Vec::new(),
+        net: (0..NICS).map(|slot| NetConfig { id: super::nic(slot) }).collect(),
         rng: true,
     }
 }
@@ -117,20 +117,25 @@ fn open(what: &str, path: &Path) -> Result<File, BootError> {
     File::open(path).map_err(|e| BootError::io(&format!("cannot open {what} {}", path.display()), e))
 }
 
-async fn attach(
-    control: &Control,
-    dir: &SandboxDir,
-    disk: &File,
-    layers: &[(String, PathBuf)],
-) -> Result<(), BootError> {
+async fn attach(control: &Control, dir: &SandboxDir, spec: &SandboxSpec) -> Result<(), BootError> {
     let request = Request::AttachDisk { id: DISK.into(), read_only: false };
-    control.call(dir, &request, Some(disk.as_fd())).await?;
-    for (name, path) in layers {
+    control.call(dir, &request, Some(spec.disk.as_fd())).await?;
+    for nic in &spec.nics {
+        plug(control, dir, nic).await?;
+    }
+    for (name, path) in &spec.layers {
         let layer = open("the layer", path)?;
         let request = Request::AttachShare { tag: TAG.into(), name: name.clone(), kind: ShareKind::Layer };
         control.call(dir, &request, Some(layer.as_fd())).await?;
     }
     Ok(())
+}
+
+/// Gives a network slot its tap.
+pub(super) async fn plug(control: &Control, dir: &SandboxDir, nic: &Nic) -> Result<(), ControlError> {
+    let Nic { slot, tap, mac, mtu } = nic;
+    let request = Request::AttachTap { id: super::nic(*slot), mac: *mac, mtu: *mtu };
+    control.call(dir, &request, Some(tap.as_fd())).await.map(drop)
 }
 
 async fn set_clock(agent: &Agent) -> Result<(), BootError> {
@@ -199,6 +204,7 @@ mod tests {
             cmdline: String::new(),
             disk: File::open("/dev/null").unwrap(),
             layers: vec![],
+            nics: vec![],
         }
     }
 

@@ -13,6 +13,7 @@ pub(crate) mod hub;
 mod inspect;
 mod list;
 pub(crate) mod names;
+mod network;
 mod ops;
 mod prune;
 pub(crate) mod pump;
@@ -22,6 +23,7 @@ pub(crate) mod signal;
 pub(crate) mod start;
 pub mod state;
 mod top;
+mod wiring;
 pub(crate) mod workload;
 
 use std::{sync::Arc, time::Duration};
@@ -34,7 +36,10 @@ pub use prune::PRUNE_FILTERS;
 
 use crate::{
     api::types::container::WaitResponse,
-    engine::{Error, Result, WaitCondition},
+    engine::{
+        Error, Result, WaitCondition,
+        network::record::{Attachment, Network},
+    },
 };
 use hub::Hub;
 use record::Record;
@@ -63,6 +68,17 @@ pub(crate) enum Command {
     },
     /// To a name that is reserved.
     Rename(String, Reply<()>),
+    /// Into a network; answered when it is in.
+    Connect(Arc<Network>, Attachment, Reply<()>),
+    /// Out of a network; answered when it is out.
+    Disconnect {
+        /// The network, which may be gone: then its name.
+        network: String,
+        /// Even if the guest does not answer.
+        force: bool,
+        /// For the answer.
+        reply: Reply<()>,
+    },
     /// Answered at once with what will resolve.
     Wait(WaitCondition, oneshot::Sender<oneshot::Receiver<WaitResponse>>),
     /// Ends the actor and leaves the container as it is.

@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    pump,
+    network, pump,
     record::Record,
     state::{Failure, Running},
     workload::{Watch, Workload},
@@ -21,6 +21,7 @@ use crate::{
     engine::{
         Error, Shared,
         logs::{Durable, Log, Stream},
+        network::record::Endpoint,
     },
     sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
 };
@@ -40,10 +41,12 @@ pub(crate) struct Started {
     pub(crate) watch: Watch,
     pub(crate) log_start: u64,
     pub(crate) at: Timestamp,
+    /// What it has in its networks.
+    pub(crate) endpoints: Vec<(String, Endpoint)>,
 }
 
-/// Starts it. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
-/// the caller's to destroy.
+/// Starts it. A failure, and a start that is given up, leaves nothing but what the caller has to take away:
+/// what was booted, which is in `booted`, and then the container's places in its networks.
 pub(crate) async fn start(
     shared: &Shared,
     record: &Record,
@@ -59,11 +62,25 @@ pub(crate) async fn start(
         Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
+    let mut joined = shared.networks.join(record).await.map_err(internal)?;
+    let mut record = record.clone();
+    for one in &joined {
+        if let Some(attachment) = record.networks.get_mut(&one.network.name) {
+            attachment.endpoint = Some(one.endpoint.clone());
+        }
+    }
+    let record = &record;
     let create = create_call(shared, record).map_err(internal)?;
-    let spec = sandbox_spec(shared, record).map_err(internal)?;
-    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    let nics = joined.iter_mut().filter_map(network::nic).collect();
+    let spec = SandboxSpec { nics, ..sandbox_spec(shared, record).map_err(internal)? };
+    // The rules, which take a while, are made while the guest boots.
+    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, &mut joined));
+    let (sandbox, events) = booting.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
-
+    admitted.map_err(internal)?;
+    for request in network::calls(shared, record, &joined) {
+        call(&sandbox, request).await?;
+    }
     call(&sandbox, Call::Create(Box::new(create))).await?;
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
@@ -72,7 +89,8 @@ pub(crate) async fn start(
     let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
-    Ok(Started { workload, watch, log_start, at })
+    let endpoints = joined.into_iter().map(|one| (one.network.name.clone(), one.endpoint)).collect();
+    Ok(Started { workload, watch, log_start, at, endpoints })
 }
 
 /// How a container that an earlier daemon left running was found.
@@ -109,6 +127,7 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, &record.id, state.execs);
+        shared.networks.adopt(record).await;
         Ok::<_, Error>((workload, watch))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
@@ -164,6 +183,7 @@ fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> 
         cmdline: CMDLINE.into(),
         disk,
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        nics: Vec::new(),
     })
 }
 
