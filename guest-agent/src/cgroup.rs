@@ -18,7 +18,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::{
     devices,
     error::{Context, Result, internal, invalid},
-    sys,
+    sys::{self, CgroupHook},
 };
 
 /// Where the hierarchy is mounted.
@@ -82,7 +82,7 @@ impl Cgroup {
         }
         let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
         let program = devices::program(&devices::rules(rules)?);
-        sys::attach_device_program(&self.directory, &program).context("attach the device rules")
+        sys::attach_program(&self.directory, CgroupHook::Device, &program).context("attach the device rules")
     }
 
     fn write(&self, file: &str, value: &str) -> Result<()> {

@@ -87,7 +87,7 @@ fn routed(script: &mut String, table: &str, state: &State) {
     set_of_bridges(script, "internal", those(|bridge| bridge.internal));
     set_of_bridges(script, "without_metadata", those(|bridge| !bridge.metadata));
     script.push_str(
-        "  chain metadata {\n    type filter hook prerouting priority raw; policy accept;\n    \
+        "  chain early {\n    type filter hook prerouting priority raw; policy accept;\n    \
          iifname @without_metadata ip daddr 169.254.169.254 drop\n    \
          iifname @without_metadata ip6 daddr fd00:ec2::254 drop\n  }\n",
     );
@@ -103,7 +103,7 @@ fn routed(script: &mut String, table: &str, state: &State) {
         publish(script, forward);
     }
     line!(script, "  }}");
-    line!(script, "  chain masquerade {{");
+    line!(script, "  chain leave {{");
     line!(script, "    type nat hook postrouting priority srcnat; policy accept;");
     for (name, bridge) in bridges {
         for subnet in &bridge.subnets {
@@ -116,7 +116,7 @@ fn routed(script: &mut String, table: &str, state: &State) {
         }
     }
     line!(script, "  }}");
-    line!(script, "  chain forward {{");
+    line!(script, "  chain between {{");
     line!(script, "    type filter hook forward priority filter; policy accept;");
     let others = if state.sole_router { "drop" } else { "accept" };
     line!(script, "    iifname != @bridges oifname != @bridges {others}");

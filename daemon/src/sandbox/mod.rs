@@ -31,7 +31,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::{Answer, Call, Event, Hello, ProcessId, StreamKind, StreamOpen};
+use bulkhead_agent_api::{Answer, Call, Event, Hello, NAMES_PORT, ProcessId, StreamKind, StreamOpen};
 use bulkhead_vmm_api::Request;
 use tokio::sync::mpsc;
 
@@ -236,6 +236,14 @@ impl Sandbox {
     /// [`ControlError`].
     pub async fn control(&self, request: &Request) -> Result<bulkhead_vmm_api::Response, ControlError> {
         self.control.call(&self.dir, request, None).await
+    }
+
+    /// A connection for the guest's name queries ([`bulkhead_agent_api::names`]); an earlier one ends.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub async fn names(&self) -> io::Result<tokio::net::UnixStream> {
+        vsock::connect(&self.dir, NAMES_PORT).await
     }
 
     /// Gives a network slot its tap.

@@ -8,6 +8,7 @@
 //!          ├─ start channels ▶ Started or an error
 //!          ├─ stdio, streams ▶ bytes
 //!          ├─ memory.events ─▶ Oom
+//!          ├─ names ─────────▶ questions and answers of the resolver
 //!          └─ uevents ───────▶ a disk may have come
 //! ```
 //!
@@ -49,6 +50,7 @@ use crate::{
     container::{Container, Phase, Process},
     error::internal,
     log,
+    names::Names,
     poll::{Poller, Ready, Watched},
     stdio::{TURN, input::Input},
     transport::Transport,
@@ -84,6 +86,16 @@ pub enum Key {
     Stream(Rc<ProcessId>, StreamKind),
     /// A container's memory.events.
     Memory(Rc<str>),
+    /// The listening socket for the daemon's name queries.
+    NamesListener,
+    /// The daemon's connection for them.
+    NamesLink,
+    /// The resolver's socket for datagrams.
+    NamesUdp,
+    /// The resolver's listening socket.
+    NamesTcp,
+    /// A program's connection to the resolver.
+    NamesClient(u64),
 }
 
 /// A start that is to be answered.
@@ -99,6 +111,7 @@ pub struct Server {
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
+    names: Names,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
@@ -137,6 +150,7 @@ impl Server {
         Ok(Self {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
+            names: Names::new(Rc::clone(&poller), transport.listen_for_names()?)?,
             poller,
             transport,
             signals,
@@ -201,6 +215,11 @@ impl Server {
             Key::Source(id, kind) => self.source_ready(&id, kind),
             Key::Stream(id, kind) => self.stream_ready(&id, kind, ready.readable),
             Key::Memory(container) => self.memory_news(&container),
+            Key::NamesListener => self.names.accept_daemon(self.transport.as_ref()),
+            Key::NamesLink => self.names.link_ready(&mut self.scratch),
+            Key::NamesUdp => self.names.udp_ready(&mut self.scratch),
+            Key::NamesTcp => self.names.tcp_ready(),
+            Key::NamesClient(number) => self.names.client_ready(number, &mut self.scratch),
         }
         false
     }

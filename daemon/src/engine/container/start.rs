@@ -21,7 +21,7 @@ use crate::{
     engine::{
         Error, Shared,
         logs::{Durable, Log, Stream},
-        network::record::Endpoint,
+        network::{record::Endpoint, resolver::Resolver},
     },
     sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
 };
@@ -48,7 +48,7 @@ pub(crate) struct Started {
 /// Starts it. A failure, and a start that is given up, leaves nothing but what the caller has to take away:
 /// what was booted, which is in `booted`, and then the container's places in its networks.
 pub(crate) async fn start(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     record: &Record,
     hub: &Arc<Hub>,
     booted: &mut Option<Arc<Sandbox>>,
@@ -81,16 +81,33 @@ pub(crate) async fn start(
     for request in network::calls(shared, record, &joined) {
         call(&sandbox, request).await?;
     }
+    let resolver = resolver(shared, record, &sandbox)
+        .await
+        .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })?;
     call(&sandbox, Call::Create(Box::new(create))).await?;
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
     let at = Timestamp::now();
-    let watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
+    let connected = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None);
+    let watch = connected
         .await
+        .map(|watch| Watch { resolver, ..watch })
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
     let endpoints = joined.into_iter().map(|one| (one.network.name.clone(), one.endpoint)).collect();
     Ok(Started { workload, watch, log_start, at, endpoints })
+}
+
+/// The resolver of a container that is in a network.
+async fn resolver(
+    shared: &Arc<Shared>,
+    record: &Record,
+    sandbox: &Arc<Sandbox>,
+) -> std::io::Result<Option<Resolver>> {
+    if !shared.networks.facts(record).connected {
+        return Ok(None);
+    }
+    Resolver::start(Arc::clone(shared), Arc::clone(sandbox), record.id.clone()).await.map(Some)
 }
 
 /// How a container that an earlier daemon left running was found.
@@ -102,7 +119,7 @@ pub(crate) enum Found {
 }
 
 /// Takes over a running container.
-pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, hub: &Arc<Hub>) -> Found {
+pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Running, hub: &Arc<Hub>) -> Found {
     let parent = shared.layout().sandboxes();
     let (sandbox, events) = match Sandbox::adopt(&parent, &running.sandbox).await {
         Ok(adopted) => adopted,
@@ -128,6 +145,12 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, &record.id, state.execs);
         shared.networks.adopt(record).await;
+        let resolver = resolver(shared, record, &workload.sandbox).await;
+        let resolver = resolver.unwrap_or_else(|error| {
+            tracing::error!(container = record.id, %error, "a container has no resolver any more");
+            None
+        });
+        let watch = Watch { resolver, ..watch };
         Ok::<_, Error>((workload, watch))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
@@ -272,7 +295,7 @@ async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit })
+    Ok(Watch { events, outputs, inputs, exit, resolver: None })
 }
 
 async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {

@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{hub::Hub, state::Exit};
 use crate::{
-    engine::{Error, Result, logs::Log},
+    engine::{Error, Result, logs::Log, network::resolver::Resolver},
     sandbox::{CallError, Death, Sandbox},
 };
 
@@ -57,6 +57,8 @@ pub(crate) struct Watch {
     pub(crate) inputs: JoinSet<()>,
     /// An exit that is known already, of a container that was adopted.
     pub(crate) exit: Option<AgentExit>,
+    /// Answers its name queries.
+    pub(crate) resolver: Option<Resolver>,
 }
 
 impl Workload {
@@ -116,6 +118,8 @@ impl Workload {
     /// Watches until it is over, and answers how it ended. All output is delivered then; whoever records the
     /// end calls [`Hub::end_run`].
     pub(crate) async fn watch(&self, mut watch: Watch, hub: &Hub, mut oom: impl FnMut()) -> Exit {
+        // It ends with the run.
+        let _resolver = watch.resolver.take();
         let mut exit = watch.exit;
         if exit.is_some() {
             self.process_ended(hub);
@@ -284,7 +288,7 @@ mod tests {
         let mut outputs = JoinSet::new();
         let log = Some(Arc::clone(&workload.log));
         outputs.spawn(pump::output(output.unwrap(), Stream::Stdout, log, Arc::clone(&hub)));
-        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None };
+        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None, resolver: None };
         Bench { base, machine, agent, workload, hub, watch, stdout }
     }
 

@@ -28,8 +28,20 @@ pub(super) struct Member {
     pub(super) aliases: Vec<String>,
     /// Its host name.
     pub(super) hostname: String,
+    /// `container:alias`: what it calls others.
+    pub(super) links: Vec<String>,
     /// Its interface.
     pub(super) endpoint: Endpoint,
+}
+
+impl Member {
+    /// Whether a name, in lower case or not, is one of its own: its name, an alias, its short id, its host name.
+    fn is_called(&self, id: &str, name: &str) -> bool {
+        let short = id.get(..12).unwrap_or(id);
+        let mut names = [self.name.as_str(), short, self.hostname.as_str()].into_iter();
+        names.any(|own| own.eq_ignore_ascii_case(name))
+            || self.aliases.iter().any(|alias| alias.eq_ignore_ascii_case(name))
+    }
 }
 
 /// A place in a network that a container has just got.
@@ -274,6 +286,56 @@ impl Networks {
         }
     }
 
+    /// The addresses behind a name as a container sees it; None: it is nobody's. A name may be followed by its
+    /// network's.
+    pub(super) fn addresses_of(&self, container: &str, name: &str) -> Option<Vec<IpAddr>> {
+        self.with(|inner| {
+            let mut found: Option<Vec<IpAddr>> = None;
+            for entry in inner.values().filter(|entry| !entry.network.is_predefined()) {
+                let Some(asking) = entry.members.get(container) else { continue };
+                let network = entry.network.name.to_ascii_lowercase();
+                let bare = name.strip_suffix(&network).and_then(|rest| rest.strip_suffix('.'));
+                let links =
+                    asking.links.iter().filter_map(|link| link.split_once(':').or(Some((link, link))));
+                let linked: Vec<&str> = links
+                    .filter(|(_, alias)| alias.eq_ignore_ascii_case(name))
+                    .map(|(target, _)| target.trim_start_matches('/'))
+                    .collect();
+                for (id, member) in &entry.members {
+                    let is_meant =
+                        [Some(name), bare].into_iter().flatten().any(|name| member.is_called(id, name))
+                            || linked.iter().any(|target| member.is_called(id, target));
+                    if is_meant {
+                        found
+                            .get_or_insert_default()
+                            .extend(member.endpoint.addresses.iter().map(IpNet::addr));
+                    }
+                }
+            }
+            found
+        })
+    }
+
+    /// The name of a neighbour's address, with its network's.
+    pub(super) fn name_of(&self, container: &str, address: IpAddr) -> Option<String> {
+        self.with(|inner| {
+            let mut entries = inner.values();
+            entries.find_map(|entry| {
+                entry.members.get(container)?;
+                let has =
+                    |member: &&Member| member.endpoint.addresses.iter().any(|net| net.addr() == address);
+                let member = entry.members.values().find(has)?;
+                Some(format!("{}.{}", member.name, entry.network.name))
+            })
+        })
+    }
+
+    /// Whether anything leads out of one of a container's networks.
+    pub(super) fn leads_out(&self, record: &Record) -> bool {
+        let networks = record.networks.keys().filter_map(|name| self.named(record, name));
+        networks.into_iter().any(|network| network.driver == Driver::Bridge && !network.internal)
+    }
+
     /// Tells that a container is in a network.
     pub(crate) fn tell_connected(&self, network: &Network, container: &str) {
         self.publish(network, "connect", Some(container));
@@ -294,6 +356,7 @@ fn member(record: &Record, attachment: &Attachment, endpoint: &Endpoint) -> Memb
         name: record.name.clone(),
         aliases: attachment.aliases.clone(),
         hostname: record.config.hostname.clone(),
+        links: attachment.links.clone(),
         endpoint: endpoint.clone(),
     }
 }

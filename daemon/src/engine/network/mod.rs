@@ -12,12 +12,14 @@
 
 pub(crate) mod attach;
 pub mod create;
+mod dns;
 pub mod ipam;
 mod members;
 mod ops;
 pub mod ports;
 pub mod record;
 mod render;
+pub(crate) mod resolver;
 mod store;
 
 use std::{
