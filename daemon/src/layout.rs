@@ -8,10 +8,14 @@
 //!   layers/                     the layer store (bulkhead-rootfs)
 //!   template.img                the formatted disk that writable layers are clones of
 //!   networks/ID.json            networks
+//!   templates/KEY/              0700: a saved idle machine, see `sandbox::saved`
+//!   forks/                      0700: machines being forked, gone when their clones run
 //!   containers/ID/              0700
 //!     container.json            what it is and its state
 //!     ID-json.log               its log
 //!     disk.img                  its writable layer
+//!     end.json                  why its last microVM died, if it did not end in order
+//!     checkpoints/NAME/         a saved machine, its disk and checkpoint.json
 //! exec_root/                    0711; gone after a reboot
 //!   bulkheadd.pid
 //!   s/ID/                       0700: one sandbox (`sandbox::dir` names what is in it)
@@ -63,6 +67,21 @@ impl Layout {
         self.data_root.join("networks")
     }
 
+    /// Machines that new ones are clones of.
+    pub fn templates(&self) -> PathBuf {
+        self.data_root.join("templates")
+    }
+
+    /// Machines that are being forked.
+    pub fn forks(&self) -> PathBuf {
+        self.data_root.join("forks")
+    }
+
+    /// A container's checkpoints.
+    pub fn checkpoints(&self, id: &str) -> PathBuf {
+        self.container(id).join("checkpoints")
+    }
+
     /// All containers.
     pub fn containers(&self) -> PathBuf {
         self.data_root.join("containers")
@@ -86,6 +105,11 @@ impl Layout {
     /// A container's writable layer.
     pub fn container_disk(&self, id: &str) -> PathBuf {
         self.container(id).join("disk.img")
+    }
+
+    /// Why a container's last microVM died.
+    pub fn container_last_end(&self, id: &str) -> PathBuf {
+        self.container(id).join("end.json")
     }
 
     /// The daemon's pid, unless `--pidfile` says otherwise.

@@ -8,4 +8,5 @@ pub mod data_root;
 pub mod engine;
 pub mod hostnet;
 pub mod layout;
+pub mod phases;
 pub mod sandbox;

@@ -18,8 +18,12 @@ use rustix::fs::{Mode, OFlags};
 use crate::{
     devices,
     error::{Context, Result, internal, invalid},
+    log,
     sys::{self, CgroupHook},
 };
+
+mod freezer;
+mod stats;
 
 /// Where the hierarchy is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
@@ -85,6 +89,26 @@ impl Cgroup {
         sys::attach_program(&self.directory, CgroupHook::Device, &program).context("attach the device rules")
     }
 
+    /// Sets the limits that are given and leaves all others. When one cannot be set, those before it are put
+    /// back.
+    ///
+    /// # Errors
+    /// Invalid: a limit that the kernel does not have or does not take.
+    pub fn update(&self, resources: &LinuxResources) -> Result<()> {
+        let mut before: Vec<(String, String)> = Vec::new();
+        for (file, value) in settings(Some(resources))? {
+            let old = fs::read_to_string(self.path.join(&file)).unwrap_or_default();
+            if let Err(error) = self.write(&file, &value) {
+                for (file, value) in before.iter().rev() {
+                    self.write(file, value.trim()).unwrap_or_else(log::warn);
+                }
+                return Err(error);
+            }
+            before.push((file, old));
+        }
+        Ok(())
+    }
+
     fn write(&self, file: &str, value: &str) -> Result<()> {
         let path = self.path.join(file);
         fs::write(&path, value).map_err(|error| match error.kind() {
@@ -100,8 +124,11 @@ impl Cgroup {
 
     /// Whether any process, zombies excepted, is left.
     pub fn is_populated(&self) -> bool {
-        let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();
-        counter(&events, "populated") > 0
+        counter(&self.events(), "populated") > 0
+    }
+
+    fn events(&self) -> String {
+        fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default()
     }
 
     /// A file that signals changes of [`Cgroup::oom_kills`].

@@ -14,7 +14,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{
-    ContainerState, Create, Exit, InjectedFile, ProcessId, ProcessState, Stdio, StreamKind,
+    ContainerIdentity, ContainerState, Create, Exit, InjectedFile, ProcessId, ProcessState, Stdio, StreamKind,
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process as ProcessSpec};
 use rustix::{
@@ -49,6 +49,8 @@ pub struct Container {
     pub memory: Watched<Key>,
     /// How often it struck, as far as was told.
     pub oom_kills: u64,
+    /// Whether it is frozen, or about to be.
+    pub paused: bool,
     root: Mounted,
 }
 
@@ -103,7 +105,8 @@ impl Container {
         });
         match made {
             Ok((root, memory)) => {
-                Ok(Self { spec, init: None, execs: BTreeMap::new(), cgroup, memory, oom_kills: 0, root })
+                let (init, execs) = (None, BTreeMap::new());
+                Ok(Self { spec, init, execs, cgroup, memory, oom_kills: 0, paused: false, root })
             }
             Err(error) => {
                 let _ = cgroup.remove();
@@ -181,6 +184,39 @@ impl Container {
         })
     }
 
+    /// Becomes the container of a copied machine; its processes are frozen.
+    pub fn assume(&mut self, identity: &ContainerIdentity, scratch: &mut [u8]) -> Result<()> {
+        for file in &identity.files {
+            self.root.rewrite(file)?;
+        }
+        let own_name = self.spec.namespace(LinuxNamespaceType::Uts).is_some_and(|uts| uts.path().is_none());
+        if let Some(init) = &mut self.init {
+            if own_name && !identity.hostname.is_empty() && matches!(init.phase, Phase::Running) {
+                spawn::set_hostname_of(&init.pidfd, &identity.hostname)?;
+            }
+            if let Some(known) = identity.known {
+                let outputs = [(&mut init.output, known.stdout), (&mut init.errors, known.stderr)];
+                for (output, known) in outputs {
+                    if let Some(output) = output {
+                        output.renumber(known, scratch);
+                    }
+                }
+            }
+        }
+        if identity.end_execs {
+            for exec in self.execs.values().filter(|exec| !matches!(exec.phase, Phase::Exited(_))) {
+                // A frozen process dies of it at once; one that has ended in between is no error.
+                let _ = sys::pidfd_send_signal(&exec.pidfd, libc::SIGKILL);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a process is between its fork and its `execve`.
+    pub fn is_starting(&self) -> bool {
+        self.init.iter().chain(self.execs.values()).any(|process| matches!(process.phase, Phase::Starting(_)))
+    }
+
     /// Writes files that were injected at its creation anew.
     pub fn rewrite(&self, files: &[InjectedFile]) -> Result<()> {
         files.iter().try_for_each(|file| self.root.rewrite(file))
@@ -205,6 +241,7 @@ impl Container {
             container: id.to_owned(),
             init: self.init.as_ref().map(Process::state),
             execs: self.execs.iter().map(|(id, process)| (id.clone(), process.state())).collect(),
+            paused: self.paused,
         }
     }
 

@@ -63,11 +63,14 @@ pub fn set_routes(gateways: &[Gateway]) -> Result<()> {
 }
 
 fn find(netlink: &mut Netlink, interface: &Interface) -> Result<Option<Link>> {
-    match by_mac(netlink, interface.device)? {
-        // It has been made already.
-        None => by_mac(netlink, interface.mac),
-        found => Ok(found),
+    for mac in [interface.device, interface.mac] {
+        if let Some(link) = by_mac(netlink, mac)? {
+            return Ok(Some(link));
+        }
     }
+    // In a copied machine the driver knows the address of before, and the name is the same.
+    let named = netlink.link(&interface.name).context("look for the interface")?;
+    Ok(named.filter(|link| slot_of(&link.name).is_ok()))
 }
 
 /// A device's link: an address of a link that the workload made is of no concern.

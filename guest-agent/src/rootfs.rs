@@ -47,7 +47,7 @@ pub struct Mounted {
     base: PathBuf,
     /// What the kernel knows of the mounted disk; gone when the last mount of it is.
     live: PathBuf,
-    /// Where in the container the injected files are, in the order of their sources.
+    /// The paths of injected files, in the order of their numbers.
     injected: Vec<String>,
 }
 
@@ -136,12 +136,12 @@ impl Mounted {
         self.base.join("root")
     }
 
-    /// Writes an injected file anew, in its place: the container sees it at once.
+    /// Gives an injected file another content, for every process that sees it.
     pub fn rewrite(&self, file: &InjectedFile) -> Result<()> {
         let index = self.injected.iter().position(|path| *path == file.path);
-        let index = index.ok_or_else(|| not_found(format!("{:?} was not injected", file.path)))?;
-        let source = self.base.join("files").join(index.to_string());
-        write_file(&source, file).context(format_args!("write {}", file.path))
+        let index = index.ok_or_else(|| invalid(format!("{} is not an injected file", file.path)))?;
+        write_file(&self.base.join("files").join(index.to_string()), file)
+            .context(format_args!("write {}", file.path))
     }
 
     fn build(&self, rootfs: &Rootfs, device: &Path) -> Result<()> {

@@ -32,7 +32,7 @@ pub fn spawn(
     beside: Option<i32>,
     body: impl Fn() -> i32,
 ) -> Result<Child> {
-    let _entered = pid_namespace.map(Entered::enter).transpose()?;
+    let _entered = pid_namespace.map(Entered::pid).transpose()?;
     match sys::fork_into(flags, Some(cgroup.directory()), &body) {
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
             let Some(beside) = beside else { return Err(error).context("clone3") };
@@ -50,31 +50,44 @@ fn cgroup_of(pid: i32) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(Path::new(cgroup::MOUNT).join(path), flags, Mode::empty())?)
 }
 
-/// While it lives, children begin in another pid namespace. (A process's own never changes.)
+/// While it lives, the agent is in another's namespace: of pids, where children then begin (a process's own
+/// never changes), or of host names.
 struct Entered {
     own: File,
+    kind: CloneFlags,
 }
 
 impl Entered {
-    fn enter(namespace: BorrowedFd<'_>) -> Result<Self> {
-        let own = File::open("/proc/self/ns/pid").context("open the own pid namespace")?;
-        nix::sched::setns(namespace, CloneFlags::CLONE_NEWPID).map_err(|error| match error {
+    fn pid(namespace: BorrowedFd<'_>) -> Result<Self> {
+        Self::enter(namespace, CloneFlags::CLONE_NEWPID, "pid")
+    }
+
+    fn enter(namespace: BorrowedFd<'_>, kind: CloneFlags, name: &str) -> Result<Self> {
+        let own = File::open(format!("/proc/self/ns/{name}"))
+            .context(format_args!("open the own {name} namespace"))?;
+        nix::sched::setns(namespace, kind).map_err(|error| match error {
             nix::errno::Errno::ESRCH => conflict("the container has ended"),
-            error => internal(format!("enter the container's pid namespace: {error}")),
+            error => internal(format!("enter the container's {name} namespace: {error}")),
         })?;
-        Ok(Self { own })
+        Ok(Self { own, kind })
     }
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        if let Err(error) = nix::sched::setns(self.own.as_fd(), CloneFlags::CLONE_NEWPID) {
+        if let Err(error) = nix::sched::setns(self.own.as_fd(), self.kind) {
             // It worked a moment ago the other way. Going on would put one container's processes into
             // another's namespace.
-            log::warn(format_args!("cannot return to the own pid namespace: {error}"));
+            log::warn(format_args!("cannot return to the own namespace: {error}"));
             std::process::abort();
         }
     }
+}
+
+/// Sets the host name in the UTS namespace of a running process.
+pub fn set_hostname_of(process: &OwnedFd, hostname: &str) -> Result<()> {
+    let _entered = Entered::enter(process.as_fd(), CloneFlags::CLONE_NEWUTS, "uts")?;
+    rustix::system::sethostname(hostname.as_bytes()).context("set the host name")
 }
 
 thread_local! {

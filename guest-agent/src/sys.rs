@@ -8,8 +8,6 @@ use std::{
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use crate::seccomp::Instruction;
-
 /// A started child.
 #[derive(Debug)]
 pub struct Child {
@@ -133,26 +131,6 @@ pub fn mount_setattr(fd: impl AsFd, path: &CStr, recursive: bool, set: u64, clea
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )
-    })?;
-    Ok(())
-}
-
-/// Installs a seccomp filter on this thread, for good.
-///
-/// # Errors
-/// EACCES without CAP_SYS_ADMIN or no_new_privs, EINVAL for a program that the kernel rejects.
-pub fn install_seccomp(program: &[Instruction], flags: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Program {
-        length: u16,
-        instructions: *const Instruction,
-    }
-    let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let program = Program { length, instructions: program.as_ptr() };
-    // SAFETY: Program is `struct sock_fprog`, Instruction `struct sock_filter`; length counts what the
-    // pointer leads to.
-    check(unsafe {
-        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
     })?;
     Ok(())
 }
@@ -290,6 +268,29 @@ pub fn loopback_up() -> io::Result<()> {
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads an ifreq, which lives on.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into())?;
+    Ok(())
+}
+
+/// Mixes `entropy` into the kernel's random generator, credits it in full, and reseeds the generator from it:
+/// what any process reads afterwards does not follow from what was there before, kernel and vDSO included.
+///
+/// # Errors
+/// Of the ioctls; without CAP_SYS_ADMIN, EPERM.
+pub fn reseed(entropy: &[u8]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    let length = i32::try_from(entropy.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // `struct rand_pool_info`: the credit in bits, the length in bytes, the bytes.
+    let mut pool = Vec::with_capacity(8 + entropy.len());
+    pool.extend(length.saturating_mul(8).to_ne_bytes());
+    pool.extend(length.to_ne_bytes());
+    pool.extend(entropy);
+    let random = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    // SAFETY: the kernel reads the two numbers and as many bytes as the second says, which are there. (It
+    // copies from any alignment.)
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, pool.as_ptr()) }.into())?;
+    // SAFETY: takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _) }.into())?;
     Ok(())
 }
 

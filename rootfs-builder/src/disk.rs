@@ -10,9 +10,9 @@
 //! out here, so that the machine's `mke2fs.conf` has no say.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{DirBuilder, File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{DirBuilderExt, FileExt},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -76,6 +76,10 @@ const FEATURES: &str = "none,has_journal,ext_attr,dir_index,filetype,extent,flex
 const EXTENDED: &str = "packed_meta_blocks=1,num_backup_sb=0,lazy_itable_init=1,lazy_journal_init=1,\
                         assume_storage_prezeroed=1,nodiscard";
 
+/// The directories that an overlay's writable layer needs, and their modes. They are in the template, so that no
+/// guest spends its start on making them; a guest that misses one makes it.
+const DIRECTORIES: [(&str, u32); 2] = [("upper", 0o755), ("work", 0o700)];
+
 /// Makes a sparse ext4 image of `size` bytes at `path`, replacing what is there only when it is complete
 /// and on disk.
 ///
@@ -86,7 +90,8 @@ pub fn template(path: &Path, size: u64) -> Result<(), DiskError> {
     let unfinished = Unfinished::beside(path);
     let file = create_new(&unfinished.path)?;
     file.set_len(size).map_err(failed("cannot size", &unfinished.path))?;
-    format(&unfinished.path)?;
+    let content = Content::beside(&unfinished.path)?;
+    format(&unfinished.path, &content.0)?;
     file.sync_all().map_err(failed("cannot flush", &unfinished.path))?;
     unfinished.rename_to(path)
 }
@@ -121,10 +126,11 @@ fn check_size(size: u64) -> Result<(), DiskError> {
     }
 }
 
-fn format(path: &Path) -> Result<(), DiskError> {
+fn format(path: &Path, content: &Path) -> Result<(), DiskError> {
     let output = Command::new("mkfs.ext4")
         .args(["-q", "-F", "-m", "0", "-b", "4096", "-I", "256", "-i", "16384", "-J", "size=8", "-G", "4096"])
-        .args(["-O", FEATURES, "-E", EXTENDED])
+        .args(["-O", FEATURES, "-E", EXTENDED, "-d"])
+        .arg(content)
         .arg(path)
         .env("PATH", search_path())
         .env("LC_ALL", "C")
@@ -211,6 +217,41 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskEr
     move |source| DiskError::Io { action, path: path.to_owned(), source }
 }
 
+/// A directory of what a template holds, for mkfs to copy; removed when dropped.
+struct Content(PathBuf);
+
+impl Content {
+    fn beside(path: &Path) -> Result<Self, DiskError> {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".content");
+        let content = Self(path.with_file_name(name));
+        // A process of this number that died may have left it.
+        let _ = std::fs::remove_dir_all(&content.0);
+        make_directory(&content.0, 0o700)?;
+        // Owners are copied too, and a container's root belongs to root: elsewhere guests make them.
+        if rustix::process::geteuid().is_root() {
+            for (name, mode) in DIRECTORIES {
+                make_directory(&content.0.join(name), mode)?;
+            }
+        }
+        Ok(content)
+    }
+}
+
+impl Drop for Content {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn make_directory(path: &Path, mode: u32) -> Result<(), DiskError> {
+    DirBuilder::new()
+        .mode(mode)
+        .create(path)
+        .and_then(|()| std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)))
+        .map_err(failed("cannot make", path))
+}
+
 /// A file that is removed unless it was finished.
 struct Unfinished {
     path: PathBuf,
@@ -274,6 +315,30 @@ mod tests {
         let output =
             Command::new("e2fsck").args(["-f", "-n"]).arg(&path).env("PATH", search_path()).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+
+    #[test]
+    fn a_template_has_the_directories_of_a_writable_layer() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("template");
+        template(&path, MIN_SIZE).unwrap();
+        let debugfs = |request: &str| {
+            let mut command = Command::new("debugfs");
+            command.args(["-R", request]).arg(&path).env("PATH", search_path());
+            String::from_utf8(command.output().unwrap().stdout).unwrap()
+        };
+        if !rustix::process::geteuid().is_root() {
+            assert!(!debugfs("ls -l /").contains("upper"), "it would not belong to root");
+            return;
+        }
+        for (name, mode) in DIRECTORIES {
+            let stat = debugfs(&format!("stat {name}"));
+            assert!(
+                stat.contains("Type: directory") && stat.contains(&format!("Mode:  {mode:04o}")),
+                "{stat}"
+            );
+            assert!(stat.contains("User:     0   Group:     0"), "{stat}");
+        }
     }
 
     #[test]

@@ -9,15 +9,18 @@
 //! [`Host`] hides which of the two the host is. Clients run here either way, so that only what is tested is
 //! emulated. Everything that is started is stopped when dropped.
 
+pub mod bulkhead;
 pub mod daemon;
 pub mod docker;
 pub mod host;
+pub mod hostile;
 pub mod http;
 pub mod image;
 pub mod registry;
 pub mod suite;
 pub mod terminal;
 
+pub use bulkhead::bulkhead;
 pub use daemon::{Daemon, DaemonOptions, with_daemon};
 pub use docker::{Docker, Output};
 pub use host::Host;

@@ -13,7 +13,9 @@ use std::{
     },
 };
 
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FdNumber, FsConfig, NetConfig, VERSION, VmConfig};
+use bulkhead_vmm_api::{
+    BlockConfig, DeviceConfig, FdNumber, FsConfig, Jail, NetConfig, Start, VERSION, VmConfig,
+};
 use rustix::{
     fs::{FileType, OFlags, fcntl_getfl, fstat},
     io::{FdFlags, fcntl_getfd, fcntl_setfd},
@@ -72,18 +74,39 @@ pub struct Config {
     pub vcpus: u8,
     /// Guest memory in bytes.
     pub memory: u64,
-    /// [`VmConfig::kernel`].
-    pub kernel: File,
-    /// [`VmConfig::initramfs`].
-    pub initramfs: Option<File>,
-    /// [`VmConfig::cmdline`].
-    pub cmdline: String,
+    /// [`VmConfig::start`].
+    pub start: StartFiles,
     /// [`VmConfig::control`].
     pub control: OwnedFd,
+    /// [`VmConfig::kvm`].
+    pub kvm: OwnedFd,
+    /// [`VmConfig::jail`].
+    pub jail: Jail,
     /// [`VmConfig::console`].
     pub console: Option<File>,
     /// [`VmConfig::devices`].
     pub devices: Devices,
+}
+
+/// Where the machine begins: [`Start`], with the files themselves.
+#[derive(Debug)]
+pub enum StartFiles {
+    /// [`Start::Boot`].
+    Boot {
+        /// The kernel.
+        kernel: File,
+        /// The initramfs.
+        initramfs: Option<File>,
+        /// The command line.
+        cmdline: String,
+    },
+    /// [`Start::Restore`].
+    Restore {
+        /// The state file.
+        state: File,
+        /// The memory file.
+        memory: File,
+    },
 }
 
 /// The devices to build.
@@ -126,6 +149,12 @@ impl Inherited {
         fcntl_setfd(borrowed, flags | FdFlags::CLOEXEC).map_err(|_| error("is not open"))?;
         // SAFETY: the descriptor is open, was inherited for this use, and is taken only here and only once.
         Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+
+    /// The numbers of all that were taken.
+    #[must_use]
+    pub fn numbers(&self) -> &BTreeSet<FdNumber> {
+        &self.taken
     }
 
     fn take_file(&mut self, field: &'static str, number: FdNumber) -> Result<File, ConfigError> {
@@ -210,18 +239,41 @@ pub fn check(config: VmConfig, inherited: &mut Inherited) -> Result<Config, Conf
         let message = format!("{} is not {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", config.memory_mib);
         return Err(value_error("memory_mib", message));
     }
-    let initramfs = config.initramfs.map(|number| inherited.take_file("initramfs", number)).transpose()?;
+    let start = take_start(config.start, inherited)?;
     let console = config.console.map(|number| take_console(number, inherited)).transpose()?;
     Ok(Config {
         name: config.name,
         vcpus: config.vcpus,
         memory: u64::from(config.memory_mib) << 20,
-        kernel: inherited.take_file("kernel", config.kernel)?,
-        initramfs,
-        cmdline: config.cmdline,
+        start,
         control: inherited.take_listener("control", config.control, SocketType::SEQPACKET)?,
+        kvm: take_kvm(config.kvm, inherited)?,
+        jail: config.jail,
         console,
         devices: check_devices(config.devices, inherited)?,
+    })
+}
+
+/// Any character device passes: that it is KVM's is found out by its API version.
+fn take_kvm(number: FdNumber, inherited: &mut Inherited) -> Result<OwnedFd, ConfigError> {
+    let kvm = inherited.take("kvm", number)?;
+    match fstat(&kvm).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+        Ok(FileType::CharacterDevice) if writable(kvm.as_fd()) => Ok(kvm),
+        _ => Err(descriptor_error("kvm", number, "is not a writable character device")),
+    }
+}
+
+fn take_start(start: Start, inherited: &mut Inherited) -> Result<StartFiles, ConfigError> {
+    Ok(match start {
+        Start::Boot { kernel, initramfs, cmdline } => StartFiles::Boot {
+            kernel: inherited.take_file("kernel", kernel)?,
+            initramfs: initramfs.map(|number| inherited.take_file("initramfs", number)).transpose()?,
+            cmdline,
+        },
+        Start::Restore { state, memory } => StartFiles::Restore {
+            state: inherited.take_file("state", state)?,
+            memory: inherited.take_file("memory", memory)?,
+        },
     })
 }
 

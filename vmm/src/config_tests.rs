@@ -9,6 +9,10 @@ fn file() -> FdNumber {
     tempfile::tempfile().unwrap().into_raw_fd()
 }
 
+fn device() -> FdNumber {
+    File::options().read(true).write(true).open("/dev/null").unwrap().into_raw_fd()
+}
+
 fn listener(kind: SocketType) -> FdNumber {
     let directory = tempfile::tempdir().unwrap();
     let fd = socket(AddressFamily::UNIX, kind, None).unwrap();
@@ -17,17 +21,21 @@ fn listener(kind: SocketType) -> FdNumber {
     fd.into_raw_fd()
 }
 
+fn boot(kernel: FdNumber, initramfs: Option<FdNumber>) -> Start {
+    Start::Boot { kernel, initramfs, cmdline: "quiet".to_owned() }
+}
+
 fn valid() -> VmConfig {
     VmConfig {
         version: VERSION,
         name: "test".to_owned(),
         vcpus: 2,
         memory_mib: 128,
-        kernel: file(),
-        initramfs: Some(file()),
-        cmdline: "quiet".to_owned(),
+        start: boot(file(), Some(file())),
         control: listener(SocketType::SEQPACKET),
         report: file(),
+        kvm: device(),
+        jail: Jail::Process,
         console: None,
         devices: DeviceConfig {
             block: vec![BlockConfig { id: "root".to_owned() }],
@@ -61,14 +69,15 @@ fn a_valid_configuration_is_taken() {
     take_report(&config, &mut inherited).unwrap();
     let config = check(config, &mut inherited).unwrap();
     assert_eq!((config.vcpus, config.memory), (2, 128 << 20));
-    assert!(fcntl_getfd(&config.kernel).unwrap().contains(FdFlags::CLOEXEC));
+    let StartFiles::Boot { kernel, .. } = &config.start else { panic!() };
+    assert!(fcntl_getfd(kernel).unwrap().contains(FdFlags::CLOEXEC));
     assert_eq!(config.devices.vsock.unwrap().0, 3);
 }
 
 #[test]
 fn values_outside_the_contract_are_refused() {
     for (field, change) in [
-        ("version", (|c| c.version = 2) as fn(&mut VmConfig)),
+        ("version", (|c| c.version = VERSION + 1) as fn(&mut VmConfig)),
         ("name", |c| c.name = "x".repeat(65)),
         ("vcpus", |c| c.vcpus = 0),
         ("vcpus", |c| c.vcpus = 65),
@@ -88,10 +97,15 @@ fn values_outside_the_contract_are_refused() {
 
 #[test]
 fn descriptors_of_the_wrong_kind_are_refused() {
-    assert!(refused(|c| c.kernel = 9999).contains("9999 is not open"));
-    assert!(refused(|c| c.kernel = 1).contains("standard stream"));
-    assert!(refused(|c| c.initramfs = Some(c.kernel)).contains("named twice"));
-    assert!(refused(|c| c.kernel = listener(SocketType::STREAM)).contains("not a regular file"));
+    assert!(refused(|c| c.start = boot(9999, None)).contains("9999 is not open"));
+    assert!(refused(|c| c.start = boot(1, None)).contains("standard stream"));
+    let twice = file();
+    assert!(refused(|c| c.start = boot(twice, Some(twice))).contains("named twice"));
+    assert!(refused(|c| c.start = boot(listener(SocketType::STREAM), None)).contains("not a regular file"));
+    assert!(
+        refused(|c| c.start = Start::Restore { state: file(), memory: listener(SocketType::STREAM) })
+            .contains("not a regular file")
+    );
     assert!(refused(|c| c.control = listener(SocketType::STREAM)).contains("right type"));
     assert!(refused(|c| c.control = file()).contains("right type"));
     assert!(refused(|c| c.console = Some(listener(SocketType::STREAM))).contains("file or pipe"));
@@ -103,12 +117,13 @@ fn descriptors_of_the_wrong_kind_are_refused() {
         })
         .contains("not empty")
     );
+    assert!(refused(|c| c.kvm = file()).contains("character device"));
     assert!(refused(|c| c.report = File::open("/proc/self/exe").unwrap().into_raw_fd()).contains("writable"));
 }
 
 #[test]
 fn malformed_text_is_refused() {
-    for text in ["", "{}", "[1", r#"{"version":1,"surprise":true}"#] {
+    for text in ["", "{}", "[1", r#"{"version":2,"surprise":true}"#] {
         let mut source = tempfile::tempfile().unwrap();
         source.write_all(text.as_bytes()).unwrap();
         std::io::Seek::rewind(&mut source).unwrap();

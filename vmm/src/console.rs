@@ -17,6 +17,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// Most bytes that are written to the console's file or pipe.
 pub const SINK_LIMIT: usize = 1 << 20;
 
+/// The longest part that is told at once, in bytes: with every one escaped by JSON it still fits a message.
+const MAX_PART: usize = 8 << 10;
+
 /// A line is handed on when it is ended or this long. Not above PIPE_BUF, so that a pipe said to be writable
 /// takes it whole.
 const MAX_LINE: usize = 512;
@@ -32,6 +35,8 @@ pub struct Console {
 #[derive(Debug, Default)]
 struct State {
     tail: VecDeque<u8>,
+    /// Bytes that were ever written: the tail's are the last of them.
+    heard: u64,
     line: Vec<u8>,
     panic: Option<String>,
     sink: Option<File>,
@@ -48,6 +53,7 @@ impl Console {
     /// The guest wrote bytes.
     pub fn write(&self, bytes: &[u8]) {
         let mut state = self.lock();
+        state.heard = state.heard.saturating_add(bytes.len() as u64);
         for byte in bytes {
             if state.tail.len() == CONSOLE_TAIL {
                 state.tail.pop_front();
@@ -65,6 +71,19 @@ impl Console {
     pub fn tail(&self) -> String {
         let mut state = self.lock();
         String::from_utf8_lossy(state.tail.make_contiguous()).into_owned()
+    }
+
+    /// The console from byte `from` on, or from the oldest that is kept, as lossy UTF-8; and the first byte that
+    /// is not in it. Asked again from there until nothing comes, it gives everything there is.
+    #[must_use]
+    pub fn part(&self, from: u64) -> (String, u64) {
+        let mut state = self.lock();
+        let oldest = state.heard.saturating_sub(state.tail.len() as u64);
+        let from = from.clamp(oldest, state.heard);
+        let bytes = state.tail.make_contiguous();
+        let rest = usize::try_from(from - oldest).ok().and_then(|skip| bytes.get(skip..)).unwrap_or_default();
+        let part = rest.get(..MAX_PART).unwrap_or(rest);
+        (String::from_utf8_lossy(part).into_owned(), from + part.len() as u64)
     }
 
     /// The kernel's panic line, from "Kernel panic" on, if there was one; an unfinished last line is handed
@@ -185,5 +204,31 @@ mod tests {
             console.write(&[b'x'; 512]);
         }
         assert!(console.tail().ends_with('x'));
+    }
+
+    #[test]
+    fn parts_follow_one_another_without_a_gap() {
+        let console = Console::default();
+        assert_eq!(console.part(0), (String::new(), 0));
+        console.write(b"hello ");
+        console.write(b"world");
+        assert_eq!(console.part(0), ("hello world".to_owned(), 11));
+        assert_eq!(console.part(6), ("world".to_owned(), 11));
+        assert_eq!(console.part(11), (String::new(), 11));
+        // A number from another machine's life does no harm.
+        assert_eq!(console.part(u64::MAX), (String::new(), 11));
+
+        console.write(&vec![b'x'; 3 * CONSOLE_TAIL]);
+        let (mut from, mut length) = (0, 0);
+        loop {
+            let (text, next) = console.part(from);
+            if text.is_empty() {
+                break;
+            }
+            assert!(text.len() <= MAX_PART);
+            length += text.len();
+            from = next;
+        }
+        assert_eq!((from, length), (11 + 3 * CONSOLE_TAIL as u64, CONSOLE_TAIL));
     }
 }

@@ -47,6 +47,11 @@ impl Bundle {
         self.dir.join("bulkheadd")
     }
 
+    /// The program for people.
+    pub(crate) fn cli(&self) -> PathBuf {
+        self.dir.join("bulkhead")
+    }
+
     pub(crate) fn vmm(&self) -> PathBuf {
         self.dir.join("bulkhead-vmm")
     }
@@ -85,7 +90,7 @@ pub(crate) fn build(tree: &Tree, profile: &str) -> Result<Bundle> {
     sh::run(&mut programs)?;
     let agent = build_agent(tree)?;
     let built = tree.target().join(profile);
-    for program in ["bulkheadd", "bulkhead-vmm", "bulkhead-rootfs"] {
+    for program in ["bulkheadd", "bulkhead", "bulkhead-vmm", "bulkhead-rootfs"] {
         place(&built.join(program), &bundle.dir().join(program))?;
     }
     sh::run(
@@ -107,6 +112,16 @@ fn build_agent(tree: &Tree) -> Result<PathBuf> {
     agent.args(["--config", &format!("target.{AGENT_TARGET}.rustflags=['-Ctarget-feature=+crt-static']")]);
     sh::run(&mut agent)?;
     Ok(tree.target().join(AGENT_TARGET).join("agent/bulkhead-agent"))
+}
+
+/// The guest that attacks its VMM, as an image that a VMM boots in place of a kernel. Its profile is the agent's, since
+/// there is nobody to unwind a panic to.
+pub(crate) fn build_hostile_guest(tree: &Tree) -> Result<PathBuf> {
+    let mut guest = cargo(tree);
+    guest.args(["build", "--quiet", "--profile", "agent", "--target", AGENT_TARGET]);
+    guest.args(["-p", "bulkhead-hostile-guest", "--features", "image", "--bin", "hostile-guest"]);
+    sh::run(&mut guest)?;
+    Ok(tree.target().join(AGENT_TARGET).join("agent/hostile-guest"))
 }
 
 /// Puts a file into the bundle under a new inode, so that one that runs, or is mapped, stays as it was.

@@ -28,6 +28,7 @@ pub(crate) fn run(tree: &Tree, args: &InstallArgs) -> Result<()> {
     let lib = under(&args.prefix.join("lib/bulkhead"));
     let unit = under(Path::new("/usr/lib/systemd/system/bulkhead.service"));
     put(&fs::read(bundle.daemon())?, &bin.join("bulkheadd"), 0o755)?;
+    put(&fs::read(bundle.cli())?, &bin.join("bulkhead"), 0o755)?;
     put(&fs::read(bundle.vmm())?, &bin.join("bulkhead-vmm"), 0o755)?;
     put(&fs::read(bundle.kernel())?, &lib.join("vmlinux"), 0o644)?;
     put(&fs::read(bundle.initramfs())?, &lib.join("initramfs.cpio"), 0o644)?;

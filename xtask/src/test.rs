@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::daemon::BUNDLE_VARIABLE;
+use bulkhead_tests::hostile::GUEST_VARIABLE;
 use bulkhead_tests::suite::SuiteOwner;
 use clap::{Args, ValueEnum};
 
@@ -97,6 +98,7 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let filter = args.filter.as_slice();
     let bundle = if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
     sh::run(test_command(tree).arg("--no-run"))?;
+    let guest = bundle::build_hostile_guest(tree)?;
     let venue = venue::choose(&bundle)?;
     println!("end-to-end tests run on {}", venue.describe());
     // An emulated host keeps one CPU busy and no more: with two CPUs, two hosts share the tests.
@@ -105,11 +107,13 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
         if venue == Venue::TestHost && filter.is_empty() && has_nextest(tree) { cpus.clamp(1, 2) } else { 1 };
     let machine_tests = if filter.is_empty() { Some(machine_tests(tree)?) } else { None };
     thread::scope(|scope| {
-        let (bundle, machine_tests) = (&bundle, machine_tests.as_deref());
+        let (bundle, guest, machine_tests) = (&bundle, guest.as_path(), machine_tests.as_deref());
         let run = |share| {
             // The last share, since the first has the longest test.
             let machine_tests = machine_tests.filter(|_| share == shares);
-            scope.spawn(move || run_share(tree, bundle, venue, filter, machine_tests, (share, shares)))
+            scope.spawn(move || {
+                run_share(tree, (bundle, guest), venue, filter, machine_tests, (share, shares))
+            })
         };
         let runs: Vec<_> = (1..=shares).map(run).collect();
         let outcomes: Vec<Result<()>> = runs
@@ -150,7 +154,7 @@ fn machine_tests(tree: &Tree) -> Result<PathBuf> {
 /// Runs the tests of one share of several, in a host of its own.
 fn run_share(
     tree: &Tree,
-    bundle: &Bundle,
+    (bundle, hostile_guest): (&Bundle, &Path),
     venue: Venue,
     filter: &[String],
     machine_tests: Option<&Path>,
@@ -171,7 +175,8 @@ fn run_share(
     if of > 1 {
         tests.args(["--partition", &format!("count:{share}/{of}")]);
     }
-    tests.args(filter).env(BUNDLE_VARIABLE, bundle.dir()).envs([place.host.to_env()?, suite.to_env()?]);
+    tests.env(BUNDLE_VARIABLE, bundle.dir()).env(GUEST_VARIABLE, hostile_guest);
+    tests.args(filter).envs([place.host.to_env()?, suite.to_env()?]);
     if let Err(failed) = sh::run(&mut tests) {
         let log = tree.target().join(format!("e2e-{share}.log"));
         std::fs::write(&log, suite.daemon_log().unwrap_or_default())?;

@@ -1,5 +1,6 @@
 //! `bulkheadd check`: what this machine can do, and the remedy for each thing missing.
 
+mod cpu;
 mod host;
 pub mod kvm;
 
@@ -8,6 +9,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
+pub use cpu::guest_cpu;
 use serde::Serialize;
 
 use crate::{

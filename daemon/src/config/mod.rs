@@ -88,12 +88,18 @@ pub struct VmDefaults {
     pub kernel: PathBuf,
     /// The initramfs with the guest agent.
     pub initramfs: PathBuf,
+    /// KVM's device.
+    pub kvm: PathBuf,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Number of vCPUs.
     pub vcpus: u8,
     /// Size of the writable layer in GiB.
     pub disk_gib: u32,
+    /// Whether microVMs are clones of saved ones where they can be.
+    pub templates: bool,
+    /// The label of containers whose value tells tenants apart; None: there is one tenant.
+    pub template_domain_label: Option<String>,
 }
 
 /// TLS of TCP hosts.
@@ -217,14 +223,23 @@ impl Config {
                 vmm: options.vmm.unwrap_or_else(default_vmm),
                 kernel: options.kernel.unwrap_or_else(|| "/usr/lib/bulkhead/vmlinux".into()),
                 initramfs: options.initramfs.unwrap_or_else(|| "/usr/lib/bulkhead/initramfs.cpio".into()),
+                kvm: "/dev/kvm".into(),
                 memory_mib: range("default-memory-mib", options.default_memory_mib, 512, 64..=1 << 20)?,
-                vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), 1, 1..=64)?
+                vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), default_vcpus(), 1..=64)?
                     .try_into()
                     .unwrap_or(1),
                 disk_gib: range("default-disk-gib", options.default_disk_gib, 10, 1..=16 << 10)?,
+                templates: options.templates.unwrap_or(true),
+                template_domain_label: domain_label(options.template_domain_label)?,
             },
         })
     }
+}
+
+/// vCPUs of a microVM when nobody says how many: two run a workload beside its kernel's work, and cost little
+/// while idle.
+fn default_vcpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1)).min(2)
 }
 
 fn hosts(texts: &[String], tls: &Tls) -> Result<Vec<Host>, String> {
@@ -323,6 +338,15 @@ fn label(text: String) -> Result<String, String> {
     match text.split_once('=') {
         Some((name, _)) if !name.is_empty() => Ok(text),
         _ => Err(format!("bad attribute format: {text}")),
+    }
+}
+
+fn domain_label(key: Option<String>) -> Result<Option<String>, String> {
+    match key {
+        Some(key) if key.is_empty() || key.contains('=') => {
+            Err(format!("invalid template-domain-label {key:?}: the key of a label is expected"))
+        }
+        key => Ok(key),
     }
 }
 

@@ -120,11 +120,25 @@ pub struct Options {
     /// Size of containers' writable layer, in GiB
     #[arg(long, value_name = "GIB")]
     pub default_disk_gib: Option<u32>,
+    /// Start microVMs as clones of saved ones; =false boots each
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub templates: Option<bool>,
+    /// Label of containers whose value tells tenants apart: templates are not shared between them
+    #[arg(long, value_name = "KEY")]
+    pub template_domain_label: Option<String>,
 }
 
 /// The options' names in the file that are ours alone.
-const OURS: [&str; 6] =
-    ["vmm", "kernel", "initramfs", "default-memory-mib", "default-vcpus", "default-disk-gib"];
+const OURS: [&str; 8] = [
+    "vmm",
+    "kernel",
+    "initramfs",
+    "default-memory-mib",
+    "default-vcpus",
+    "default-disk-gib",
+    "templates",
+    "template-domain-label",
+];
 
 /// `base=10.1.0.0/16,size=24`.
 fn address_pool(text: &str) -> Result<PoolSpec, String> {

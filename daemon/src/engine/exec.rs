@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_agent_api::{Answer, Call, Exit, ProcessId, ProcessState, Stdio, StreamKind};
+use bulkhead_agent_api::{Answer, Call, Exit, ProcessState, Stdio, StreamKind};
 use oci_spec::runtime::Process;
 use tokio::{sync::oneshot, task::JoinSet};
 
@@ -84,10 +84,6 @@ impl Exec {
         }
     }
 
-    fn process_id(&self) -> ProcessId {
-        ProcessId { container: self.container.clone(), exec: Some(self.id.clone()) }
-    }
-
     fn command_line(&self) -> String {
         self.request.cmd.iter().flatten().cloned().collect::<Vec<_>>().join(" ")
     }
@@ -141,7 +137,7 @@ impl Engine {
     /// The container does not run; a command that is not valid.
     pub async fn exec_create(&self, container: Name<'_>, request: CreateRequest) -> Result<String> {
         let view = self.shared.registry.find(container)?.view();
-        view.running()?;
+        view.awake("exec")?;
         let spec = self.shared.spec(&view.record)?.spec;
         let process = spec::exec(&spec, &request)?;
         let kind = Kind { terminal: request.tty, stdin: request.attach_stdin, stdin_once: true };
@@ -172,7 +168,7 @@ impl Engine {
     pub async fn exec_start(&self, id: &str, request: StartRequest) -> Result<Option<Attachment>> {
         let exec = self.shared.execs.find(id)?;
         let view = self.shared.registry.find(&exec.container)?.view();
-        let workload = Arc::clone(view.running()?);
+        let workload = Arc::clone(view.awake("exec")?);
         exec.claim()?;
         let action = format!("exec_start: {}", exec.command_line());
         self.shared.publish(&view.record, &action, [("execID".into(), exec.id.clone())]);
@@ -207,8 +203,9 @@ impl Engine {
             return Err(Error::conflict(format!("exec {id} is not running")));
         }
         let view = self.shared.registry.find(&exec.container)?.view();
-        let call = Call::Resize { process: exec.process_id(), rows, columns };
-        let done = view.running()?.sandbox.call(call).await;
+        let workload = view.running()?;
+        let call = Call::Resize { process: workload.exec(&exec.id), rows, columns };
+        let done = workload.sandbox.call(call).await;
         done.map(drop).map_err(|error| Error::internal(error.to_string()))
     }
 
@@ -283,7 +280,7 @@ async fn start(
         let code = finish(&exec, exit, outputs, inputs).await;
         let attributes = [("execID".into(), exec.id.clone()), ("exitCode".into(), code.to_string())];
         shared.publish(&record, "exec_die", attributes);
-        if let Err(error) = workload.sandbox.call(Call::Delete { process: exec.process_id() }).await {
+        if let Err(error) = workload.sandbox.call(Call::Delete { process: workload.exec(&exec.id) }).await {
             tracing::debug!(exec = exec.id, %error, "an ended exec was not forgotten by the agent");
         }
     });
@@ -295,7 +292,7 @@ type Begun = (oneshot::Receiver<Exit>, JoinSet<()>, JoinSet<()>);
 async fn begin(exec: &Arc<Exec>, workload: &Arc<Workload>, stdio: Stdio) -> Result<Begun, (i32, Error)> {
     let not_running = || (137, Error::conflict(format!("container {} is not running", exec.container)));
     let exit = workload.expect_exec(&exec.id).ok_or_else(not_running)?;
-    let process = exec.process_id();
+    let process = workload.exec(&exec.id);
     let call = Call::Exec { process: process.clone(), spec: Box::new(exec.process.clone()), stdio };
     let pid = match workload.sandbox.call(call).await {
         Ok(Answer::Started { pid }) => pid,
@@ -347,7 +344,7 @@ async fn begin(exec: &Arc<Exec>, workload: &Arc<Workload>, stdio: Stdio) -> Resu
     .await;
     // A process that is not connected must not run on unseen.
     if let Err(error) = connected {
-        let kill = Call::Signal { process: exec.process_id(), signal: libc::SIGKILL };
+        let kill = Call::Signal { process: workload.exec(&exec.id), signal: libc::SIGKILL };
         let _ = workload.sandbox.call(kill).await;
         workload.forget_exec(&exec.id);
         return Err((128, Error::internal(format!("the exec's streams: {error}"))));
@@ -374,9 +371,9 @@ async fn finish(
 
 /// Takes charge of execs that an earlier daemon started: nobody is connected to them any more, so their output
 /// is thrown away (lest they stand still), and when they have ended the agent is told to forget them.
-pub(crate) fn take_over(workload: &Arc<Workload>, container: &str, execs: Vec<(String, ProcessState)>) {
+pub(crate) fn take_over(workload: &Arc<Workload>, execs: Vec<(String, ProcessState)>) {
     for (id, state) in execs {
-        let process = ProcessId { container: container.to_owned(), exec: Some(id.clone()) };
+        let process = workload.exec(&id);
         let exit = match state {
             ProcessState::Running { .. } => workload.expect_exec(&id),
             ProcessState::Exited(_) => None,

@@ -21,10 +21,11 @@ impl Engine {
     pub async fn info(&self) -> Info {
         let shared = &self.shared;
         let config = &shared.config;
-        let (mut running, mut stopped) = (0, 0);
+        let (mut running, mut paused, mut stopped) = (0, 0, 0);
         let containers = shared.registry.all();
         for container in &containers {
-            match container.view().record.life.state {
+            match &container.view().record.life.state {
+                State::Running(now) if now.paused => paused += 1,
                 State::Running(_) | State::Restarting(_) => running += 1,
                 _ => stopped += 1,
             }
@@ -35,7 +36,7 @@ impl Engine {
             id: daemon_id.trim().to_owned(),
             containers: count(containers.len()),
             containers_running: running,
-            containers_paused: 0,
+            containers_paused: paused,
             containers_stopped: stopped,
             images: count(shared.images.count()),
             driver: STORAGE_DRIVER.into(),
@@ -51,9 +52,8 @@ impl Engine {
             swap_limit: false,
             cpu_cfs_period: true,
             cpu_cfs_quota: true,
-            // Not the host's: create says so.
-            cpu_shares: false,
-            cpu_set: false,
+            cpu_shares: true,
+            cpu_set: true,
             pids_limit: true,
             debug: config.debug,
             open_files: std::fs::read_dir("/proc/self/fd").map_or(-1, |fds| count(fds.count())),
@@ -78,6 +78,8 @@ impl Engine {
             default_runtime: spec::RUNTIME.into(),
             swarm: Swarm::default(),
             live_restore_enabled: true,
+            // Docker's clients keep checkpoints behind it.
+            experimental_build: true,
             containerd_commit: absent(),
             runc_commit: absent(),
             init_commit: absent(),

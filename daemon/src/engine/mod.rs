@@ -3,12 +3,15 @@
 //!
 //! [`Engine`]'s methods are the whole of what handlers may call; each is one API operation.
 
+mod checkpoint;
 pub mod container;
 pub mod error;
 pub mod events;
 pub mod exec;
+mod fork;
 pub mod image;
 mod info;
+pub(crate) mod limits;
 pub mod logs;
 pub mod network;
 mod open;
@@ -24,7 +27,12 @@ use tokio::sync::mpsc;
 
 pub use error::{Error, ErrorKind, Result};
 
-use crate::{config::Config, layout::Layout};
+use crate::{
+    config::Config,
+    layout::Layout,
+    phases::{Timeline, Timelines},
+    sandbox,
+};
 
 /// Names a container in a call: full id, unambiguous prefix of an id, or name (with or without `/`).
 pub type Name<'a> = &'a str;
@@ -111,6 +119,9 @@ impl Engine {
                 let _ = closed.await;
             }
         }
+        if let Some(templates) = &self.shared.templates {
+            templates.close().await;
+        }
     }
 
     /// The daemon's settings.
@@ -121,6 +132,16 @@ impl Engine {
     /// Images: pull, load, list, inspect, tag, remove and the rest.
     pub fn images(&self) -> &Arc<image::ImageStore> {
         &self.shared.images
+    }
+
+    /// Where the time of recent creates, starts and ends went; of one container, or of all, those removed since
+    /// included.
+    ///
+    /// # Errors
+    /// No such container.
+    pub fn phases(&self, container: Option<Name<'_>>) -> Result<Vec<Arc<Timeline>>> {
+        let container = container.map(|name| self.shared.registry.find(name)).transpose()?;
+        Ok(self.shared.timelines.of(container.as_ref().map(|container| container.id())))
     }
 
     /// Events: publish and subscribe.
@@ -137,6 +158,11 @@ pub(crate) struct Shared {
     pub(crate) networks: network::Networks,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
+    /// None: every microVM is booted.
+    pub(crate) templates: Option<Arc<sandbox::template::Templates>>,
+    /// What the files that machines are made of hold.
+    pub(crate) digests: Arc<sandbox::Digests>,
+    pub(crate) timelines: Timelines,
 }
 
 impl Shared {

@@ -6,7 +6,7 @@
 //! ```
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs::{DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt,
@@ -27,7 +27,15 @@ use super::{
     network::Networks,
     store,
 };
-use crate::{config::Config, layout::Layout, sandbox};
+use crate::{
+    config::Config,
+    layout::Layout,
+    phases::Timelines,
+    sandbox::{
+        self,
+        template::{Bounds, News, Templates},
+    },
+};
 
 /// How long sandboxes that are nobody's may take to power off.
 const SWEEP_WITHIN: Duration = Duration::from_secs(10);
@@ -43,8 +51,12 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let daemon_id = std::fs::read_to_string(config.layout.daemon_id())
         .map_err(|error| failed("read", &config.layout.daemon_id(), &error))?;
     let networks = Networks::open(Arc::clone(&config), Arc::clone(&events), &daemon_id).await?;
+    let digests = Arc::new(sandbox::Digests::default());
+    let templates = open_templates(&config, &events, &digests)?;
     let (registry, execs) = (Registry::default(), Execs::default());
-    let shared = Arc::new(Shared { config, events, images, networks, registry, execs });
+    let timelines = Timelines::default();
+    let shared =
+        Arc::new(Shared { config, events, images, networks, registry, execs, templates, digests, timelines });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -56,6 +68,10 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     // Every running container is back in its networks.
     shared.networks.sweep().await;
 
+    if let Some(templates) = &shared.templates {
+        let vm = &shared.config.vm;
+        templates.warm_up([vm.vmm.clone(), vm.kernel.clone(), vm.initramfs.clone()]);
+    }
     let weak = Arc::downgrade(&shared);
     shared.images.connect(Arc::new(move || containers_in_use(&weak))).await;
     for actor in actors {
@@ -70,7 +86,14 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
 
 fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, Vec<Record>)> {
     let layout = &config.layout;
-    for path in [layout.containers(), layout.sandboxes()] {
+    // What a daemon that died was forking: its clones hold what they need open.
+    match std::fs::remove_dir_all(layout.forks()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("empty", &layout.forks(), &error));
+        }
+        _ => {}
+    }
+    for path in [layout.containers(), layout.sandboxes(), layout.forks()] {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.map_err(|error| failed("make", &path, &error))?;
     }
@@ -88,6 +111,45 @@ fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>,
     let containers = layout.containers();
     let records = store::load(layout).map_err(|error| failed("read", &containers, &error))?;
     Ok((images, records))
+}
+
+/// Opens the templates, unless they are not wanted; those of an earlier daemon that wanted them stay.
+fn open_templates(
+    config: &Config,
+    events: &Arc<Events>,
+    digests: &Arc<sandbox::Digests>,
+) -> Result<Option<Arc<Templates>>> {
+    if !config.vm.templates {
+        return Ok(None);
+    }
+    let layout = &config.layout;
+    let (path, sandboxes) = (layout.templates(), layout.sandboxes());
+    let daemon = std::fs::read_to_string(layout.daemon_id()).unwrap_or_default().trim().to_owned();
+    let events = Arc::clone(events);
+    let listener = move |key: &str, news: &News| tell_of_template(&events, &daemon, key, news);
+    let opened = Templates::open(path.clone(), sandboxes, Bounds::default(), Arc::clone(digests), listener);
+    opened.map(Some).map_err(|error| failed("open", &path, &error))
+}
+
+/// A template's news are the daemon's: logged, and an event where an operator may have to act.
+fn tell_of_template(events: &Events, daemon: &str, key: &str, news: &News) {
+    let key = key.get(..12).unwrap_or(key);
+    let (status, error) = match news {
+        News::Built => ("built", None),
+        News::Pruned => ("pruned", None),
+        News::Failed(error) => ("failed", Some(error)),
+        News::Discarded(error) => ("discarded", Some(error)),
+    };
+    match error {
+        None => tracing::info!(template = key, status, "a template"),
+        Some(error) => tracing::warn!(template = key, status, error, "a template is not used"),
+    }
+    let mut attributes =
+        BTreeMap::from([("template".to_owned(), key.to_owned()), ("status".to_owned(), status.to_owned())]);
+    if let Some(error) = error {
+        attributes.insert("error".into(), error.clone());
+    }
+    events.publish("daemon", "template", daemon, attributes);
 }
 
 /// What the configuration says of registries.

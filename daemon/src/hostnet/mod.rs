@@ -23,7 +23,10 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bulkhead_netlink::{Address, LinkChange, Netlink};
@@ -136,6 +139,9 @@ pub struct HostNetwork {
     /// Which state the packet filter has. Whoever waits for it finds the states of all who waited applied at
     /// once.
     applied: tokio::sync::Mutex<u64>,
+    /// Whether all that runs is known. Until then the rules of an earlier daemon stay as they are: those of a
+    /// part would leave the rest unguarded.
+    complete: AtomicBool,
     served: Mutex<HashMap<String, Vec<Served>>>,
 }
 
@@ -151,6 +157,7 @@ impl HostNetwork {
             forwarding: Forwarding::new(exec_root),
             state: Mutex::default(),
             applied: tokio::sync::Mutex::new(0),
+            complete: AtomicBool::new(false),
             served: Mutex::default(),
         }
     }
@@ -284,7 +291,8 @@ impl HostNetwork {
         }
     }
 
-    /// Removes this daemon's bridges that [`HostNetwork::bring_up`] was not told of, and applies the rules.
+    /// Removes this daemon's bridges that [`HostNetwork::bring_up`] was not told of, and applies the rules for
+    /// the first time: from here on every change is in force when it is answered.
     ///
     /// # Errors
     /// [`HostError`].
@@ -298,6 +306,7 @@ impl HostNetwork {
             })
             .await?;
         }
+        self.complete.store(true, Ordering::SeqCst);
         self.change(|_| {});
         self.apply().await
     }
@@ -351,6 +360,9 @@ impl HostNetwork {
 
     /// Brings the packet filter to the present state, or to a later one.
     async fn apply(&self) -> Result<(), HostError> {
+        if !self.complete.load(Ordering::SeqCst) {
+            return Ok(());
+        }
         let wanted = self.state(|(generation, _)| *generation);
         let mut applied = self.applied.lock().await;
         if *applied >= wanted {

@@ -7,6 +7,7 @@
 //! | `identity` | which process the VMM is, see [`super::vmm::process::Identity`] |
 //! | `report.json` | the VMM's last words |
 //! | `vmm.log` | the VMM's standard error |
+//! | `saving` | there while the machine is being saved, and so may stand still |
 
 use std::{
     fs::{DirBuilder, File, OpenOptions},
@@ -28,6 +29,7 @@ pub(super) const VSOCK: &str = "vsock.sock";
 pub(super) const IDENTITY: &str = "identity";
 pub(super) const REPORT: &str = "report.json";
 pub(super) const LOG: &str = "vmm.log";
+const SAVING: &str = "saving";
 
 /// How many connections may wait for a VMM that has not come round to accept them.
 const BACKLOG: i32 = 64;
@@ -79,6 +81,21 @@ impl SandboxDir {
         let socket = net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
         net::connect(&socket, &self.address(name)?)?;
         Ok(socket)
+    }
+
+    /// Notes that the machine may stand still from now on, for a daemon that comes after this one.
+    pub(super) fn mark_saving(&self) -> io::Result<()> {
+        File::create(self.path.join(SAVING)).map(drop)
+    }
+
+    /// Whether that was noted.
+    pub(super) fn is_saving(&self) -> bool {
+        self.path.join(SAVING).exists()
+    }
+
+    /// The machine runs.
+    pub(super) fn unmark_saving(&self) -> io::Result<()> {
+        std::fs::remove_file(self.path.join(SAVING))
     }
 
     /// Removes it and what is in it; that it is gone already is no error.

@@ -17,7 +17,10 @@ mod dir;
 #[cfg(test)]
 pub(crate) mod fake;
 mod plan;
+mod save;
+pub(crate) mod saved;
 mod stream;
+pub mod template;
 mod vmm;
 mod vsock;
 
@@ -31,18 +34,29 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::{Answer, Call, Event, Hello, NAMES_PORT, ProcessId, StreamKind, StreamOpen};
-use bulkhead_vmm_api::Request;
+use bulkhead_agent_api::{
+    Answer, Call, ContainerIdentity, Event, Hello, NAMES_PORT, ProcessId, StreamKind, StreamOpen,
+};
+use bulkhead_vmm_api::{RateLimits, Request, Response};
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
+pub use save::{Leave, SaveError, SaveOptions};
+pub(crate) use saved::Check;
+pub use saved::{Digests, MachineSpec, OpenMachine, SavedError, SavedMachine, Shape};
 pub(crate) use stream::{InputStream, OutputStream};
-pub use vmm::{Death, control::ControlError};
+pub use vmm::{
+    Death,
+    cgroup::{Cgroup, CgroupError, HostLimits},
+    control::ControlError,
+};
 
+use crate::phases::Timeline;
 use agent::Agent;
 use dir::{IDENTITY, SandboxDir};
+use template::TemplateUse;
 use vmm::{
-    control::Control,
+    control::{ANSWER_WITHIN, Control},
     process::{Process, read_identity},
 };
 
@@ -95,12 +109,63 @@ pub struct SandboxSpec {
     pub initramfs: PathBuf,
     /// The guest kernel's command line.
     pub cmdline: String,
-    /// The writable layer, open for reading and writing.
-    pub disk: File,
+    /// The writable layer, open for reading and writing; None: the slot stays empty.
+    pub disk: Option<File>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
     /// The taps that it has from the beginning.
     pub nics: Vec<Nic>,
+    /// Where the stages of the boot are marked.
+    pub timeline: Arc<Timeline>,
+    /// `/dev/kvm`.
+    pub kvm: PathBuf,
+    /// What the VMM may use of the host.
+    pub limits: HostLimits,
+    /// Where its machine comes from.
+    pub origin: Origin,
+}
+
+/// Where a sandbox's machine comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// Its kernel is booted.
+    Cold,
+    /// A template's clone, if there is a template by now; else its kernel is booted, and a template made for
+    /// those that follow.
+    Template(TemplateUse),
+    /// A saved machine, which must be of the same shape.
+    Saved {
+        /// Its files.
+        machine: OpenMachine,
+        /// What becomes of the containers in it.
+        containers: Vec<ContainerIdentity>,
+    },
+}
+
+impl SandboxSpec {
+    /// What its machine is made of.
+    #[must_use]
+    pub fn machine(&self) -> MachineSpec {
+        MachineSpec {
+            program: self.program.clone(),
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            cmdline: self.cmdline.clone(),
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            devices: plan::devices(),
+            kvm: self.kvm.clone(),
+        }
+    }
+}
+
+/// How fast a sandbox's devices may be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// The writable layer.
+    pub disk: RateLimits,
+    /// Each network interface.
+    pub net: RateLimits,
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.
@@ -192,15 +257,29 @@ impl Sandbox {
             Ok(None) => return Err(AdoptError::Dead(Death::read(&dir, None))),
             Err(error) => return Err(AdoptError::Mute(error.to_string())),
         };
+        let control = Control::default();
+        let connect = async {
+            if !dir.is_saving() {
+                return Ok(Agent::connect(&dir).await?);
+            }
+            wake(&control, &dir).await?;
+            let (agent, events) = Agent::connect(&dir).await?;
+            // The guest cannot know that it is no copy, and so gets what a copy gets; its containers are as
+            // they were.
+            plan::personalize(&agent, Vec::new()).await?;
+            agent.call(Call::Thaw).await?;
+            dir.unmark_saving().map_err(|e| BootError::io("cannot note that the machine runs", e))?;
+            Ok::<_, BootError>((agent, events))
+        };
         let connected = tokio::select! {
             biased;
             status = process.ended() => return Err(AdoptError::Dead(Death::read(&dir, status))),
-            connected = tokio::time::timeout(ADOPT_WITHIN, Agent::connect(&dir)) => connected,
+            connected = tokio::time::timeout(ADOPT_WITHIN, connect) => connected,
         };
         match connected {
             Ok(Ok((agent, events))) => {
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                Ok((Self { id: id.to_owned(), dir, process, control: Control::default(), agent }, events))
+                Ok((Self { id: id.to_owned(), dir, process, control, agent }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
             Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
@@ -215,6 +294,30 @@ impl Sandbox {
     /// The VMM's pid, for people.
     pub fn pid(&self) -> i32 {
         self.process.pid()
+    }
+
+    /// The executable that its VMM runs, where `current` is no longer that.
+    pub(crate) fn program(&self, current: PathBuf) -> PathBuf {
+        use std::os::unix::fs::MetadataExt;
+        let running = PathBuf::from(format!("/proc/{}/exe", self.pid()));
+        let same = |a: &std::fs::Metadata, b: &std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        match (std::fs::metadata(&running), std::fs::metadata(&current)) {
+            (Ok(running_file), Ok(file)) if !same(&running_file, &file) => running,
+            _ => current,
+        }
+    }
+
+    /// Lets containers run on that were left frozen when the machine was saved.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub(crate) async fn thaw(&self) -> Result<(), CallError> {
+        self.call(Call::Thaw).await?;
+        if let Err(error) = self.dir.unmark_saving() {
+            // A later daemon then wakes a guest that is awake, which changes nothing.
+            tracing::warn!(sandbox = self.id, %error, "it could not be noted that a machine runs on");
+        }
+        Ok(())
     }
 
     /// What its agent said of itself.
@@ -234,8 +337,31 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn control(&self, request: &Request) -> Result<bulkhead_vmm_api::Response, ControlError> {
-        self.control.call(&self.dir, request, None).await
+    pub async fn control(&self, request: &Request) -> Result<Response, ControlError> {
+        self.control.call(&self.dir, request, &[], ANSWER_WITHIN).await
+    }
+
+    /// Limits what its VMM gets of the host's CPUs, from now on. A VMM without a control group of its own has
+    /// no such limits; the guest's own cgroups then hold the workload alone.
+    ///
+    /// # Errors
+    /// [`CgroupError`].
+    pub fn limit_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+        match Cgroup::of_process(self.pid(), &self.id) {
+            Some(group) => group.update_cpus(limits),
+            None => {
+                tracing::debug!(sandbox = self.id, "a VMM has no control group to be limited by");
+                Ok(())
+            }
+        }
+    }
+
+    /// Limits its devices, from now on.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn set_rates(&self, rates: Rates) -> Result<(), ControlError> {
+        plan::set_rates(&self.control, &self.dir, rates).await
     }
 
     /// A connection for the guest's name queries ([`bulkhead_agent_api::names`]); an earlier one ends.
@@ -295,6 +421,9 @@ impl Sandbox {
     /// off within `grace` is killed.
     pub async fn shut_down(&self, grace: Duration) {
         let off = async {
+            // What is still to be written must not wait for the rate at which a workload may write.
+            let _ = self.set_rates(Rates::default()).await;
+            let _ = self.limit_cpus(&HostLimits::default());
             // The answer is the connection's end; the process's end is what counts.
             let _ = self.agent.call(Call::Shutdown).await;
             self.process.ended().await;
@@ -313,6 +442,15 @@ impl Sandbox {
             tracing::error!(path = %self.dir.path().display(), %error, "a sandbox's directory stays behind");
         }
     }
+}
+
+/// Lets a machine run that an earlier daemon paused to save it, and then died.
+async fn wake(control: &Control, dir: &SandboxDir) -> Result<(), ControlError> {
+    let status = control.call(dir, &Request::Status, &[], ANSWER_WITHIN).await?;
+    if matches!(status, Response::Status(status) if status.paused) {
+        control.call(dir, &Request::Resume, &[], ANSWER_WITHIN).await?;
+    }
+    Ok(())
 }
 
 /// Kills a sandbox by its directory alone and removes it.

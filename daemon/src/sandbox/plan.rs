@@ -1,35 +1,43 @@
-//! Boots a sandbox as a list of steps, each with its undo: when one fails, or the boot is given up half-way,
+//! Brings a sandbox up as a list of steps, each with its undo: when one fails, or the start is given up half-way,
 //! those before it are undone in reverse and nothing is left.
 //!
 //! ```text
-//!  1 directory            undo: remove it
-//!  2 spawn the VMM        undo: kill it
-//!  3 attach disk, taps, layers(while the guest boots; goes with the VMM)
-//!  4 wait for Hello       or for the VMM's death
-//!  5 set the clock
+//!    cold                                    restored: a template's clone, or a saved machine
+//!  1 directory                               directory              undo: remove it
+//!  2 spawn the VMM                           spawn the VMM          undo: kill it
+//!  3 attach disk, taps, layers (as it boots) attach disk, taps, layers, resume
+//!  4 wait for Hello                          connect to the agent   or hear of the VMM's death
+//!  5 personalize                             personalize, thaw
 //! ```
+//! A clone that does not come up is no failure of the sandbox: its template is discarded, and the kernel is
+//! booted.
 
 use std::{
     fs::File,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use bulkhead_agent_api::{Call, Event};
-use bulkhead_vmm_api::{BlockConfig, DeviceConfig, FsConfig, NetConfig, Request, ShareKind, VsockConfig};
+use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
+use bulkhead_vmm_api::{
+    BlockConfig, DeviceConfig, FsConfig, LimitedDevice, NetConfig, Request, ShareKind, VsockConfig,
+};
 use tokio::sync::mpsc;
 
+use crate::phases::Stage;
+
 use super::{
-    BootError, DISK, NICS, Nic, Sandbox, SandboxSpec, TAG,
+    BootError, CallError, ConnectError, ControlError, DISK, NICS, Nic, Origin, Rates, Sandbox, SandboxSpec,
+    TAG,
     agent::Agent,
     dir::SandboxDir,
     vmm::{
         Death,
-        control::{Control, ControlError},
+        control::{ANSWER_WITHIN, Control},
         process::Process,
-        spawn::{Launch, spawn},
+        spawn::{Launch, StartFiles, spawn},
     },
 };
 
@@ -37,73 +45,202 @@ use super::{
 /// that takes longer hangs.
 const HELLO_WITHIN: Duration = Duration::from_secs(120);
 
+/// How long a restored guest may take to be ready: it has nothing to boot.
+const RESTORED_WITHIN: Duration = Duration::from_secs(30);
+
 /// The context id of every guest: its vsock reaches its own VMM and nothing else, so they need not differ.
 const GUEST_CID: u64 = 3;
 
-pub(super) async fn boot(spec: SandboxSpec) -> Result<(Sandbox, mpsc::Receiver<Event>), BootError> {
-    let mut undo = Undo::default();
+type Booted = (Sandbox, mpsc::Receiver<Event>);
 
-    let path = spec.parent.join(&spec.id);
-    let dir = SandboxDir::create(path.clone()).map_err(|e| BootError::io("cannot make the directory", e))?;
-    let dir = Arc::new(dir);
-    undo.push({
-        let dir = Arc::clone(&dir);
-        move || {
-            if let Err(error) = dir.remove() {
-                tracing::error!(path = %dir.path().display(), %error, "a sandbox's directory stays behind");
-            }
+pub(super) async fn boot(spec: SandboxSpec) -> Result<Booted, BootError> {
+    match &spec.origin {
+        Origin::Cold => cold(&spec).await,
+        Origin::Saved { machine, containers } => {
+            let files = machine.try_clone().map_err(|e| BootError::io("cannot take the saved machine", e))?;
+            restored(&spec, files.into(), containers.clone()).await
         }
-    });
+        Origin::Template(templates) => {
+            let (machine, domain) = (spec.machine(), templates.domain.clone());
+            if let Some(template) = templates.store.find(&machine, domain.as_deref()) {
+                match restored(&spec, template.files.into(), Vec::new()).await {
+                    Ok(booted) => return Ok(booted),
+                    Err(error) => templates.store.discard(&template.key, &error.to_string()),
+                }
+            }
+            let booted = cold(&spec).await?;
+            templates.store.want(machine, domain);
+            Ok(booted)
+        }
+    }
+}
 
-    let launch = Launch {
-        program: &spec.program,
-        name: &spec.id,
-        vcpus: spec.vcpus,
-        memory_mib: spec.memory_mib,
+impl From<super::OpenMachine> for StartFiles {
+    fn from(machine: super::OpenMachine) -> Self {
+        Self::Restore { state: machine.state, memory: machine.memory }
+    }
+}
+
+async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
+    let start = StartFiles::Boot {
         kernel: open("the guest kernel", &spec.kernel)?,
         initramfs: open("the initramfs", &spec.initramfs)?,
         cmdline: spec.cmdline.clone(),
-        devices: devices(),
     };
-    let process = spawn(&dir, launch)
-        .map_err(|e| BootError::io(&format!("cannot start the VMM {}", spec.program.display()), e))?;
-    let process = Arc::new(process);
-    undo.push({
-        let process = Arc::clone(&process);
-        move || {
-            process.kill();
-            // Somebody must stay to reap it.
-            tokio::spawn(async move { process.ended().await });
+    let ready = async |vmm: &Vmm| {
+        vmm.attach(spec, false).await?;
+        let (agent, events) = Agent::awaited(&vmm.dir).await?;
+        spec.timeline.mark(Stage::Greeted);
+        personalize(&agent, Vec::new()).await?;
+        spec.timeline.mark(Stage::Personalised);
+        Ok((agent, events))
+    };
+    Vmm::spawn(spec, start)?.up(HELLO_WITHIN, ready).await
+}
+
+async fn restored(
+    spec: &SandboxSpec,
+    start: StartFiles,
+    containers: Vec<ContainerIdentity>,
+) -> Result<Booted, BootError> {
+    let ready = async |vmm: &Vmm| {
+        // At once: a connection waits in the VMM until the guest runs.
+        let ((), named) = tokio::try_join!(vmm.attach(spec, true), vmm.named(spec, containers))?;
+        Ok(named)
+    };
+    Vmm::spawn(spec, start)?.up(RESTORED_WITHIN, ready).await
+}
+
+/// How soon a restored guest is asked again.
+const AGAIN: Duration = Duration::from_millis(2);
+
+/// A VMM that is coming up; dropped, nothing is left of it.
+struct Vmm {
+    id: String,
+    dir: Arc<SandboxDir>,
+    process: Arc<Process>,
+    control: Control,
+    undo: Undo,
+}
+
+impl Vmm {
+    fn spawn(spec: &SandboxSpec, start: StartFiles) -> Result<Self, BootError> {
+        let mut undo = Undo::default();
+        let path = spec.parent.join(&spec.id);
+        let dir = SandboxDir::create(path).map_err(|e| BootError::io("cannot make the directory", e))?;
+        let dir = Arc::new(dir);
+        undo.push({
+            let dir = Arc::clone(&dir);
+            move || {
+                if let Err(error) = dir.remove() {
+                    tracing::error!(path = %dir.path().display(), %error, "a sandbox's directory stays behind");
+                }
+            }
+        });
+        let launch = Launch {
+            program: &spec.program,
+            name: &spec.id,
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            start,
+            kvm: open_kvm(&spec.kvm)?,
+            devices: devices(),
+        };
+        let process = spawn(&dir, launch)
+            .map_err(|e| BootError::io(&format!("cannot start the VMM {}", spec.program.display()), e))?;
+        let process = Arc::new(process);
+        undo.push({
+            let process = Arc::clone(&process);
+            move || {
+                process.kill();
+                // Somebody must stay to reap it.
+                tokio::spawn(async move { process.ended().await });
+            }
+        });
+        spec.timeline.mark(Stage::Spawned);
+        Ok(Self { id: spec.id.clone(), dir, process, control: Control::default(), undo })
+    }
+
+    /// Attaches what is the sandbox's own, and lets a restored machine run.
+    async fn attach(&self, spec: &SandboxSpec, resume: bool) -> Result<(), BootError> {
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for (name, path) in &spec.layers {
+            layers.push((name, open("the layer", path)?));
         }
-    });
+        let disk = spec
+            .disk
+            .iter()
+            .map(|disk| (Request::AttachDisk { id: DISK.into(), read_only: false }, Some(disk.as_fd())));
+        let nics = spec.nics.iter().map(attach_tap);
+        let layers = layers.iter().map(|(name, layer)| {
+            let name = (*name).clone();
+            (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
+        });
+        let resume = resume.then_some((Request::Resume, None));
+        let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
+            disk.chain(nics).chain(layers).chain(resume).collect();
+        self.control.call_all(&self.dir, &requests).await?;
+        spec.timeline.mark(Stage::Attached);
+        Ok(())
+    }
 
-    let control = Control::default();
-    let ready = async {
-        attach(&control, &dir, &spec).await?;
-        let (agent, events) = Agent::awaited(&dir).await?;
-        set_clock(&agent).await?;
-        Ok::<_, BootError>((agent, events))
-    };
-    let (agent, events) = tokio::select! {
-        biased;
-        status = process.ended() => return Err(BootError::Died(Box::new(Death::read(&dir, status)))),
-        ready = tokio::time::timeout(HELLO_WITHIN, ready) => match ready {
-            Ok(Ok(ready)) => ready,
-            // A VMM that dies takes its sockets along: its own words tell more than theirs.
-            Ok(Err(error)) => return Err(match settled(&process).await {
-                Some(status) => BootError::Died(Box::new(Death::read(&dir, status))),
-                None => error,
-            }),
-            Err(_) => return Err(BootError::Silent(console(&control, &dir).await)),
-        },
-    };
+    /// Connects to a restored guest's agent and makes the guest one of its own.
+    async fn named(
+        &self,
+        spec: &SandboxSpec,
+        containers: Vec<ContainerIdentity>,
+    ) -> Result<(Agent, mpsc::Receiver<Event>), BootError> {
+        loop {
+            let named = async {
+                let (agent, events) = Agent::connect(&self.dir).await?;
+                spec.timeline.mark(Stage::Greeted);
+                // Thawed without a wait in between: an agent that was not given a name does not obey.
+                let (named, thawed) =
+                    tokio::join!(personalize(&agent, containers.clone()), agent.call(Call::Thaw));
+                named?;
+                thawed?;
+                spec.timeline.mark(Stage::Personalised);
+                Ok::<_, BootError>((agent, events))
+            };
+            match named.await {
+                // The guest has taken the new connection for one of the old, which end when it is restored.
+                Err(BootError::Call(CallError::Gone) | BootError::Connect(ConnectError::Io(_))) => {
+                    tokio::time::sleep(AGAIN).await;
+                }
+                named => return named,
+            }
+        }
+    }
 
-    undo.disarm();
-    Ok((Sandbox { id: spec.id, dir, process, control, agent }, events))
+    /// Waits until it is `ready`, within bounds, or for its death.
+    async fn up(
+        self,
+        within: Duration,
+        ready: impl AsyncFnOnce(&Self) -> Result<(Agent, mpsc::Receiver<Event>), BootError>,
+    ) -> Result<Booted, BootError> {
+        let (process, dir) = (Arc::clone(&self.process), Arc::clone(&self.dir));
+        let died = |status| BootError::Died(Box::new(Death::read(&dir, status)));
+        let (agent, events) = tokio::select! {
+            biased;
+            status = process.ended() => return Err(died(status)),
+            ready = tokio::time::timeout(within, ready(&self)) => match ready {
+                Ok(Ok(ready)) => ready,
+                // A VMM that dies takes its sockets along: its own words tell more than theirs.
+                Ok(Err(error)) => return Err(match settled(&process).await {
+                    Some(status) => died(status),
+                    None => error,
+                }),
+                Err(_) => return Err(BootError::Silent(console(&self.control, &dir).await)),
+            },
+        };
+        let Self { id, dir, process, control, undo, .. } = self;
+        undo.disarm();
+        Ok((Sandbox { id, dir, process, control, agent }, events))
+    }
 }
 
 /// The machine of every sandbox: nothing in it belongs to one container.
-fn devices() -> DeviceConfig {
+pub(super) fn devices() -> DeviceConfig {
     DeviceConfig {
         block: vec![BlockConfig { id: DISK.into() }],
         fs: vec![FsConfig { tag: TAG.into() }],
@@ -117,31 +254,41 @@ fn open(what: &str, path: &Path) -> Result<File, BootError> {
     File::open(path).map_err(|e| BootError::io(&format!("cannot open {what} {}", path.display()), e))
 }
 
-async fn attach(control: &Control, dir: &SandboxDir, spec: &SandboxSpec) -> Result<(), BootError> {
-    let request = Request::AttachDisk { id: DISK.into(), read_only: false };
-    control.call(dir, &request, Some(spec.disk.as_fd())).await?;
-    for nic in &spec.nics {
-        plug(control, dir, nic).await?;
-    }
-    for (name, path) in &spec.layers {
-        let layer = open("the layer", path)?;
-        let request = Request::AttachShare { tag: TAG.into(), name: name.clone(), kind: ShareKind::Layer };
-        control.call(dir, &request, Some(layer.as_fd())).await?;
+fn open_kvm(path: &Path) -> Result<File, BootError> {
+    let opened = File::options().read(true).write(true).open(path);
+    opened.map_err(|e| BootError::io(&format!("cannot open {}", path.display()), e))
+}
+
+/// Tells the VMM how fast its devices may be.
+pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates) -> Result<(), ControlError> {
+    let disk = (LimitedDevice::Block { id: DISK.into() }, rates.disk);
+    let net = devices().net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
+    for (device, limits) in std::iter::once(disk).chain(net) {
+        control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
     }
     Ok(())
 }
 
-/// Gives a network slot its tap.
-pub(super) async fn plug(control: &Control, dir: &SandboxDir, nic: &Nic) -> Result<(), ControlError> {
+/// A network slot's tap as a request.
+fn attach_tap(nic: &Nic) -> (Request, Option<BorrowedFd<'_>>) {
     let Nic { slot, tap, mac, mtu } = nic;
-    let request = Request::AttachTap { id: super::nic(*slot), mac: *mac, mtu: *mtu };
-    control.call(dir, &request, Some(tap.as_fd())).await.map(drop)
+    (Request::AttachTap { id: super::nic(*slot), mac: *mac, mtu: *mtu }, Some(tap.as_fd()))
 }
 
-async fn set_clock(agent: &Agent) -> Result<(), BootError> {
+/// Gives a network slot its tap.
+pub(super) async fn plug(control: &Control, dir: &SandboxDir, nic: &Nic) -> Result<(), ControlError> {
+    control.call_all(dir, &[attach_tap(nic)]).await.map(drop)
+}
+
+/// Makes the guest one of its own: fresh entropy, the time, its containers' names.
+pub(super) async fn personalize(agent: &Agent, containers: Vec<ContainerIdentity>) -> Result<(), BootError> {
+    let mut entropy = vec![0; MIN_ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|e| BootError::io("no entropy", std::io::Error::other(e)))?;
+
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let unix_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-    agent.call(Call::SetClock { unix_ns }).await.map(drop)?;
+    let identity = Identity { entropy, unix_ns, hostname: String::new(), containers };
+    agent.call(Call::Personalize(Box::new(identity))).await.map(drop)?;
     Ok(())
 }
 
@@ -151,7 +298,7 @@ async fn settled(process: &Process) -> Option<Option<String>> {
 }
 
 async fn console(control: &Control, dir: &SandboxDir) -> String {
-    match control.call(dir, &Request::Console, None).await {
+    match control.call(dir, &Request::Console, &[], ANSWER_WITHIN).await {
         Ok(bulkhead_vmm_api::Response::Console { text }) => {
             text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default().to_owned()
         }
@@ -161,10 +308,10 @@ async fn console(control: &Control, dir: &SandboxDir) -> String {
 
 /// What has been done and can be undone, latest last.
 #[derive(Default)]
-struct Undo(Vec<Box<dyn FnOnce() + Send>>);
+struct Undo(Vec<Box<dyn FnOnce() + Send + Sync>>);
 
 impl Undo {
-    fn push(&mut self, step: impl FnOnce() + Send + 'static) {
+    fn push(&mut self, step: impl FnOnce() + Send + Sync + 'static) {
         self.0.push(Box::new(step));
     }
 
@@ -182,12 +329,42 @@ impl Drop for Undo {
     }
 }
 
+/// A sandbox that ends with this, however that ends.
+pub(super) struct Ends(Arc<Sandbox>);
+
+impl Ends {
+    pub(super) fn new(sandbox: Sandbox) -> Self {
+        Self(Arc::new(sandbox))
+    }
+}
+
+impl std::ops::Deref for Ends {
+    type Target = Sandbox;
+
+    fn deref(&self) -> &Sandbox {
+        &self.0
+    }
+}
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.kill();
+        let sandbox = Arc::clone(&self.0);
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { sandbox.destroy().await });
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::sandbox::{dir::IDENTITY, vmm::process::read_identity};
+    use crate::{
+        phases::{Timeline, TimelineKind},
+        sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity},
+    };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
         let file = base.join("vmm");
@@ -202,9 +379,13 @@ mod tests {
             kernel: "/dev/null".into(),
             initramfs: "/dev/null".into(),
             cmdline: String::new(),
-            disk: File::open("/dev/null").unwrap(),
+            disk: Some(File::open("/dev/null").unwrap()),
             layers: vec![],
             nics: vec![],
+            timeline: Timeline::begin("c", TimelineKind::Run),
+            kvm: "/dev/null".into(),
+            limits: HostLimits::default(),
+            origin: Origin::Cold,
         }
     }
 

@@ -32,6 +32,19 @@
 //!   the workload has closed its end. A connection that is replaced by a second is dropped with what was
 //!   not yet taken from it.
 //!
+//! **A machine that is to be saved** is made quiet first, and a copy of it is told who it is before anything
+//! in it runs:
+//! ```text
+//!              Quiesce: containers frozen, disks flushed        Thaw (on the connection that made it quiet)
+//!   awake ────────────────────────────────────────▶ quiet ─────────────────────────────────────────▶ awake
+//!                                                     │ any other connection: a copy, or a later daemon
+//!                                                     ▼
+//!                                                  nameless ── Personalize ──▶ quiet, named ── Thaw ──▶ awake
+//! ```
+//! A nameless agent refuses every call but [`Call::Personalize`] and [`Call::Shutdown`]. It cannot know whether
+//! it is the original or a copy, so it need not: whoever has not been there since [`Call::Quiesce`] personalizes.
+//! What is quiet starts nothing; it answers [`Call::State`], and streams flow.
+//!
 //! **What the runtime spec leaves open** is settled by names in this crate: whose passwd file knows a
 //! user's name ([`USER`]), which groups are added ([`GROUP_ADD_ANNOTATION`]), who is PID 1
 //! ([`INIT_ANNOTATION`]).
@@ -179,6 +192,29 @@ pub enum Call {
         /// The container's id.
         container: String,
     },
+    /// Freezes every process of a container: those that run, and those started while it is frozen. Answered
+    /// when all of them stand still. Nothing if it is frozen already.
+    Pause {
+        /// The container's id.
+        container: String,
+    },
+    /// Lets a frozen container run on. Nothing if it is not frozen.
+    Resume {
+        /// The container's id.
+        container: String,
+    },
+    /// Changes the limits of a container that was created: those that are given are set, all others stay.
+    Update {
+        /// The container's id.
+        container: String,
+        /// The limits; devices are ignored.
+        resources: Box<runtime::LinuxResources>,
+    },
+    /// What a container uses. Answer: [`Answer::Stats`].
+    Stats {
+        /// The container's id.
+        container: String,
+    },
     /// Forgets an ended exec, or with `exec: None` a whole container whose first process has ended: kills
     /// what is left of it, unmounts its root and flushes its disk.
     Delete {
@@ -213,6 +249,78 @@ pub enum Call {
     /// Kills everything, unmounts, flushes and powers the machine off. There is no answer but the
     /// connection's end.
     Shutdown,
+    /// Makes the machine one of its own: the first call to a copy of a machine, before anything of it runs on.
+    /// Also good for a machine that was booted. The kernel's random generator is reseeded before the rest is
+    /// looked at.
+    Personalize(Box<Identity>),
+    /// Freezes every container and flushes every disk, so that the machine can be saved. Refused
+    /// ([`ErrorKind::Conflict`]) while a process is being started or a container is being made, and
+    /// ([`ErrorKind::Internal`]) when a process cannot be frozen; then nothing is frozen.
+    Quiesce,
+    /// Lets the containers run on.
+    Thaw,
+}
+
+/// The least entropy that an [`Identity`] brings, in bytes: twice what the kernel's generator holds.
+pub const MIN_ENTROPY: usize = 64;
+
+/// The most, in bytes.
+pub const MAX_ENTROPY: usize = 512;
+
+/// What must differ from one machine to the next, although both are copies of a third.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Fresh from the host's generator, [`MIN_ENTROPY`] to [`MAX_ENTROPY`] bytes: credited in full to the guest
+    /// kernel's, which is then reseeded.
+    pub entropy: Vec<u8>,
+    /// The wall clock: nanoseconds since the Unix epoch.
+    pub unix_ns: u64,
+    /// The machine's own host name, which a container without a UTS namespace sees. Empty: as it is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub hostname: String,
+    /// For each container that the copy holds and that becomes another.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub containers: Vec<ContainerIdentity>,
+}
+
+impl std::fmt::Debug for Identity {
+    /// Without the entropy: it seeds every secret of the guest's and belongs into no log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Identity")
+            .field("unix_ns", &self.unix_ns)
+            .field("hostname", &self.hostname)
+            .field("containers", &self.containers)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What becomes of a container in a copied machine. It keeps its id towards the agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerIdentity {
+    /// Its id.
+    pub container: String,
+    /// Its new host name. Empty, or without a UTS namespace of its own: as it is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub hostname: String,
+    /// New contents of [`Create::files`], by path; a path that was not injected is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<InjectedFile>,
+    /// Whether its execs are killed: who asked for them has no connection to the copy.
+    #[serde(default)]
+    pub end_execs: bool,
+    /// What of its first process's output is known already or is not this copy's: as far as the copy holds it,
+    /// it is dropped, and offsets count from 0 after it. None: output is as it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known: Option<KnownOutput>,
+}
+
+/// How many bytes of a process's output are not to come again. More than there were: all of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownOutput {
+    /// Of stdout, or of the terminal.
+    pub stdout: u64,
+    /// Of stderr.
+    pub stderr: u64,
 }
 
 /// A container as the agent is to build it.
@@ -333,6 +441,107 @@ pub enum Answer {
         /// One each.
         processes: Vec<ProcessInfo>,
     },
+    /// To [`Call::Stats`].
+    Stats(Box<Stats>),
+}
+
+/// What a container uses, by its cgroup in the guest. Times are microseconds of guest processors, sizes are
+/// bytes, counters begin with the container's creation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Stats {
+    /// Processor time.
+    pub cpu: CpuStats,
+    /// Memory.
+    pub memory: MemoryStats,
+    /// Processes and threads now.
+    pub pids: u64,
+    /// The most there may be; None: no limit.
+    pub pids_limit: Option<u64>,
+    /// Block devices.
+    pub io: Vec<IoStats>,
+    /// Network interfaces of the container but its loopback, by name.
+    pub networks: Vec<(String, NetworkStats)>,
+}
+
+/// Processor time of a container.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CpuStats {
+    /// In all.
+    pub usage_us: u64,
+    /// In user mode.
+    pub user_us: u64,
+    /// In the guest kernel.
+    pub system_us: u64,
+    /// Periods of the quota in which something ran.
+    pub periods: u64,
+    /// Those in which it was held back.
+    pub throttled_periods: u64,
+    /// How long it was held back.
+    pub throttled_us: u64,
+    /// Processors of the guest that are on line.
+    pub online: u32,
+}
+
+/// Memory of a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryStats {
+    /// Now, page cache included.
+    pub usage: u64,
+    /// The limit; None: no limit but the guest's memory.
+    pub limit: Option<u64>,
+    /// All of the guest's memory.
+    pub total: u64,
+    /// How often it ran out: the limit was hit, and nothing could be reclaimed.
+    pub limit_hits: u64,
+    /// The kernel's `memory.stat`.
+    pub stat: Vec<(String, u64)>,
+}
+
+/// A container's use of one block device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct IoStats {
+    /// Of the device number.
+    pub major: u32,
+    /// Of the device number.
+    pub minor: u32,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Bytes discarded.
+    pub discarded_bytes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Discards.
+    pub discards: u64,
+}
+
+/// A container's use of one network interface.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetworkStats {
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Frames received.
+    pub rx_packets: u64,
+    /// Frames received with errors.
+    pub rx_errors: u64,
+    /// Frames dropped on reception.
+    pub rx_dropped: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Frames sent.
+    pub tx_packets: u64,
+    /// Frames not sent for errors.
+    pub tx_errors: u64,
+    /// Frames dropped on sending.
+    pub tx_dropped: u64,
 }
 
 /// A container as the agent knows it.
@@ -344,6 +553,9 @@ pub struct ContainerState {
     pub init: Option<ProcessState>,
     /// Its execs by id.
     pub execs: Vec<(String, ProcessState)>,
+    /// Whether [`Call::Pause`] has frozen it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
 }
 
 /// A process's state.

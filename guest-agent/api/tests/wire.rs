@@ -3,8 +3,9 @@
 //! this test shows is a new version.
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit, FromAgent, Gateway,
-    Hello, InjectedFile, Interface, InterfaceAddress, ProcessId, ProcessInfo, ProcessState, Rootfs, Stdio,
+    AgentError, Answer, Call, ContainerIdentity, ContainerState, CpuStats, Create, Disk, ErrorKind, Event,
+    Exit, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface, InterfaceAddress, IoStats,
+    KnownOutput, MemoryStats, NetworkStats, ProcessId, ProcessInfo, ProcessState, Rootfs, Stats, Stdio,
     StreamKind, StreamOpen, StreamReady, ToAgent,
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -80,6 +81,23 @@ fn calls() -> Vec<Call> {
     ]
 }
 
+/// Of machines that are saved and copied.
+fn saving() -> Vec<Call> {
+    let identity = Identity {
+        entropy: vec![0, 1, 255],
+        unix_ns: 1_800_000_000_000_000_001,
+        hostname: "h1".into(),
+        containers: vec![ContainerIdentity {
+            container: "c1".into(),
+            hostname: "h1".into(),
+            files: vec![InjectedFile { path: "/etc/hosts".into(), content: "x\n".into(), mode: 0o644 }],
+            end_execs: true,
+            known: Some(KnownOutput { stdout: 5, stderr: u64::MAX }),
+        }],
+    };
+    vec![Call::Personalize(Box::new(identity)), Call::Quiesce, Call::Thaw]
+}
+
 fn from_agent() -> Vec<FromAgent> {
     let exit = Exit { code: 137, oom_killed: true, unix_ns: 1_800_000_000_000_000_001 };
     let process = ProcessInfo {
@@ -95,6 +113,7 @@ fn from_agent() -> Vec<FromAgent> {
         container: "c1".into(),
         init: Some(ProcessState::Running { pid: 5 }),
         execs: vec![("e1".into(), ProcessState::Exited(exit))],
+        paused: false,
     };
     let answers = [
         Answer::Done,
@@ -117,6 +136,41 @@ fn from_agent() -> Vec<FromAgent> {
     messages
 }
 
+fn stats() -> Stats {
+    Stats {
+        cpu: CpuStats { usage_us: 30, user_us: 10, system_us: 20, online: 2, ..CpuStats::default() },
+        memory: MemoryStats {
+            usage: 4096,
+            limit: Some(8192),
+            stat: vec![("anon".into(), 5)],
+            ..MemoryStats::default()
+        },
+        pids: 3,
+        pids_limit: None,
+        io: vec![IoStats { major: 254, read_bytes: 512, ..IoStats::default() }],
+        networks: vec![("eth0".into(), NetworkStats { rx_bytes: 100, ..NetworkStats::default() })],
+    }
+}
+
+/// Pausing, updating and watching a container.
+fn pausing_and_stats(wire: &mut Wire) {
+    for call in [
+        Call::Pause { container: "c1".into() },
+        Call::Resume { container: "c1".into() },
+        Call::Update {
+            container: "c1".into(),
+            resources: Box::new(serde_json::from_str(r#"{"pids":{"limit":7}}"#).unwrap()),
+        },
+        Call::Stats { container: "c1".into() },
+    ] {
+        wire.message(&ToAgent { id: 9, call });
+    }
+    let paused = ContainerState { container: "c1".into(), init: None, execs: vec![], paused: true };
+    for answer in [Answer::State { containers: vec![paused] }, Answer::Stats(Box::new(stats()))] {
+        wire.message(&FromAgent::Answer { id: 9, result: Ok(answer) });
+    }
+}
+
 #[test]
 fn every_message_is_as_it_was() {
     let mut wire = Wire::default();
@@ -136,6 +190,10 @@ fn every_message_is_as_it_was() {
         error: Some(AgentError { kind: ErrorKind::Conflict, message: "why".into() }),
     });
     wire.message(&StreamOpen { process: init(), stream: StreamKind::Stdout, from: None });
+    pausing_and_stats(&mut wire);
+    for call in saving() {
+        wire.message(&ToAgent { id: 9, call });
+    }
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);
     }

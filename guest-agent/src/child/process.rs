@@ -169,7 +169,7 @@ fn resource(kind: PosixRlimitType) -> Resource {
 
 fn install(filter: Option<&Filter>) -> Result<()> {
     let Some(filter) = filter else { return Ok(()) };
-    sys::install_seccomp(&filter.program, filter.flags).context("install the seccomp filter")
+    bulkhead_bpf::install(&filter.program, filter.flags).context("install the seccomp filter")
 }
 
 /// Sets ids and all five sets of capabilities.

@@ -1,36 +1,27 @@
-//! OCI seccomp profiles as BPF programs.
+//! OCI seccomp profiles as BPF programs (crate `bulkhead-bpf`).
 //!
 //! ```text
-//!   load architecture ── unknown ──▶ kill
+//!   architecture ── unknown ──▶ kill
 //!     │ one block for each interface of the profile
 //!     ▼
-//!   load call number, binary search over ranges that share a verdict
+//!   call number
 //!     ├─▶ allow / errno / kill …
 //!     ├─▶ rules on arguments, the first that holds decides, else the call's or the default verdict
 //!     └─▶ ENOSYS for calls newer than any that the profile names
 //! ```
-//!
-//! A search tree, because the kernel runs the filter for every call number when it is installed, to find
-//! those that are always allowed: what counts at start is the depth.
-
-mod assembler;
 
 use std::collections::{BTreeMap, HashMap};
 
+use bulkhead_bpf::{Condition, Instruction, MAX_PROGRAM, Operator, Ranges, Verdict};
 use oci_spec::runtime::{
-    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSyscall,
+    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
+    LinuxSyscall,
 };
-
-pub use assembler::Instruction;
-use assembler::{Condition, Verdict};
 
 use crate::{
     arch::{ABIS, Abi, FIRST_FOREIGN},
     error::{Result, invalid},
 };
-
-/// The longest program the kernel takes (`BPF_MAXINSNS`).
-const MAX_PROGRAM: usize = 4096;
 
 const KILL_PROCESS: u32 = libc::SECCOMP_RET_KILL_PROCESS;
 const ENOSYS: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
@@ -55,7 +46,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
         let calls = verdicts(profile, &abi, default)?;
         blocks.push((abi.audit, ranges(calls, default)));
     }
-    let program = assembler::program(&blocks, KILL_PROCESS);
+    let program = bulkhead_bpf::program(&blocks, KILL_PROCESS);
     if program.len() > MAX_PROGRAM {
         return Err(invalid("the seccomp profile is too long for the kernel"));
     }
@@ -147,29 +138,31 @@ fn alternatives(rule: &LinuxSyscall) -> Result<Vec<Vec<Condition>>> {
 }
 
 fn condition(arg: &LinuxSeccompArg) -> Result<Condition> {
-    Condition::new(arg.index(), arg.op(), arg.value(), arg.value_two().unwrap_or(0))
+    Condition::new(arg.index(), operator(arg.op()), arg.value(), arg.value_two().unwrap_or(0))
         .ok_or_else(|| invalid("a seccomp rule names an argument over 5"))
 }
 
-/// The whole number space as ranges: where each begins, and its verdict.
-fn ranges(calls: BTreeMap<u32, Verdict>, default: u32) -> Vec<(u32, Verdict)> {
-    let behind = calls.keys().next_back().map_or(0, |last| last + 1);
-    let mut ranges: Vec<(u32, Verdict)> = Vec::new();
-    let mut push = |start: u32, verdict: Verdict| match ranges.last_mut() {
-        Some((at, last)) if *at == start => *last = verdict,
-        Some((_, last)) if *last == verdict => {}
-        _ => ranges.push((start, verdict)),
-    };
-    push(0, Verdict::always(default));
-    for (number, verdict) in calls {
-        push(number, verdict);
-        push(number + 1, Verdict::always(default));
+fn operator(operator: LinuxSeccompOperator) -> Operator {
+    match operator {
+        LinuxSeccompOperator::ScmpCmpNe => Operator::NotEqual,
+        LinuxSeccompOperator::ScmpCmpLt => Operator::Less,
+        LinuxSeccompOperator::ScmpCmpLe => Operator::AtMost,
+        LinuxSeccompOperator::ScmpCmpEq => Operator::Equal,
+        LinuxSeccompOperator::ScmpCmpGe => Operator::AtLeast,
+        LinuxSeccompOperator::ScmpCmpGt => Operator::Greater,
+        LinuxSeccompOperator::ScmpCmpMaskedEq => Operator::Masked,
     }
+}
+
+/// The whole number space: the named calls, the default, and ENOSYS behind them.
+fn ranges(calls: BTreeMap<u32, Verdict>, default: u32) -> Ranges {
+    let behind = calls.keys().next_back().map_or(0, |last| last + 1);
+    let mut ranges = Ranges::new(calls, default);
     // A program that probes for a new call falls back on ENOSYS, and gives up on EPERM.
     if default & libc::SECCOMP_RET_ACTION_FULL < libc::SECCOMP_RET_TRACE || default == KILL_PROCESS {
-        push(behind, Verdict::always(ENOSYS));
+        ranges.begin(behind, Verdict::always(ENOSYS));
     }
-    push(FIRST_FOREIGN, Verdict::always(ENOSYS));
+    ranges.begin(FIRST_FOREIGN, Verdict::always(ENOSYS));
     ranges
 }
 

@@ -1,45 +1,24 @@
-//! The program is run by a small interpreter and compared with a direct reading of the profile.
+//! The program is run by an interpreter and compared with a direct reading of the profile.
 
+use bulkhead_bpf::interpreter::run;
 use oci_spec::runtime::{
-    LinuxSeccompArgBuilder, LinuxSeccompBuilder, LinuxSeccompOperator as Operator, LinuxSyscallBuilder,
+    LinuxSeccompArgBuilder, LinuxSeccompBuilder, LinuxSeccompOperator as Op, LinuxSyscallBuilder,
 };
 use proptest::prelude::*;
 
-use super::{assembler::*, *};
+use super::*;
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const EPERM: u32 = libc::SECCOMP_RET_ERRNO | 1;
 const X86_64: u32 = 0xc000_003e;
 const I386: u32 = 0x4000_0003;
 
-/// Classic BPF as the kernel runs it for seccomp, jumps checked.
-fn run(program: &[Instruction], architecture: u32, number: u32, args: [u64; 6]) -> u32 {
-    let mut data = vec![number, architecture, 0, 0];
-    data.extend(args.iter().flat_map(|arg| [*arg as u32, (*arg >> 32) as u32]));
-    let (mut accumulator, mut at) = (0, 0);
-    loop {
-        let instruction = program[at];
-        at += 1;
-        let mut branch = |taken: bool| at += usize::from(if taken { instruction.jt } else { instruction.jf });
-        match instruction.code {
-            LOAD => accumulator = data[instruction.k as usize / 4],
-            AND => accumulator &= instruction.k,
-            JUMP => at += instruction.k as usize,
-            EQUAL => branch(accumulator == instruction.k),
-            GREATER => branch(accumulator > instruction.k),
-            AT_LEAST => branch(accumulator >= instruction.k),
-            RETURN => return instruction.k,
-            code => panic!("{code:#x}"),
-        }
-    }
-}
-
 fn rule(names: &[&str], action: LinuxSeccompAction, args: Vec<LinuxSeccompArg>) -> LinuxSyscall {
     let names: Vec<String> = names.iter().map(ToString::to_string).collect();
     LinuxSyscallBuilder::default().names(names).action(action).args(args).build().unwrap()
 }
 
-fn arg(index: usize, op: Operator, value: u64, two: u64) -> LinuxSeccompArg {
+fn arg(index: usize, op: Op, value: u64, two: u64) -> LinuxSeccompArg {
     LinuxSeccompArgBuilder::default().index(index).op(op).value(value).value_two(two).build().unwrap()
 }
 
@@ -82,8 +61,8 @@ fn calls_newer_than_the_profile_do_not_exist() {
 
 #[test]
 fn conditions_on_one_argument_are_alternatives_and_on_several_a_conjunction() {
-    let personality = vec![arg(0, Operator::ScmpCmpEq, 8, 0), arg(0, Operator::ScmpCmpEq, u64::MAX, 0)];
-    let socket = vec![arg(0, Operator::ScmpCmpNe, 40, 0), arg(1, Operator::ScmpCmpLt, 5, 0)];
+    let personality = vec![arg(0, Op::ScmpCmpEq, 8, 0), arg(0, Op::ScmpCmpEq, u64::MAX, 0)];
+    let socket = vec![arg(0, Op::ScmpCmpNe, 40, 0), arg(1, Op::ScmpCmpLt, 5, 0)];
     let filter = compile(&profile(vec![
         rule(&["personality"], LinuxSeccompAction::ScmpActAllow, personality),
         rule(&["socket"], LinuxSeccompAction::ScmpActAllow, socket),
@@ -98,7 +77,7 @@ fn conditions_on_one_argument_are_alternatives_and_on_several_a_conjunction() {
 fn what_cannot_be_had_is_refused() {
     let refused = |profile: &LinuxSeccomp| compile(profile).is_err();
     assert!(refused(&profile(vec![rule(&["read"], LinuxSeccompAction::ScmpActNotify, vec![])])));
-    let sixth = vec![arg(6, Operator::ScmpCmpEq, 0, 0)];
+    let sixth = vec![arg(6, Op::ScmpCmpEq, 0, 0)];
     assert!(refused(&profile(vec![rule(&["read"], LinuxSeccompAction::ScmpActAllow, sixth)])));
     let mut foreign = profile(vec![]);
     foreign.set_architectures(Some(vec![Arch::ScmpArchAarch64]));
@@ -111,32 +90,32 @@ fn a_profile_of_every_call_and_a_hundred_rules_fits_the_kernel() {
     names.sort_unstable();
     let filter = compile(&profile(vec![
         allow(&names[100..]),
-        rule(&names[..100], LinuxSeccompAction::ScmpActAllow, vec![arg(2, Operator::ScmpCmpMaskedEq, 7, 1)]),
+        rule(&names[..100], LinuxSeccompAction::ScmpActAllow, vec![arg(2, Op::ScmpCmpMaskedEq, 7, 1)]),
     ]));
     assert!(filter.unwrap().program.len() <= MAX_PROGRAM);
 }
 
-fn holds(op: Operator, value: u64, two: u64, argument: u64) -> bool {
+fn holds(op: Op, value: u64, two: u64, argument: u64) -> bool {
     match op {
-        Operator::ScmpCmpNe => argument != value,
-        Operator::ScmpCmpLt => argument < value,
-        Operator::ScmpCmpLe => argument <= value,
-        Operator::ScmpCmpEq => argument == value,
-        Operator::ScmpCmpGe => argument >= value,
-        Operator::ScmpCmpGt => argument > value,
-        Operator::ScmpCmpMaskedEq => argument & value == two,
+        Op::ScmpCmpNe => argument != value,
+        Op::ScmpCmpLt => argument < value,
+        Op::ScmpCmpLe => argument <= value,
+        Op::ScmpCmpEq => argument == value,
+        Op::ScmpCmpGe => argument >= value,
+        Op::ScmpCmpGt => argument > value,
+        Op::ScmpCmpMaskedEq => argument & value == two,
     }
 }
 
-fn operator() -> impl Strategy<Value = Operator> {
+fn operator() -> impl Strategy<Value = Op> {
     prop::sample::select(vec![
-        Operator::ScmpCmpNe,
-        Operator::ScmpCmpLt,
-        Operator::ScmpCmpLe,
-        Operator::ScmpCmpEq,
-        Operator::ScmpCmpGe,
-        Operator::ScmpCmpGt,
-        Operator::ScmpCmpMaskedEq,
+        Op::ScmpCmpNe,
+        Op::ScmpCmpLt,
+        Op::ScmpCmpLe,
+        Op::ScmpCmpEq,
+        Op::ScmpCmpGe,
+        Op::ScmpCmpGt,
+        Op::ScmpCmpMaskedEq,
     ])
 }
 

@@ -61,11 +61,22 @@ impl Server {
     /// Serves a call; true when it asked for a shutdown.
     pub(super) fn call(&mut self, ToAgent { id, call }: ToAgent) -> bool {
         let epoch = self.control.epoch();
+        if let Err(error) = self.stillness.admit(epoch, &call) {
+            self.control.answer(epoch, id, Err(error));
+            return false;
+        }
         let outcome = match call {
             Call::Shutdown => return true,
             Call::Create(create) => self.create(epoch, id, create),
             Call::Start { container, stdio } => self.start(epoch, id, container, stdio),
             Call::Exec { process, spec, stdio } => self.exec(epoch, id, process, &spec, stdio),
+            Call::Pause { container } => self.pause(epoch, id, container).map(|done| match done {
+                true => Outcome::Answer(Answer::Done),
+                false => Outcome::Later,
+            }),
+            Call::Personalize(identity) => self.personalize(epoch, &identity).map(Outcome::Answer),
+            Call::Quiesce => self.quiesce(epoch).map(Outcome::Answer),
+            Call::Thaw => self.thaw().map(Outcome::Answer),
             call => self.simple(call).map(Outcome::Answer),
         };
         match outcome {
@@ -108,13 +119,10 @@ impl Server {
                 let container = self.containers.get(&container).ok_or_else(no_container)?;
                 return Ok(Answer::Processes { processes: processes::list(&container.cgroup.pids()) });
             }
-            Call::Delete { process } => self.delete(&process)?,
-            Call::SetClock { unix_ns } => {
-                let seconds =
-                    i64::try_from(unix_ns / 1_000_000_000).map_err(|_| invalid("the time is too late"))?;
-                let nanoseconds = (unix_ns % 1_000_000_000) as i64;
-                let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
-                rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")?;
+            Call::Resume { container } => self.resume(&container)?,
+            Call::Update { container, resources } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                container.cgroup.update(&resources)?;
             }
             Call::NetworkConnect(interface) => network::connect(&interface)?,
             Call::NetworkDisconnect { mac } => network::disconnect(mac)?,
@@ -122,7 +130,21 @@ impl Server {
             Call::NetworkFiles { container, files } => {
                 self.containers.get(&container).ok_or_else(no_container)?.rewrite(&files)?;
             }
-            Call::Create(_) | Call::Start { .. } | Call::Exec { .. } | Call::Shutdown => {
+            Call::Stats { container } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                let init = container.init.as_ref().map(|init| init.pid);
+                return Ok(Answer::Stats(Box::new(container.cgroup.stats(init))));
+            }
+            Call::Delete { process } => self.delete(&process)?,
+            Call::SetClock { unix_ns } => set_clock(unix_ns)?,
+            Call::Create(_)
+            | Call::Start { .. }
+            | Call::Exec { .. }
+            | Call::Pause { .. }
+            | Call::Shutdown
+            | Call::Personalize(_)
+            | Call::Quiesce
+            | Call::Thaw => {
                 return Err(invalid("this call is not a simple one"));
             }
         }
@@ -211,6 +233,10 @@ impl Server {
         if !container.init.as_ref().is_some_and(|init| matches!(init.phase, Phase::Running)) {
             return Err(conflict("the container is not running"));
         }
+        if container.paused {
+            // It would be born frozen, and its start never answered.
+            return Err(conflict("the container is paused"));
+        }
         if container.execs.contains_key(exec) {
             return Err(conflict(format!("the exec {exec} exists already")));
         }
@@ -254,7 +280,14 @@ impl Server {
     }
 }
 
-fn no_container() -> AgentError {
+pub(super) fn set_clock(unix_ns: u64) -> Result<()> {
+    let seconds = i64::try_from(unix_ns / 1_000_000_000).map_err(|_| invalid("the time is too late"))?;
+    let nanoseconds = (unix_ns % 1_000_000_000) as i64;
+    let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    rustix::time::clock_settime(ClockId::Realtime, time).context("set the clock")
+}
+
+pub(super) fn no_container() -> AgentError {
     not_found("there is no such container")
 }
 

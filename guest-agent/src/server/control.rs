@@ -51,6 +51,13 @@ const MAX_QUEUED: usize = 8 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Epoch(u64);
 
+#[cfg(test)]
+impl Epoch {
+    pub(super) fn of(number: u64) -> Self {
+        Self(number)
+    }
+}
+
 pub(super) struct Control {
     poller: Rc<Poller<Key>>,
     hello: Hello,

@@ -18,6 +18,8 @@
 mod calls;
 mod control;
 mod openings;
+mod pause;
+mod saving;
 mod shutdown;
 
 pub use shutdown::power_off;
@@ -44,6 +46,8 @@ use self::{
     calls::PendingCreate,
     control::{Control, Epoch},
     openings::Openings,
+    pause::Freeze,
+    saving::Stillness,
 };
 use crate::{
     child::status::{self, Message},
@@ -112,6 +116,7 @@ pub struct Server {
     control: Control,
     openings: Openings,
     names: Names,
+    stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
@@ -122,6 +127,8 @@ pub struct Server {
     unreaped: bool,
     /// First processes that have ended before all others of their container.
     dying: Vec<(Rc<ProcessId>, i32)>,
+    /// Pauses whose containers do not yet stand still.
+    freezing: Vec<Freeze>,
     scratch: Vec<u8>,
 }
 
@@ -151,6 +158,7 @@ impl Server {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
             names: Names::new(Rc::clone(&poller), transport.listen_for_names()?)?,
+            stillness: Stillness::default(),
             poller,
             transport,
             signals,
@@ -163,6 +171,7 @@ impl Server {
             pids: BTreeMap::new(),
             unreaped: false,
             dying: Vec::new(),
+            freezing: Vec::new(),
             scratch: vec![0; TURN],
         })
     }
@@ -179,6 +188,7 @@ impl Server {
                 self.wait_for_children();
             }
             self.bury();
+            self.look_at_frozen();
             for ready in self.poller.wait(self.timeout())? {
                 if self.handle(ready) {
                     self.shut_down();
@@ -194,8 +204,9 @@ impl Server {
         }
         let now = Instant::now();
         let dying = (!self.dying.is_empty()).then(|| now + DYING);
+        let freezing = (!self.freezing.is_empty()).then(|| now + pause::STEP);
         let pending = self.pending.iter().map(PendingCreate::next_try).min();
-        let next = [self.control.deadline(), dying, pending].into_iter().flatten().min()?;
+        let next = [self.control.deadline(), dying, freezing, pending].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(now))
     }
 

@@ -22,6 +22,9 @@ use crate::poll::Watched;
 /// asked how much it has; a terminal does not know.)
 const TERMINAL_REST: usize = 128 << 10;
 
+/// More than any pipe or terminal holds for its reader.
+const UNREAD: usize = 2 << 20;
+
 /// One output stream.
 pub struct Output<K> {
     source: Option<Source<K>>,
@@ -78,6 +81,33 @@ impl<K> Output<K> {
         if self.take_acknowledgements(&mut connection, early).is_ok() {
             self.connection = Some(connection);
             self.feed();
+        }
+        self.update_interest();
+    }
+
+    /// Drops the first `known` bytes of the stream, as far as they were written, and counts from 0 after them;
+    /// an earlier connection ends. Nobody may be writing to the source.
+    pub fn renumber(&mut self, known: u64, scratch: &mut [u8]) {
+        self.disconnect();
+        let mut missing = self.window.renumber(known);
+        let mut budget = UNREAD;
+        while missing > 0
+            && budget > 0
+            && let Some(source) = &mut self.source
+        {
+            let rest = source.rest.unwrap_or(usize::MAX);
+            let limit =
+                scratch.len().min(rest).min(budget).min(usize::try_from(missing).unwrap_or(usize::MAX));
+            match rustix::io::read(&source.fd, &mut scratch[..limit]) {
+                Ok(0) | Err(Errno::AGAIN) => break,
+                Ok(count) => {
+                    missing -= count as u64;
+                    budget -= count;
+                    source.rest = source.rest.map(|rest| rest - count);
+                }
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
         }
         self.update_interest();
     }
@@ -364,6 +394,30 @@ mod tests {
         assert_eq!(read(&mut daemon), (b"mine".to_vec(), true));
         assert!(!bench.output.is_draining());
         assert!(writer.write(b"grandchild's").is_err());
+    }
+
+    #[test]
+    fn a_copys_output_begins_after_what_is_known() {
+        // In the window and in the pipe alike; more than there is means all.
+        for (known, rest) in [(0, "0123456789"), (4, "456789"), (10, ""), (u64::MAX, "")] {
+            for read in [false, true] {
+                let (mut bench, mut writer) = Bench::new();
+                let mut original = bench.connect(0);
+                writer.write_all(b"0123456789").unwrap();
+                if read {
+                    bench.settle();
+                }
+                bench.output.renumber(known, &mut bench.scratch);
+                bench.settle();
+                let _ = self::read(&mut original);
+                let mut daemon = bench.connect(0);
+                writer.write_all(b"new").unwrap();
+                drop(writer);
+                bench.settle();
+                let expected = format!("{rest}new").into_bytes();
+                assert_eq!(self::read(&mut daemon), (expected, true), "{known} {read}");
+            }
+        }
     }
 
     #[test]

@@ -36,6 +36,16 @@ pub struct Window {
 }
 
 impl Window {
+    /// Forgets the first `count` bytes of the stream, as far as they were seen, and counts from 0 after them.
+    /// Answers how many of them are still to come.
+    pub fn renumber(&mut self, count: u64) -> u64 {
+        let drop = count.saturating_sub(self.base).min(self.bytes.len() as u64);
+        self.bytes.drain(..usize::try_from(drop).unwrap_or(usize::MAX).min(self.bytes.len()));
+        let missing = count.saturating_sub(self.base.saturating_add(drop));
+        self.base = 0;
+        missing
+    }
+
     /// How many more bytes fit.
     pub fn room(&self) -> usize {
         OUTPUT_WINDOW.saturating_sub(self.bytes.len())

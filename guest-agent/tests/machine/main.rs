@@ -4,7 +4,9 @@
 //! `BULKHEAD_KERNEL` and `BULKHEAD_INITRAMFS`; without them it says so and does nothing. One machine, one
 //! container after the other: `cargo test -p bulkhead-agent --test machine [NAME]`.
 
+mod limits;
 mod sandbox;
+mod snapshots;
 
 use std::{
     io::{Read, Write},
@@ -17,14 +19,14 @@ use bulkhead_agent_api::{
     Answer, Call, Create, Disk, ErrorKind, Event, Exit, InjectedFile, ProcessId, ProcessState, Rootfs, Stdio,
     StreamKind,
 };
-use sandbox::{DISK, DISK_SIZE, Machine, Needs, TAG};
+use sandbox::{DISK, DISK_SIZE, Machine, Needs, TAG, new_disk};
 use serde_json::{Value, json};
 
 const PIPES: Stdio = Stdio { terminal: false, size: None, stdin: false, stdout: true, stderr: true };
 
 type Test = fn(&mut Machine);
 
-const TESTS: [(&str, Test); 17] = [
+const TESTS: [(&str, Test); 18] = [
     ("output_and_exit_code", output_and_exit_code),
     ("writes_stay_and_layers_do_not_change", writes_stay),
     ("start_failures_have_runcs_words", start_failures),
@@ -41,6 +43,7 @@ const TESTS: [(&str, Test); 17] = [
     ("seccomp", seccomp),
     ("memory_limit", memory_limit),
     ("injected_files", injected_files),
+    ("pause_update_and_stats", limits::limits),
     ("short_runs_lose_nothing", short_runs),
 ];
 
@@ -74,7 +77,7 @@ fn main() -> ExitCode {
     );
     // A create may come before its disk.
     let early = machine.send(create(&machine, "early", json!({})));
-    machine.attach_disk();
+    machine.vmm.attach_disk(&new_disk(directory.path()));
     machine.answer(early).expect("create");
     delete(&mut machine, "early");
     for (name, test) in TESTS {
@@ -88,6 +91,13 @@ fn main() -> ExitCode {
     assert_eq!(report.reason, bulkhead_vmm_api::ExitReason::PoweredOff, "{report:?}");
     println!("ok shut_down");
     check_disk(&directory.path().join("disk"));
+    for (name, test) in snapshots::TESTS {
+        if filter.as_ref().is_none_or(|filter| name.contains(filter.as_str())) {
+            let begun = Instant::now();
+            test(&needs);
+            println!("ok {name} ({:?})", begun.elapsed());
+        }
+    }
     ExitCode::SUCCESS
 }
 

@@ -54,50 +54,69 @@ pub(crate) const DISK: &str = "disk0";
 pub(crate) const DISK_SIZE: u64 = 256 << 20;
 pub(crate) const TAG: &str = "layers";
 
-/// A running machine.
-pub(crate) struct Machine {
-    directory: PathBuf,
-    vmm: Child,
-    control: OwnedFd,
-    agent: UnixStream,
-    incoming: Vec<u8>,
-    events: VecDeque<Event>,
-    next: u64,
-    pub(crate) hello: Hello,
-    pub(crate) layer: String,
-    killed: bool,
+/// vCPUs and MiB of memory.
+pub(crate) type Shape = (u8, u32);
+
+pub(crate) const USUAL: Shape = (1, 128);
+
+/// Where a machine comes from.
+#[derive(Clone, Copy)]
+pub(crate) enum From<'a> {
+    Kernel(&'a Needs),
+    /// A directory with a snapshot's two files.
+    Snapshot(&'a Path),
 }
 
-impl Machine {
-    /// Boots, attaches the layer, and waits for the agent. The disk comes by [`Machine::attach_disk`].
-    pub(crate) fn boot(needs: &Needs, directory: &Path) -> Self {
-        let store = layers::LayerStore::open(directory.join("layers")).expect("layer store");
-        let info = store.import(&archive(needs)[..], &layers::Limits::default()).expect("layer");
-        disk::template(&directory.join("template"), DISK_SIZE).expect("template");
-        disk::clone(&directory.join("template"), &directory.join("disk")).expect("disk");
+/// A VMM, and its control socket.
+pub(crate) struct Vmm {
+    directory: PathBuf,
+    process: Child,
+    control: OwnedFd,
+    ended: bool,
+}
 
+impl Vmm {
+    pub(crate) fn start(
+        program: &Path,
+        directory: &Path,
+        from: From<'_>,
+        (vcpus, memory_mib): Shape,
+    ) -> Self {
         let control_path = directory.join("control");
         let vsock_path = directory.join("vsock");
         let control = listen_seqpacket(&control_path);
         let vsock: OwnedFd = UnixListener::bind(&vsock_path).expect("vsock socket").into();
         let open = |path: &Path| OwnedFd::from(File::open(path).expect("open"));
-        let (kernel, initramfs) = (open(&needs.kernel), open(&needs.initramfs));
         let report: OwnedFd = File::create(directory.join("report")).expect("report").into();
         let console: OwnedFd = File::create(directory.join("console")).expect("console").into();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm");
+        let kvm: OwnedFd = kvm.into();
         let number = |fd: &OwnedFd| {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).expect("inherit");
             fd.as_raw_fd()
         };
+        let (first, second) = match from {
+            From::Kernel(needs) => (open(&needs.kernel), open(&needs.initramfs)),
+            From::Snapshot(snapshot) => (open(&snapshot.join("state")), open(&snapshot.join("memory"))),
+        };
+        let start = match from {
+            From::Kernel(_) => vmm::Start::Boot {
+                kernel: number(&first),
+                initramfs: Some(number(&second)),
+                cmdline: "console=ttyS0 quiet panic=-1 reboot=k mitigations=off rdinit=/init".into(),
+            },
+            From::Snapshot(_) => vmm::Start::Restore { state: number(&first), memory: number(&second) },
+        };
         let config = vmm::VmConfig {
             version: vmm::VERSION,
             name: "agent-test".into(),
-            vcpus: 1,
-            memory_mib: 128,
-            kernel: number(&kernel),
-            initramfs: Some(number(&initramfs)),
-            cmdline: "console=ttyS0 quiet panic=-1 reboot=k mitigations=off rdinit=/init".into(),
+            vcpus,
+            memory_mib,
+            start,
             control: number(&control),
             report: number(&report),
+            kvm: number(&kvm),
+            jail: vmm::Jail::Process,
             console: Some(number(&console)),
             devices: vmm::DeviceConfig {
                 block: vec![vmm::BlockConfig { id: DISK.into() }],
@@ -110,48 +129,26 @@ impl Machine {
         let config_path = directory.join("config");
         fs::write(&config_path, serde_json::to_vec(&config).expect("json")).expect("config");
         let config = open(&config_path);
-        let vmm = Command::new(&needs.vmm)
+        let process = Command::new(program)
             .arg("--config-fd")
             .arg(number(&config).to_string())
             .stdin(Stdio::null())
             .spawn()
             .expect("VMM");
         let control = connect_seqpacket(&control_path);
-        let mut machine = Self {
-            directory: directory.to_owned(),
-            vmm,
-            control,
-            agent: listen_control(directory),
-            incoming: Vec::new(),
-            events: VecDeque::new(),
-            next: 0,
-            hello: Hello { version: 0, kernel: String::new(), started_us: 0 },
-            layer: info.diff_id.hex(),
-            killed: false,
-        };
-        machine.hello = machine.frame();
-        let root = store.open_root(&info.diff_id).expect("layer root");
-        let share = vmm::Request::AttachShare {
-            tag: TAG.into(),
-            name: machine.layer.clone(),
-            kind: vmm::ShareKind::Layer,
-        };
-        machine.request(&share, Some(&root));
-        machine
+        Self { directory: directory.to_owned(), process, control, ended: false }
     }
 
-    /// Puts the disk into its slot.
-    pub(crate) fn attach_disk(&self) {
-        let path = self.directory.join("disk");
-        let file: OwnedFd = File::options().read(true).write(true).open(path).expect("disk").into();
-        self.request(&vmm::Request::AttachDisk { id: DISK.into(), read_only: false }, Some(&file));
+    /// Asks; the answer must be Ok.
+    pub(crate) fn request(&self, request: &vmm::Request, descriptors: &[&OwnedFd]) {
+        assert_eq!(self.ask(request, descriptors), vmm::Response::Ok, "{request:?}");
     }
 
-    fn request(&self, request: &vmm::Request, descriptor: Option<&OwnedFd>) {
+    pub(crate) fn ask(&self, request: &vmm::Request, descriptors: &[&OwnedFd]) -> vmm::Response {
         let text = serde_json::to_vec(request).expect("json");
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let descriptors: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         if !descriptors.is_empty() {
             assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
         }
@@ -162,16 +159,132 @@ impl Machine {
         let mut parts = [IoSliceMut::new(&mut buffer)];
         let received =
             rustix::net::recvmsg(&self.control, &mut parts, &mut none, RecvFlags::empty()).expect("receive");
-        let response: vmm::Response = serde_json::from_slice(&buffer[..received.bytes]).expect("response");
-        assert_eq!(response, vmm::Response::Ok, "{request:?}");
+        serde_json::from_slice(&buffer[..received.bytes]).expect("response")
+    }
+
+    pub(crate) fn status(&self) -> vmm::Status {
+        let vmm::Response::Status(status) = self.ask(&vmm::Request::Status, &[]) else { panic!() };
+        status
+    }
+
+    /// Puts a disk into its slot.
+    pub(crate) fn attach_disk(&self, disk: &Path) {
+        let file: OwnedFd = File::options().read(true).write(true).open(disk).expect("disk").into();
+        self.request(&vmm::Request::AttachDisk { id: DISK.into(), read_only: false }, &[&file]);
+    }
+
+    pub(crate) fn attach_layer(&self, layer: &Layer) {
+        let kind = vmm::ShareKind::Layer;
+        let share = vmm::Request::AttachShare { tag: TAG.into(), name: layer.name.clone(), kind };
+        self.request(&share, &[&layer.root]);
+    }
+
+    /// Pauses the machine and saves it to two new files in `to`.
+    pub(crate) fn snapshot(&self, to: &Path) {
+        self.request(&vmm::Request::Pause, &[]);
+        fs::create_dir_all(to).expect("directory");
+        let file = |name| OwnedFd::from(File::create_new(to.join(name)).expect("file"));
+        self.request(&vmm::Request::Snapshot, &[&file("state"), &file("memory")]);
+    }
+
+    pub(crate) fn console(&self) -> String {
+        fs::read(self.directory.join("console"))
+            .map_or_else(|_| String::new(), |text| String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Waits for its end and gives its report.
+    pub(crate) fn report(mut self) -> vmm::Report {
+        self.process.wait().expect("wait");
+        self.ended = true;
+        serde_json::from_slice(&fs::read(self.directory.join("report")).expect("report")).expect("report")
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        if !self.ended {
+            if std::thread::panicking() {
+                eprintln!("--- console\n{}---", self.console());
+            }
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
+    }
+}
+
+/// An image layer, unpacked.
+pub(crate) struct Layer {
+    pub(crate) name: String,
+    root: OwnedFd,
+}
+
+impl Layer {
+    pub(crate) fn unpack(needs: &Needs, directory: &Path) -> Self {
+        let store = layers::LayerStore::open(directory.join("layers")).expect("layer store");
+        let info = store.import(&archive(needs)[..], &layers::Limits::default()).expect("layer");
+        Self { name: info.diff_id.hex(), root: store.open_root(&info.diff_id).expect("layer root") }
+    }
+}
+
+/// A formatted disk.
+pub(crate) fn new_disk(directory: &Path) -> PathBuf {
+    let (template, disk) = (directory.join("template"), directory.join("disk"));
+    disk::template(&template, DISK_SIZE).expect("template");
+    disk::clone(&template, &disk).expect("disk");
+    disk
+}
+
+/// A machine whose agent answers.
+pub(crate) struct Machine {
+    pub(crate) vmm: Vmm,
+    agent: UnixStream,
+    incoming: Vec<u8>,
+    events: VecDeque<Event>,
+    next: u64,
+    pub(crate) hello: Hello,
+    pub(crate) layer: String,
+}
+
+impl Machine {
+    /// Boots, attaches the layer, and waits for the agent. The disk comes by [`Vmm::attach_disk`].
+    pub(crate) fn boot(needs: &Needs, directory: &Path) -> Self {
+        let layer = Layer::unpack(needs, directory);
+        let mut machine = Self::awaited(Vmm::start(&needs.vmm, directory, From::Kernel(needs), USUAL));
+        machine.vmm.attach_layer(&layer);
+        machine.layer = layer.name;
+        machine
+    }
+
+    /// The machine of a booting VMM, when its agent has said Hello.
+    pub(crate) fn awaited(vmm: Vmm) -> Self {
+        let agent = listen_control(&vmm.directory);
+        Self::greeted(vmm, agent)
+    }
+
+    /// The machine of a VMM whose agent was there before.
+    pub(crate) fn known(vmm: Vmm) -> Self {
+        let agent = connect_control(&vmm.directory);
+        Self::greeted(vmm, agent)
+    }
+
+    fn greeted(vmm: Vmm, agent: UnixStream) -> Self {
+        let mut machine = Self {
+            vmm,
+            agent,
+            incoming: Vec::new(),
+            events: VecDeque::new(),
+            next: 0,
+            hello: Hello { version: 0, kernel: String::new(), started_us: 0 },
+            layer: String::new(),
+        };
+        machine.hello = machine.frame();
+        machine
     }
 
     /// Hangs up and connects anew, as a restarted daemon does.
     pub(crate) fn reconnect(&mut self) {
         self.agent.shutdown(std::net::Shutdown::Both).expect("hang up");
-        self.agent = UnixStream::connect(self.directory.join("vsock")).expect("connect");
-        writeln!(self.agent, "CONNECT {CONTROL_PORT}").expect("write");
-        assert!(line(&mut self.agent).starts_with("OK "));
+        self.agent = connect_control(&self.vmm.directory);
         self.incoming.clear();
         self.events.clear();
         self.hello = self.frame();
@@ -185,14 +298,9 @@ impl Machine {
             }
             let mut buffer = [0; 65536];
             let count = self.agent.read(&mut buffer).expect("read");
-            assert!(count > 0, "the agent hung up; console:\n{}", self.console());
+            assert!(count > 0, "the agent hung up; console:\n{}", self.vmm.console());
             self.incoming.extend(&buffer[..count]);
         }
-    }
-
-    pub(crate) fn console(&self) -> String {
-        fs::read(self.directory.join("console"))
-            .map_or_else(|_| String::new(), |text| String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Calls without waiting for the answer.
@@ -257,7 +365,7 @@ impl Machine {
         stream: StreamKind,
         from: u64,
     ) -> Result<UnixStream, AgentError> {
-        let mut connection = UnixStream::connect(self.directory.join("vsock")).expect("connect");
+        let mut connection = UnixStream::connect(self.vmm.directory.join("vsock")).expect("connect");
         writeln!(connection, "CONNECT {STREAM_PORT}").expect("write");
         assert!(line(&mut connection).starts_with("OK "));
         let open = StreamOpen { process: process.clone(), stream, from: Some(from) };
@@ -288,20 +396,15 @@ impl Machine {
     /// Shuts down and gives the VMM's report.
     pub(crate) fn shut_down(mut self) -> vmm::Report {
         self.send(Call::Shutdown);
-        self.vmm.wait().expect("wait");
-        self.killed = true;
-        serde_json::from_slice(&fs::read(self.directory.join("report")).expect("report")).expect("report")
+        self.vmm.report()
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        if !self.killed {
-            eprintln!("--- console\n{}---", self.console());
-            let _ = self.vmm.kill();
-            let _ = self.vmm.wait();
-        }
-    }
+fn connect_control(directory: &Path) -> UnixStream {
+    let mut connection = UnixStream::connect(directory.join("vsock")).expect("connect");
+    writeln!(connection, "CONNECT {CONTROL_PORT}").expect("write");
+    assert!(line(&mut connection).starts_with("OK "));
+    connection
 }
 
 fn listen_control(directory: &Path) -> UnixStream {

@@ -3,6 +3,7 @@
 mod containers;
 mod daemon_death;
 mod failures;
+mod machine;
 
 /// An error fails the test, with its whole story.
 type Test = anyhow::Result<()>;

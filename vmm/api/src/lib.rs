@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub type FdNumber = i32;
 
 /// Version of this contract. A VMM refuses a configuration of another version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Largest control message in bytes, either way: a seqpacket datagram of JSON.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -40,21 +40,59 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, at least 32.
     pub memory_mib: u32,
-    /// An uncompressed x86-64 ELF `vmlinux`.
-    pub kernel: FdNumber,
-    /// The initramfs (a cpio archive) that holds the guest agent.
-    pub initramfs: Option<FdNumber>,
-    /// The guest kernel's command line; the VMM appends one `virtio_mmio.device=` for each device.
-    pub cmdline: String,
+    /// Where the machine's first instruction comes from.
+    pub start: Start,
     /// A listening `SOCK_SEQPACKET` Unix socket for [`Request`]s.
     pub control: FdNumber,
     /// A writable, empty regular file; the last thing the VMM does is to write one [`Report`] to it.
     pub report: FdNumber,
+    /// `/dev/kvm`, open for reading and writing: the VMM opens no path, not even this one.
+    pub kvm: FdNumber,
+    /// How the process confines itself before the guest runs.
+    pub jail: Jail,
     /// A writable file or pipe for every byte of the guest's console; capped by the VMM at 1 MiB. None:
     /// only the tail is kept.
     pub console: Option<FdNumber>,
     /// The devices, fixed for the machine's life.
     pub devices: DeviceConfig,
+}
+
+/// How far a VMM is confined. Either way each of its threads runs under its own system call filter, and what
+/// fails of it ends the machine before it has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Jail {
+    /// The process was started under a user id and in namespaces of its own, with the capabilities of its own
+    /// user namespace. It makes its root an empty directory and gives all of them up.
+    Full,
+    /// It was not, since nobody with the right to do so started it: only what needs no privilege is done.
+    Process,
+}
+
+/// How a machine begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "from", deny_unknown_fields)]
+pub enum Start {
+    /// Boots a kernel; the machine runs at once.
+    Boot {
+        /// An uncompressed x86-64 ELF `vmlinux`.
+        kernel: FdNumber,
+        /// The initramfs (a cpio archive) that holds the guest agent.
+        initramfs: Option<FdNumber>,
+        /// The guest kernel's command line; the VMM appends one `virtio_mmio.device=` for each device.
+        cmdline: String,
+    },
+    /// Goes on from what [`Request::Snapshot`] saved, paused until [`Request::Resume`].
+    ///
+    /// vCPUs, memory and device set must be those that were saved. Nothing is attached yet: disks, shares
+    /// and taps come by requests, before the machine is resumed. Connections over vsock have ended, and the
+    /// guest is told so; its listeners are still there.
+    Restore {
+        /// The state file.
+        state: FdNumber,
+        /// The memory file. It is mapped copy-on-write for the machine's life, so it must not change.
+        memory: FdNumber,
+    },
 }
 
 /// The device set of a machine.
@@ -175,10 +213,28 @@ pub enum Request {
         /// [`NetConfig::id`].
         id: String,
     },
+    /// Limits what a device moves, from now on; every limit that is absent is lifted. The buckets begin full.
+    SetRateLimit {
+        /// The device.
+        device: LimitedDevice,
+        /// Its limits.
+        limits: RateLimits,
+    },
+    /// The console from a byte on, or from the oldest that is kept. Answer: [`Response::ConsolePart`].
+    ConsolePart {
+        /// Counted from the machine's start.
+        from: u64,
+    },
+    /// The flight recorder: what happened last. Answer: [`Response::Recent`].
+    Recent,
     /// Stops every vCPU between two instructions.
     Pause,
     /// Lets the vCPUs run on.
     Resume,
+    /// Saves the paused machine: two fds, the state file and the memory file, both regular, empty and
+    /// writable. The memory file becomes sparse. What is attached is not saved; disks are the caller's to
+    /// keep consistent. The machine stays paused and can be resumed.
+    Snapshot,
     /// The console's last [`CONSOLE_TAIL`] bytes. Answer: [`Response::Console`].
     Console,
     /// Ends the process at once; the report says [`ExitReason::Killed`].
@@ -194,6 +250,52 @@ pub enum ShareKind {
     Layer,
 }
 
+/// A device whose traffic can be limited.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum LimitedDevice {
+    /// A block slot.
+    Block {
+        /// [`BlockConfig::id`].
+        id: String,
+    },
+    /// A network slot.
+    Net {
+        /// [`NetConfig::id`].
+        id: String,
+    },
+}
+
+/// What a device may move in each direction, by the guest's view.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RateLimits {
+    /// Into the guest: reads of a disk, received frames.
+    pub read: RateLimit,
+    /// Out of the guest: writes, flushes and discards of a disk, sent frames.
+    pub write: RateLimit,
+}
+
+/// The limits of one direction. Each that is there must be kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RateLimit {
+    /// Bytes of data: of a disk's requests without their headers, of frames with their Ethernet headers.
+    pub bytes: Option<Bucket>,
+    /// Requests or frames.
+    pub operations: Option<Bucket>,
+}
+
+/// A token bucket: in any span of t seconds at most `per_second` × t + `burst` pass, but for one last request
+/// that was begun with tokens left and is longer than they.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// How fast it fills, at least 1.
+    pub per_second: u64,
+    /// How much it holds, at least 1.
+    pub burst: u64,
+}
+
 /// The answer to a [`Request`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "response")]
@@ -206,6 +308,18 @@ pub enum Response {
     Console {
         /// The tail.
         text: String,
+    },
+    /// To [`Request::ConsolePart`].
+    ConsolePart {
+        /// Lossy UTF-8.
+        text: String,
+        /// The first byte that is not in `text`.
+        next: u64,
+    },
+    /// To [`Request::Recent`].
+    Recent {
+        /// Oldest first, at most [`RECENT`].
+        events: Vec<Recorded>,
     },
     /// Not done, and nothing was changed.
     Error {
@@ -223,8 +337,60 @@ pub struct Status {
     pub paused: bool,
     /// Microseconds from the start of the VMM process to the first entry into the guest.
     pub entered_guest_us: u64,
+    /// Microseconds from the start of the VMM process to the end of each phase of building the machine, in
+    /// order.
+    pub phases: Vec<(String, u64)>,
     /// Exits to user space so far, by reason, most frequent first.
     pub exits: Vec<(String, u64)>,
+    /// The virtio devices in bus order.
+    #[serde(default)]
+    pub devices: Vec<DeviceFigures>,
+}
+
+/// What a virtio device has done so far. Counters begin at 0 with the process and never go back.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DeviceFigures {
+    /// Its name in reports, `block0` for instance.
+    pub name: String,
+    /// Whether the driver has set it up and it works.
+    pub active: bool,
+    /// Kicks of a queue that the worker has taken; several of the driver's may be one.
+    pub kicks: u64,
+    /// Interrupts raised.
+    pub interrupts: u64,
+    /// Resets by the driver.
+    pub resets: u64,
+    /// Into the guest.
+    pub read: Traffic,
+    /// Out of the guest.
+    pub write: Traffic,
+}
+
+/// What has passed in one direction; only of devices that can be limited ([`LimitedDevice`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Traffic {
+    /// As [`RateLimit::bytes`] counts.
+    pub bytes: u64,
+    /// As [`RateLimit::operations`] counts.
+    pub operations: u64,
+    /// How often something had to wait for its rate limit.
+    pub throttled: u64,
+    /// How long in total, in microseconds.
+    pub throttled_us: u64,
+}
+
+/// How many events the flight recorder keeps.
+pub const RECENT: usize = 256;
+
+/// An event of the flight recorder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Microseconds from the start of the VMM process.
+    pub at_us: u64,
+    /// For people: the device if it is of one, and what happened, at most 200 bytes.
+    pub text: String,
 }
 
 /// Why a machine ended, and what its guest said last. Written to [`VmConfig::report`] as JSON.
@@ -236,6 +402,9 @@ pub struct Report {
     pub console: String,
     /// Microseconds from the start of the VMM process to its end.
     pub uptime_us: u64,
+    /// What happened last, oldest first, at most [`RECENT`].
+    #[serde(default)]
+    pub recent: Vec<Recorded>,
 }
 
 /// Why a machine ended.
@@ -268,6 +437,14 @@ pub enum ExitReason {
         /// The step and its error.
         message: String,
     },
+    /// One of the VMM's threads made a system call that its kind does not make: the VMM is at fault, or not
+    /// its own any more. It was killed before the call was made.
+    Violation {
+        /// The kind of thread: `control`, `vcpu`, or a device's, `block` for instance.
+        thread: String,
+        /// The call's number.
+        call: i32,
+    },
     /// [`Request::Kill`] or a termination signal.
     Killed,
 }
@@ -281,6 +458,9 @@ impl std::fmt::Display for ExitReason {
             Self::Kvm { message } => write!(f, "KVM: {message}"),
             Self::Device { device, message } => write!(f, "device {device}: {message}"),
             Self::Setup { message } => write!(f, "the machine could not be built: {message}"),
+            Self::Violation { thread, call } => {
+                write!(f, "the VMM's {thread} thread made system call {call}, which it may not")
+            }
             Self::Killed => f.write_str("the machine was killed"),
         }
     }

@@ -1,8 +1,19 @@
 //! From a configuration to a machine that waits for [`Machine::resume`].
+//!
+//! ```text
+//!  kvm ─▶ memory: new, or the snapshot's ─▶ chips, devices ─▶ vCPUs ─┬▶ kernel loaded, vCPU 0 at its entry ─┬▶ workers,
+//!                                                                   └▶ saved state: vCPUs, chips, devices ─┘  threads
+//! ```
 
-use std::{io, sync::Arc, time::Instant};
+use std::{
+    fs::File,
+    io,
+    os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    sync::Arc,
+    time::Instant,
+};
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -12,20 +23,29 @@ use super::{
     devices::{DeviceSet, DeviceSetError},
     end::End,
     memory::{self, MemoryError},
+    phases::Phases,
+    snapshot::{
+        SavedMachine, SavedState,
+        format::FormatError,
+        image::{Image, ImageError},
+    },
     vcpu::{Shared, Vcpus},
 };
 use crate::{
     arch::x86_64::{
         boot::{self, BootError},
         cpuid, layout, mptable, registers,
+        state::{Abilities, StateError},
     },
     bus::{Bus, RangeError},
-    config::Config,
+    config::{Config, StartFiles},
     console::Console,
     devices::{
         i8042::{self, I8042},
-        serial::{self, SerialPort},
+        serial::{self, SavedSerial, SerialPort},
     },
+    jail::JailError,
+    recorder::Recorder,
 };
 
 /// KVM_CAP_TSC_DEADLINE_TIMER, which kvm-ioctls does not name.
@@ -34,9 +54,9 @@ const CAP_TSC_DEADLINE: std::ffi::c_ulong = 72;
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// /dev/kvm cannot be opened or has another API version.
-    #[error("/dev/kvm: {0}")]
-    Open(String),
+    /// The descriptor is not KVM's, or KVM has another API version.
+    #[error("/dev/kvm: API version {0}")]
+    Version(i32),
     /// The host's KVM lacks something.
     #[error("KVM has no {0:?}")]
     Capability(Cap),
@@ -58,46 +78,152 @@ pub enum BuildError {
     /// A table could not be written to guest memory.
     #[error("guest memory: {0}")]
     Tables(#[from] vm_memory::GuestMemoryError),
+    /// The state file is refused.
+    #[error("the state file {0}")]
+    State(#[from] FormatError),
+    /// The memory file is refused.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The state is of another VMM.
+    #[error("the machine was saved by version {saved} of the VMM, this is {}", SavedMachine::VMM)]
+    Vmm {
+        /// That VMM's version.
+        saved: String,
+    },
+    /// The machine had another number of vCPUs.
+    #[error("the machine had {saved} vCPUs, and is to have {configured}")]
+    Vcpus {
+        /// When it was saved.
+        saved: usize,
+        /// Now.
+        configured: u8,
+    },
+    /// The machine ran on another processor, or another version of KVM.
+    #[error("the machine was saved where CPUID tells guests something else")]
+    Processor,
+    /// KVM refuses the state of a vCPU or chip.
+    #[error("the saved state: {0}")]
+    Restore(#[from] StateError),
+    /// A thread cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The process has no descriptor or thread left.
     #[error("{0}")]
     Resources(#[from] io::Error),
 }
 
-/// Builds a machine; `started` is when the process began, for its counters.
+/// Builds a machine; `started` is when the process began, for its counters. One that is restored waits for
+/// what is to be attached, and so does not run before it is told to.
 ///
 /// # Errors
 /// The first step that fails.
 pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
+    let mut phases = Phases::new(started);
+    phases.end("configuration");
+    let start = Origin::of(config.start)?;
     let console = Arc::new(Console::new(config.console));
-    let end = Arc::new(End::new(Arc::clone(&console))?);
+    let end = Arc::new(End::new(Arc::clone(&console), Recorder::new(started))?);
 
-    let kvm = open_kvm()?;
+    let kvm = check_kvm(config.kvm)?;
     let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
-    let memory = memory::map(&layout::memory_ranges(config.memory))?;
+    let abilities = Abilities::of(&kvm, &vm)?;
+    let cpuids = cpuids(&kvm, config.vcpus)?;
+    let processor = cpuids.first().map(cpuid::fingerprint).unwrap_or_default();
+    phases.end("kvm");
+
+    let ranges = layout::memory_ranges(config.memory);
+    let memory = match &start {
+        Origin::Kernel { .. } => memory::map(&ranges)?,
+        Origin::Saved { state, memory } => {
+            check_machine(state, config.vcpus, processor)?;
+            let image = Image::new(memory, state.machine.id, &state.machine.memory, &ranges)?;
+            memory::restore(&image)?
+        }
+    };
     memory::register(&vm, &memory)?;
+    phases.end("memory");
+
     create_interrupt_controllers(&vm)?;
-
-    let ports = legacy_devices(&vm, &console, &end)?;
+    let (ports, serial) = legacy_devices(&vm, &console, &end, start.serial())?;
     let mut mmio = Bus::default();
-    let devices = DeviceSet::build(config.devices, &vm, &memory, &mut mmio, &end)?;
+    let mut devices = DeviceSet::build(config.devices, &vm, &memory, &mut mmio, &end)?;
+    phases.end("devices");
 
-    let cmdline = format!("{}{}", config.cmdline, devices.kernel_parameters());
-    let (mut kernel, mut initramfs) = (config.kernel, config.initramfs);
-    let entry = boot::load(&memory, &mut kernel, initramfs.as_mut(), cmdline.trim())?;
-    mptable::write(&memory, config.vcpus)?;
-    registers::write_tables(&memory)?;
-
-    let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
-    let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started));
-    let vcpus = Vcpus::start(shared, vcpus)?;
-    Ok(Machine { name: config.name, console, end, vcpus, devices, _vm: vm })
+    let vcpus = create_vcpus(&vm, &cpuids)?;
+    match start {
+        Origin::Kernel { mut kernel, mut initramfs, cmdline } => {
+            let cmdline = format!("{cmdline}{}", devices.kernel_parameters());
+            let entry = boot::load(&memory, &mut kernel, initramfs.as_mut(), cmdline.trim())?;
+            mptable::write(&memory, config.vcpus)?;
+            registers::write_tables(&memory)?;
+            phases.end("kernel");
+            vcpus.iter().zip(0..).try_for_each(|(vcpu, index)| power_on(vcpu, index, entry))?;
+        }
+        Origin::Saved { state, .. } => {
+            for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+                saved.restore(vcpu, &abilities)?;
+            }
+            state.chips.restore(&vm)?;
+            phases.end("state");
+            // Last, since they raise the interrupts that were pending.
+            devices.restore(&state.devices)?;
+        }
+    }
+    let gate = Arc::default();
+    devices.start(&gate)?;
+    let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started, abilities));
+    let vcpus = Vcpus::start(shared, vcpus, &gate)?;
+    gate.wait()?;
+    phases.end("ready");
+    Ok(Machine { name: config.name, console, end, vcpus, devices, serial, memory, processor, phases, vm })
 }
 
-fn open_kvm() -> Result<Kvm, BuildError> {
-    let kvm = Kvm::new().map_err(|error| BuildError::Open(error.to_string()))?;
+/// [`StartFiles`], with a saved state read.
+enum Origin {
+    Kernel { kernel: File, initramfs: Option<File>, cmdline: String },
+    Saved { state: Box<SavedState>, memory: File },
+}
+
+impl Origin {
+    fn of(start: StartFiles) -> Result<Self, FormatError> {
+        Ok(match start {
+            StartFiles::Boot { kernel, initramfs, cmdline } => Self::Kernel { kernel, initramfs, cmdline },
+            StartFiles::Restore { state, memory } => {
+                Self::Saved { state: Box::new(SavedState::read(&state)?), memory }
+            }
+        })
+    }
+
+    fn serial(&self) -> Option<&SavedSerial> {
+        match self {
+            Self::Kernel { .. } => None,
+            Self::Saved { state, .. } => Some(&state.serial),
+        }
+    }
+}
+
+/// Whether a saved machine can go on here, memory and devices aside.
+fn check_machine(saved: &SavedState, vcpus: u8, processor: [u8; 32]) -> Result<(), BuildError> {
+    let SavedMachine { vmm, vcpus: had, processor: of, .. } = &saved.machine;
+    if vmm != SavedMachine::VMM {
+        return Err(BuildError::Vmm { saved: vmm.clone() });
+    }
+    if *had != vcpus || saved.vcpus.len() != usize::from(vcpus) {
+        return Err(BuildError::Vcpus { saved: saved.vcpus.len(), configured: vcpus });
+    }
+    if *of != processor {
+        return Err(BuildError::Processor);
+    }
+    Ok(())
+}
+
+/// KVM by its descriptor, after a look at what it can do.
+fn check_kvm(kvm: OwnedFd) -> Result<Kvm, BuildError> {
+    // SAFETY: the descriptor is open, and this is its only owner.
+    let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
     let version = kvm.get_api_version();
     if version != i32::try_from(kvm_bindings::KVM_API_VERSION).unwrap_or(-1) {
-        return Err(BuildError::Open(format!("API version {version}")));
+        return Err(BuildError::Version(version));
     }
     for capability in [
         Cap::UserMemory,
@@ -124,38 +250,55 @@ fn create_interrupt_controllers(vm: &VmFd) -> Result<(), KvmError> {
     vm.create_pit2(pit).map_err(KvmError::of("KVM_CREATE_PIT2"))
 }
 
-fn legacy_devices(vm: &VmFd, console: &Arc<Console>, end: &Arc<End>) -> Result<Bus, BuildError> {
+fn legacy_devices(
+    vm: &VmFd,
+    console: &Arc<Console>,
+    end: &Arc<End>,
+    saved: Option<&SavedSerial>,
+) -> Result<(Bus, Arc<SerialPort>), BuildError> {
     let mut ports = Bus::default();
     let irqfd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     vm.register_irqfd(&irqfd, serial::IRQ).map_err(KvmError::of("KVM_IRQFD"))?;
-    let serial = SerialPort::new(irqfd, Arc::clone(console));
-    ports.insert(serial::PORT, serial::PORTS, Arc::new(serial))?;
+    let serial = Arc::new(match saved {
+        None => SerialPort::new(irqfd, Arc::clone(console)),
+        Some(saved) => SerialPort::restore(saved, irqfd, Arc::clone(console))?,
+    });
+    ports.insert(serial::PORT, serial::PORTS, Arc::<SerialPort>::clone(&serial))?;
     let end = Arc::clone(end);
     ports.insert(i8042::PORT, i8042::PORTS, Arc::new(I8042::new(move || end.guest_reset())))?;
-    Ok(ports)
+    Ok((ports, serial))
 }
 
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: GuestAddress) -> Result<Vec<VcpuFd>, KvmError> {
+/// What CPUID tells each vCPU.
+fn cpuids(kvm: &Kvm, count: u8) -> Result<Vec<CpuId>, KvmError> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID"))?;
     let tsc_deadline = kvm.check_extension_raw(CAP_TSC_DEADLINE) > 0;
-    let create = |index: u8| {
-        let vcpu = vm.create_vcpu(u64::from(index)).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
-        let cpuid = cpuid::for_vcpu(&supported, index, count, tsc_deadline);
-        vcpu.set_cpuid2(&cpuid).map_err(KvmError::of("KVM_SET_CPUID2"))?;
-        set_msrs(&vcpu)?;
-        vcpu.set_fpu(&registers::fpu()).map_err(KvmError::of("KVM_SET_FPU"))?;
-        let mut lapic = vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
-        registers::wire_lapic(&mut lapic);
-        vcpu.set_lapic(&lapic).map_err(KvmError::of("KVM_SET_LAPIC"))?;
-        if index == 0 {
-            let sregs = vcpu.get_sregs().map_err(KvmError::of("KVM_GET_SREGS"))?;
-            vcpu.set_sregs(&registers::special(sregs)).map_err(KvmError::of("KVM_SET_SREGS"))?;
-            vcpu.set_regs(&registers::general(entry)).map_err(KvmError::of("KVM_SET_REGS"))?;
-        }
+    Ok((0..count).map(|index| cpuid::for_vcpu(&supported, index, count, tsc_deadline)).collect())
+}
+
+fn create_vcpus(vm: &VmFd, cpuids: &[CpuId]) -> Result<Vec<VcpuFd>, KvmError> {
+    let create = |(index, cpuid): (u64, &CpuId)| {
+        let vcpu = vm.create_vcpu(index).map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(cpuid).map_err(KvmError::of("KVM_SET_CPUID2"))?;
         Ok(vcpu)
     };
-    (0..count).map(create).collect()
+    (0..).zip(cpuids).map(create).collect()
+}
+
+/// Brings a vCPU to the state in which the kernel expects it.
+fn power_on(vcpu: &VcpuFd, index: u8, entry: GuestAddress) -> Result<(), KvmError> {
+    set_msrs(vcpu)?;
+    vcpu.set_fpu(&registers::fpu()).map_err(KvmError::of("KVM_SET_FPU"))?;
+    let mut lapic = vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
+    registers::wire_lapic(&mut lapic);
+    vcpu.set_lapic(&lapic).map_err(KvmError::of("KVM_SET_LAPIC"))?;
+    if index == 0 {
+        let sregs = vcpu.get_sregs().map_err(KvmError::of("KVM_GET_SREGS"))?;
+        vcpu.set_sregs(&registers::special(sregs)).map_err(KvmError::of("KVM_SET_SREGS"))?;
+        vcpu.set_regs(&registers::general(entry)).map_err(KvmError::of("KVM_SET_REGS"))?;
+    }
+    Ok(())
 }
 
 fn set_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {

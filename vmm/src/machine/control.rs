@@ -20,8 +20,8 @@ use rustix::{
     },
 };
 
-use super::{Machine, devices::AttachError, signals::Signals};
-use crate::devices::virtio::net::NetIdentity;
+use super::{Machine, devices::AttachError, signals::Signals, snapshot::SnapshotError};
+use crate::{devices::virtio::net::NetIdentity, recorder::Rare};
 
 /// Clients at a time; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 16;
@@ -87,8 +87,7 @@ fn handle(machine: &Machine, client: BorrowedFd<'_>) -> bool {
     let response = match receive(client) {
         Ok(None) => return true,
         Ok(Some(message)) => match serde_json::from_slice::<Request>(&message.bytes) {
-            Ok(request) => perform(machine, request, message.fds)
-                .unwrap_or_else(|error| Response::Error { message: error.to_string() }),
+            Ok(request) => recorded(machine, request, message.fds),
             Err(error) => Response::Error { message: format!("malformed request: {error}") },
         },
         Err(_) => return false,
@@ -134,13 +133,39 @@ fn receive(client: BorrowedFd<'_>) -> io::Result<Option<Message>> {
 enum RequestError {
     #[error("the request needs {wanted} file descriptors, {found} came with it")]
     Descriptors { wanted: usize, found: usize },
+    #[error("the machine was not saved: {0}")]
+    Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+}
+
+/// Performs a request, and records it if it is one that changes something.
+fn recorded(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Response {
+    let changes = !matches!(
+        request,
+        Request::Status | Request::Console | Request::ConsolePart { .. } | Request::Recent
+    );
+    let text = if changes { Rare::text(&request) } else { Box::default() };
+    let recorder = machine.end().recorder();
+    match perform(machine, request, fds) {
+        Ok(response) => {
+            if changes {
+                recorder.machine(Rare::Done(text));
+            }
+            response
+        }
+        Err(error) => {
+            let message = error.to_string();
+            recorder.machine(Rare::Refused(format!("{message}: {text}").into()));
+            Response::Error { message }
+        }
+    }
 }
 
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
     let wanted = match &request {
         Request::AttachDisk { .. } | Request::AttachShare { .. } | Request::AttachTap { .. } => 1,
+        Request::Snapshot => 2,
         _ => 0,
     };
     let found = fds.len();
@@ -164,15 +189,25 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
             machine.attach_tap(&id, fds.next().ok_or(error)?, NetIdentity { mac, mtu })?;
         }
         Request::DetachTap { id } => machine.detach_tap(&id)?,
+        Request::SetRateLimit { device, limits } => machine.set_rate_limit(&device, limits)?,
+        Request::ConsolePart { from } => {
+            let (text, next) = machine.console().part(from);
+            return Ok(Response::ConsolePart { text, next });
+        }
+        Request::Recent => return Ok(Response::Recent { events: machine.end().recorder().recent() }),
         Request::Pause => machine.pause(),
         Request::Resume => machine.resume(),
+        Request::Snapshot => {
+            let (state, memory) = fds.next().zip(fds.next()).ok_or(error)?;
+            machine.snapshot(state.into(), &memory.into())?;
+        }
         Request::Kill => machine.end().report(ExitReason::Killed),
     }
     Ok(Response::Ok)
 }
 
-/// A response as a datagram. A console full of what JSON escapes can be longer than a message may be: then
-/// its beginning is cut.
+/// A response as a datagram. What is full of characters that JSON escapes can be longer than a message may be:
+/// then its beginning is cut.
 fn encode(mut response: Response) -> Vec<u8> {
     loop {
         let bytes = serde_json::to_vec(&response).unwrap_or_default();
@@ -181,6 +216,9 @@ fn encode(mut response: Response) -> Vec<u8> {
                 let half = text.ceil_char_boundary(text.len().div_ceil(2));
                 text.drain(..half);
             }
+            Response::Recent { events } if bytes.len() > MAX_MESSAGE => {
+                events.drain(..events.len().div_ceil(2));
+            }
             _ => return bytes,
         }
     }
@@ -188,6 +226,7 @@ fn encode(mut response: Response) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_vmm_api::{RECENT, Recorded};
     use rustix::net::{AddressFamily, SendAncillaryMessage, SocketType, socketpair};
 
     use super::*;
@@ -232,5 +271,15 @@ mod tests {
         assert!(bytes.len() <= MAX_MESSAGE);
         let Response::Console { text } = serde_json::from_slice(&bytes).unwrap() else { panic!() };
         assert!(text.len() >= bulkhead_vmm_api::CONSOLE_TAIL / 4);
+    }
+
+    #[test]
+    fn the_latest_events_fit() {
+        let event = |at_us| Recorded { at_us, text: "\u{1}".repeat(200) };
+        let bytes = encode(Response::Recent { events: (0..RECENT as u64).map(event).collect() });
+        assert!(bytes.len() <= MAX_MESSAGE);
+        let Response::Recent { events } = serde_json::from_slice(&bytes).unwrap() else { panic!() };
+        assert_eq!(events.last().unwrap().at_us, RECENT as u64 - 1);
+        assert!(events.len() >= 16);
     }
 }

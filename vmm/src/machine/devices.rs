@@ -1,5 +1,11 @@
 //! The virtio devices of a machine: each with its window, its interrupt line, an ioeventfd for every queue,
 //! and its worker.
+//!
+//! ```text
+//!  build ─▶ (restore) ─▶ start: the workers run ─▶ freeze … save … ─▶ they run on
+//! ```
+//!
+//! A restored device must not see a client or a frame before it is what it was, so workers start last.
 
 use std::{
     collections::BTreeMap,
@@ -9,25 +15,31 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bulkhead_vmm_api::{ExitReason, ShareKind};
+use bulkhead_vmm_api::{DeviceFigures, ExitReason, LimitedDevice, RateLimits, ShareKind};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{KvmError, end::End};
+use super::{
+    KvmError,
+    end::End,
+    snapshot::{SavedDevice, SnapshotError},
+};
 use crate::{
     arch::x86_64::layout,
     bus::{Bus, BusDevice, RangeError},
     config::Devices,
     devices::virtio::{
         block::Block,
-        device::{DeviceError, GuestMemory, Interrupt, VirtioDevice},
+        device::{GuestMemory, Interrupt, VirtioDevice},
         fs::Fs,
-        mmio::{self, MmioTransport, SavedTransport, register},
+        mmio::{self, MmioTransport, register},
         net::{Net, NetIdentity},
         rng::Rng,
         vsock::Vsock,
         worker::{FailureHandler, Port, Worker},
     },
+    jail::gate::Gate,
+    seccomp::Kind,
 };
 
 /// Why the devices cannot be made.
@@ -51,6 +63,14 @@ pub enum DeviceSetError {
         device: String,
         /// The cause.
         source: RangeError,
+    },
+    /// The saved machine had other devices.
+    #[error("the machine had the devices {saved}, and is to have {configured}")]
+    Other {
+        /// Names and labels, as saved.
+        saved: String,
+        /// Names and labels, as configured.
+        configured: String,
     },
     /// The device itself, its worker or its descriptors.
     #[error("{device}: {message}")]
@@ -108,8 +128,36 @@ pub struct DeviceSet {
     fs: Named<Fs>,
     net: Named<Net>,
     /// In bus order.
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
-    _workers: Vec<Worker>,
+    members: Vec<Member>,
+    workers: Vec<Worker>,
+}
+
+/// A device on the bus.
+struct Member {
+    /// What requests and the guest know it by; empty where its name says it all.
+    label: String,
+    port: Arc<Port>,
+    transport: Arc<Mutex<MmioTransport>>,
+}
+
+/// Devices whose workers and transports wait until this is dropped.
+pub(super) struct Frozen<'a> {
+    members: Vec<(&'a Member, MutexGuard<'a, MmioTransport>, MutexGuard<'a, dyn VirtioDevice + 'static>)>,
+}
+
+impl Frozen<'_> {
+    /// The state of every device.
+    pub(super) fn save(&self) -> Result<Vec<SavedDevice>, SnapshotError> {
+        let save = |(member, transport, device): &(&Member, MutexGuard<'_, MmioTransport>, _)| {
+            let device: &MutexGuard<'_, dyn VirtioDevice> = device;
+            let name = member.port.name().to_owned();
+            match transport.save_locked(&**device) {
+                Ok(transport) => Ok(SavedDevice { name, label: member.label.clone(), transport }),
+                Err(source) => Err(SnapshotError::Device { device: name, source }),
+            }
+        };
+        self.members.iter().map(save).collect()
+    }
 }
 
 impl DeviceSet {
@@ -124,40 +172,43 @@ impl DeviceSet {
         bus: &mut Bus,
         end: &Arc<End>,
     ) -> Result<Self, DeviceSetError> {
-        let mut assembly = Assembly { vm, memory, bus, end, transports: Vec::new(), workers: Vec::new() };
+        let mut assembly = Assembly { vm, memory, bus, end, members: Vec::new() };
         let (mut block, mut fs, mut net) = (Named::new(), Named::new(), Named::new());
         for (index, slot) in config.block.into_iter().enumerate() {
             let name = format!("block{index}");
             let device = Block::new(&slot.id).map_err(DeviceSetError::device(&name))?;
-            block.insert(slot.id, assembly.add(&name, device)?);
+            let added = assembly.add(&name, &slot.id, device)?;
+            block.insert(slot.id, added);
         }
         for (index, slot) in config.fs.into_iter().enumerate() {
             let name = format!("fs{index}");
             let device = Fs::new(&slot.tag).map_err(DeviceSetError::device(&name))?;
-            fs.insert(slot.tag, assembly.add(&name, device)?);
+            let added = assembly.add(&name, &slot.tag, device)?;
+            fs.insert(slot.tag, added);
         }
         if let Some((cid, listener)) = config.vsock {
             let name = "vsock";
             let device = Vsock::new(cid, listener).map_err(DeviceSetError::device(name))?;
-            assembly.add(name, device)?;
+            assembly.add(name, "", device)?;
         }
         for (index, slot) in config.net.into_iter().enumerate() {
             let name = format!("net{index}");
             let device = Net::new().map_err(DeviceSetError::device(&name))?;
-            net.insert(slot.id, assembly.add(&name, device)?);
+            let added = assembly.add(&name, &slot.id, device)?;
+            net.insert(slot.id, added);
         }
         if config.rng {
             let name = "rng";
             let device = Rng::new().map_err(DeviceSetError::device(name))?;
-            assembly.add(name, device)?;
+            assembly.add(name, "", device)?;
         }
-        Ok(Self { block, fs, net, transports: assembly.transports, _workers: assembly.workers })
+        Ok(Self { block, fs, net, members: assembly.members, workers: Vec::new() })
     }
 
     /// What tells the guest's kernel of the devices: ` virtio_mmio.device=<size>@<address>:<irq>` each.
     #[must_use]
     pub fn kernel_parameters(&self) -> String {
-        (0..self.transports.len() as u32)
+        (0..self.members.len() as u32)
             .zip(layout::VIRTIO_IRQS)
             .map(|(index, irq)| format!(" virtio_mmio.device=4K@{:#x}:{irq}", layout::virtio_window(index)))
             .collect()
@@ -209,13 +260,67 @@ impl DeviceSet {
         }
     }
 
-    /// The state of every device. The vCPUs are paused.
-    pub(super) fn save(&self) -> Result<Vec<(String, SavedTransport)>, DeviceError> {
-        let save = |transport: &Arc<Mutex<MmioTransport>>| {
-            let transport = transport.lock().unwrap_or_else(PoisonError::into_inner);
-            Ok((transport.port().name().to_owned(), transport.save()?))
+    /// See [`super::Machine::set_rate_limit`].
+    pub(super) fn set_rate_limit(
+        &self,
+        device: &LimitedDevice,
+        limits: RateLimits,
+    ) -> Result<(), AttachError> {
+        match device {
+            LimitedDevice::Block { id } => find("block", &self.block, id)?.limit(limits),
+            LimitedDevice::Net { id } => find("net", &self.net, id)?.limit(limits),
+        }
+        Ok(())
+    }
+
+    /// What each device has done, in bus order.
+    pub(super) fn figures(&self) -> Vec<DeviceFigures> {
+        self.members.iter().map(|member| member.port.figures()).collect()
+    }
+
+    /// Brings the devices, whose workers have not started, to their saved states.
+    ///
+    /// # Errors
+    /// They are others, or one refuses its state.
+    pub(super) fn restore(&self, saved: &[SavedDevice]) -> Result<(), DeviceSetError> {
+        let name = |name: &str, label: &str| {
+            if label.is_empty() { name.into() } else { format!("{name} ({label})") }
         };
-        self.transports.iter().map(save).collect()
+        let configured: Vec<String> =
+            self.members.iter().map(|member| name(member.port.name(), &member.label)).collect();
+        let were: Vec<String> = saved.iter().map(|saved| name(&saved.name, &saved.label)).collect();
+        if were != configured {
+            return Err(DeviceSetError::Other { saved: were.join(", "), configured: configured.join(", ") });
+        }
+        for (member, saved) in self.members.iter().zip(saved) {
+            let mut transport = member.transport.lock().unwrap_or_else(PoisonError::into_inner);
+            transport.restore(&saved.transport).map_err(DeviceSetError::device(member.port.name()))?;
+        }
+        Ok(())
+    }
+
+    /// Starts the workers, each of which has to pass the gate.
+    ///
+    /// # Errors
+    /// There is no thread or descriptor left.
+    pub(super) fn start(&mut self, gate: &Arc<Gate>) -> Result<(), DeviceSetError> {
+        for member in &self.members {
+            let pass = gate.pass(Kind::worker(member.port.device().device_type()));
+            let worker = Worker::start(Arc::clone(&member.port), pass);
+            self.workers.push(worker.map_err(DeviceSetError::device(member.port.name()))?);
+        }
+        Ok(())
+    }
+
+    /// Keeps the workers from working, and so guest memory and interrupt lines as they are. The vCPUs are
+    /// paused.
+    pub(super) fn freeze(&self) -> Frozen<'_> {
+        let members = self.members.iter().map(|member| {
+            // In the order of the vCPUs' accesses: the transport, then its device.
+            let transport = member.transport.lock().unwrap_or_else(PoisonError::into_inner);
+            (member, transport, member.port.device())
+        });
+        Frozen { members: members.collect() }
     }
 }
 
@@ -234,26 +339,30 @@ struct Assembly<'a> {
     memory: &'a GuestMemory,
     bus: &'a mut Bus,
     end: &'a Arc<End>,
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
-    workers: Vec<Worker>,
+    members: Vec<Member>,
 }
 
 impl Assembly<'_> {
     /// Puts a device into the next window.
-    fn add<D: VirtioDevice + 'static>(&mut self, name: &str, device: D) -> Result<Slot<D>, DeviceSetError> {
-        let index = self.transports.len();
+    fn add<D: VirtioDevice + 'static>(
+        &mut self,
+        name: &str,
+        label: &str,
+        device: D,
+    ) -> Result<Slot<D>, DeviceSetError> {
+        let index = self.members.len();
         let irq = layout::VIRTIO_IRQS.clone().nth(index).ok_or(DeviceSetError::TooMany)?;
         let window = layout::virtio_window(index as u32);
         let device = Arc::new(Mutex::new(device));
         let port = self.port(name, Arc::<Mutex<D>>::clone(&device)).map_err(DeviceSetError::device(name))?;
+        port.place().join(self.end.recorder(), name);
         self.connect(&port, window, irq)
             .map_err(|source| DeviceSetError::Kvm { device: name.to_owned(), source })?;
         let transport = Arc::new(Mutex::new(MmioTransport::new(Arc::clone(&port), self.memory.clone())));
         self.bus
             .insert(window, mmio::WINDOW, Arc::<Mutex<MmioTransport>>::clone(&transport))
             .map_err(|source| DeviceSetError::Window { device: name.to_owned(), source })?;
-        self.transports.push(transport);
-        self.workers.push(Worker::start(Arc::clone(&port)).map_err(DeviceSetError::device(name))?);
+        self.members.push(Member { label: label.to_owned(), port: Arc::clone(&port), transport });
         Ok(Slot { device, port })
     }
 

@@ -9,7 +9,7 @@ use std::{
 use bulkhead_vmm_api::ExitReason;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::console::Console;
+use crate::{console::Console, recorder::Recorder};
 
 /// The machine's end, shared by all of its threads.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ pub struct End {
     reason: Mutex<Option<ExitReason>>,
     event: EventFd,
     console: Arc<Console>,
+    recorder: Arc<Recorder>,
 }
 
 impl End {
@@ -24,8 +25,15 @@ impl End {
     ///
     /// # Errors
     /// No eventfd could be made.
-    pub fn new(console: Arc<Console>) -> io::Result<Self> {
-        Ok(Self { reason: Mutex::new(None), event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, console })
+    pub fn new(console: Arc<Console>, recorder: Arc<Recorder>) -> io::Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { reason: Mutex::new(None), event, console, recorder })
+    }
+
+    /// What happened before it.
+    #[must_use]
+    pub fn recorder(&self) -> &Arc<Recorder> {
+        &self.recorder
     }
 
     /// The machine has ended; only the first reason counts.
@@ -68,11 +76,17 @@ impl AsFd for End {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
+
+    fn recorder() -> Arc<Recorder> {
+        Recorder::new(Instant::now())
+    }
 
     #[test]
     fn the_first_reason_counts() {
-        let end = End::new(Arc::default()).unwrap();
+        let end = End::new(Arc::default(), recorder()).unwrap();
         assert_eq!(end.reason(), None);
         end.guest_reset();
         end.report(ExitReason::Killed);
@@ -83,7 +97,7 @@ mod tests {
     fn a_panic_before_a_reset_or_a_fault_is_the_reason() {
         for how in [End::guest_reset, End::triple_fault] {
             let console = Arc::new(Console::default());
-            let end = End::new(Arc::clone(&console)).unwrap();
+            let end = End::new(Arc::clone(&console), recorder()).unwrap();
             console.write(b"[    1.0] Kernel panic - not syncing: test\r\n");
             how(&end);
             let message = "Kernel panic - not syncing: test".to_owned();

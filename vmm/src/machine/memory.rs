@@ -1,22 +1,30 @@
-//! Guest memory: anonymous, private, in huge pages where the host has them.
+//! Guest memory: private, anonymous, in huge pages where the host has them; or what a snapshot holds, mapped
+//! from its memory file.
 //!
 //! A boot touches most of its memory once, and each 4 KiB page touched is an exit and a fault on the host;
 //! with 2 MiB pages that is a quarter of the boot gone. For that a mapping must begin at a 2 MiB boundary,
 //! which mmap does not promise.
+//!
+//! A restored machine reads the pages of the file that the host has cached, as do all others that were
+//! restored from it, and gets a page of its own where it writes. It gets no huge pages: each would be 2 MiB
+//! of its own for a few bytes written.
 
-use std::{io, ops::Range};
+use std::{fs::File, io, ops::Range};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, mmap::MmapRegionError,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
+    mmap::MmapRegionError,
 };
 
-use super::KvmError;
+use super::{KvmError, snapshot::image::Image};
 use crate::devices::virtio::device::GuestMemory;
 
 const HUGE_PAGE: usize = 2 << 20;
+
+type GuestRegionMmap = vm_memory::GuestRegionMmap<()>;
 
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -39,16 +47,54 @@ pub enum MemoryError {
 /// # Errors
 /// See [`MemoryError`].
 pub fn map(ranges: &[Range<u64>]) -> Result<GuestMemory, MemoryError> {
+    let regions =
+        ranges.iter().map(|range| region(range, Advice::LinuxHugepage)).collect::<Result<_, _>>()?;
+    GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+/// Maps guest memory as a snapshot has it.
+///
+/// # Errors
+/// See [`MemoryError`].
+pub fn restore(image: &Image<'_>) -> Result<GuestMemory, MemoryError> {
     let mut regions = Vec::new();
-    for range in ranges {
-        let size = range.end - range.start;
-        let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
-        let mapping = map_region(bytes).map_err(|source| MemoryError::Map { size, source })?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
-            .ok_or_else(|| MemoryError::Layout("the address space is too small".to_owned()))?;
+    let mut base = 0;
+    for saved in image.regions {
+        let region = region(&saved.addresses, Advice::LinuxNoHugepage)?;
+        for run in &saved.runs {
+            let size = run.end - run.start;
+            let error = |source| MemoryError::Map { size, source };
+            let offset = MemoryRegionAddress(run.start);
+            let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
+            let target =
+                region.get_host_address(offset).map_err(|_| error(io::ErrorKind::InvalidInput.into()))?;
+            if run.end > region.len() {
+                return Err(error(io::ErrorKind::InvalidInput.into()));
+            }
+            map_file(target, bytes, image.file, base + run.start).map_err(error)?;
+        }
+        base += region.len();
         regions.push(region);
     }
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+fn region(range: &Range<u64>, huge: Advice) -> Result<GuestRegionMmap, MemoryError> {
+    let size = range.end - range.start;
+    let bytes = usize::try_from(size).map_err(|error| MemoryError::Layout(error.to_string()))?;
+    let mapping = map_region(bytes, huge).map_err(|source| MemoryError::Map { size, source })?;
+    GuestRegionMmap::new(mapping, GuestAddress(range.start))
+        .ok_or_else(|| MemoryError::Layout("the address space is too small".to_owned()))
+}
+
+/// Puts a part of a file, copied where it is written to, in place of guest memory that nobody uses yet.
+fn map_file(target: *mut u8, size: usize, file: &File, offset: u64) -> io::Result<()> {
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    // SAFETY: [target, target + size) lies in a region of guest memory, as the callers checked, which is
+    // mapped for the process's life and to which nothing refers but as guest memory, through raw pointers:
+    // whatever is mapped there is only bytes.
+    unsafe { mmap(target.cast(), size, protection, flags | MapFlags::FIXED, file, offset) }?;
+    Ok(())
 }
 
 /// Gives the memory to KVM: slot numbers are the regions' indices.
@@ -73,7 +119,7 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
 
 /// Maps `size` bytes at a huge page's boundary. The mapping is never unmapped: devices and KVM use it until
 /// the process, which is one machine, ends.
-fn map_region(size: usize) -> io::Result<MmapRegion> {
+fn map_region(size: usize, huge: Advice) -> io::Result<MmapRegion> {
     let reserved = size.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::InvalidInput)?;
     let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
     // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
@@ -93,7 +139,7 @@ fn map_region(size: usize) -> io::Result<MmapRegion> {
     }
     // SAFETY: the range is the mapping just made; advice does not change its content. A kernel without huge
     // pages refuses it, and then there are none.
-    let _ = unsafe { madvise(start, size, Advice::LinuxHugepage) };
+    let _ = unsafe { madvise(start, size, huge) };
     // SAFETY: the range is mapped readable and writable, and stays so until the process ends.
     unsafe {
         MmapRegion::build_raw(

@@ -9,7 +9,7 @@
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
-use bulkhead_vmm_api::{ShareKind, Status};
+use bulkhead_vmm_api::{LimitedDevice, RateLimits, ShareKind, Status};
 use kvm_ioctls::VmFd;
 
 pub mod builder;
@@ -17,16 +17,23 @@ pub mod control;
 pub mod devices;
 pub mod end;
 pub mod memory;
+pub mod phases;
 pub mod signals;
+pub mod snapshot;
 pub mod vcpu;
 
 use devices::{AttachError, DeviceSet};
 use end::End;
+use phases::Phases;
+use snapshot::SnapshotError;
 use vcpu::Vcpus;
 
 use crate::{
     console::Console,
-    devices::virtio::{device::DeviceError, mmio::SavedTransport, net::NetIdentity},
+    devices::{
+        serial::SerialPort,
+        virtio::{device::GuestMemory, net::NetIdentity},
+    },
 };
 
 /// A KVM operation failed.
@@ -51,8 +58,13 @@ pub struct Machine {
     end: Arc<End>,
     vcpus: Vcpus,
     devices: DeviceSet,
+    serial: Arc<SerialPort>,
+    memory: GuestMemory,
+    /// [`crate::arch::x86_64::cpuid::fingerprint`].
+    processor: [u8; 32],
+    phases: Phases,
     /// Keeps memory slots, interrupt lines and ioeventfds; dropped last.
-    _vm: VmFd,
+    vm: VmFd,
 }
 
 impl Machine {
@@ -75,7 +87,9 @@ impl Machine {
             name: self.name.clone(),
             paused: self.vcpus.paused(),
             entered_guest_us: u64::try_from(entered).unwrap_or(u64::MAX),
+            phases: self.phases.list(),
             exits: shared.exits.by_frequency(),
+            devices: self.devices.figures(),
         }
     }
 
@@ -145,14 +159,20 @@ impl Machine {
         self.devices.detach_tap(id)
     }
 
-    /// The state of every virtio device by name, in bus order. The vCPUs are paused for it if they are not,
-    /// and stay so.
+    /// Limits what a device moves, from now on.
     ///
     /// # Errors
-    /// A device is in a state that cannot be saved.
-    pub fn save_devices(&self) -> Result<Vec<(String, SavedTransport)>, DeviceError> {
-        self.pause();
-        self.devices.save()
+    /// There is no such device.
+    pub fn set_rate_limit(&self, device: &LimitedDevice, limits: RateLimits) -> Result<(), AttachError> {
+        self.devices.set_rate_limit(device, limits)
+    }
+
+    /// Saves the machine, which is paused and stays so.
+    ///
+    /// # Errors
+    /// See [`SnapshotError`].
+    pub fn snapshot(&self, state: File, memory: &File) -> Result<(), SnapshotError> {
+        snapshot::save(self, state, memory)
     }
 
     /// Ends the machine: the vCPUs first, then the devices, which handle what was kicked before. So nothing

@@ -10,6 +10,8 @@
 //! A request reaches a vCPU by a signal whose handler sets `immediate_exit` in that vCPU's `kvm_run`: it then
 //! leaves KVM_RUN, or does not enter it, and looks at the wanted state. A vCPU parks only there, after
 //! KVM_RUN has been called once more: that is what completes a port or memory access which was answered.
+//!
+//! A parked thread saves its vCPU when asked to ([`Vcpus::save`]).
 
 use std::{
     cell::Cell,
@@ -28,7 +30,12 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::end::End;
-use crate::bus::Bus;
+use crate::{
+    arch::x86_64::state::{Abilities, StateError, VcpuState},
+    bus::Bus,
+    jail::gate::Gate,
+    seccomp::Kind,
+};
 
 /// What all vCPUs of a machine share.
 pub struct Shared {
@@ -44,6 +51,8 @@ pub struct Shared {
     pub entered: OnceLock<Duration>,
     /// When the process started.
     pub started: Instant,
+    /// What there is to save of a vCPU.
+    pub abilities: Abilities,
     wanted: Mutex<Wanted>,
     changed: Condvar,
 }
@@ -55,16 +64,44 @@ enum State {
     Stopped,
 }
 
-/// What the vCPUs are to do, and how many are not running guest code.
+/// What the vCPUs are to do, and what they have done of it.
 struct Wanted {
     state: State,
+    /// How many are not running guest code.
     parked: usize,
+    /// How many of those have ended.
+    ended: usize,
+    /// For each vCPU, while all are to be saved: what has come of it.
+    saves: Vec<Option<Result<VcpuState, StateError>>>,
+}
+
+impl Wanted {
+    /// Whether a vCPU is to be saved and was not yet.
+    fn wants_save(&self, index: usize) -> bool {
+        self.saves.get(index).is_some_and(Option::is_none)
+    }
+}
+
+/// Why the vCPUs cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// One has ended.
+    #[error("a vCPU has ended")]
+    Ended,
+    /// The state of one cannot be read.
+    #[error("vCPU {index}: {source}")]
+    State {
+        /// Its index.
+        index: usize,
+        /// Why not.
+        source: StateError,
+    },
 }
 
 impl Shared {
     /// For vCPUs that are not running yet.
     #[must_use]
-    pub fn new(ports: Bus, mmio: Bus, end: Arc<End>, started: Instant) -> Self {
+    pub fn new(ports: Bus, mmio: Bus, end: Arc<End>, started: Instant, abilities: Abilities) -> Self {
         Self {
             ports,
             mmio,
@@ -72,7 +109,8 @@ impl Shared {
             exits: ExitCounts::default(),
             entered: OnceLock::new(),
             started,
-            wanted: Mutex::new(Wanted { state: State::Paused, parked: 0 }),
+            abilities,
+            wanted: Mutex::new(Wanted { state: State::Paused, parked: 0, ended: 0, saves: Vec::new() }),
             changed: Condvar::new(),
         }
     }
@@ -82,22 +120,38 @@ impl Shared {
     }
 
     /// Waits, parked, while the machine is paused. False when the vCPU is to end.
-    fn park(&self) -> bool {
+    fn park(&self, vcpu: &VcpuFd, index: usize) -> bool {
         let mut wanted = self.wanted();
         if wanted.state == State::Paused {
             wanted.parked += 1;
             self.changed.notify_all();
             while wanted.state == State::Paused {
-                wanted = self.changed.wait(wanted).unwrap_or_else(PoisonError::into_inner);
+                if wanted.wants_save(index) {
+                    drop(wanted);
+                    let saved = VcpuState::save(vcpu, &self.abilities);
+                    wanted = self.wanted();
+                    if let Some(slot) = wanted.saves.get_mut(index) {
+                        *slot = Some(saved);
+                    }
+                    self.changed.notify_all();
+                } else {
+                    wanted = self.changed.wait(wanted).unwrap_or_else(PoisonError::into_inner);
+                }
             }
             wanted.parked -= 1;
+            // The guest is told that it did not run for a while, so that its watchdogs do not take that for a
+            // lock-up. One that has no paravirtual clock (yet) is not to be told.
+            let _ = vcpu.kvmclock_ctrl();
         }
         wanted.state == State::Running
     }
 
     /// A vCPU ends by itself: it counts as parked for ever.
     fn leave(&self) {
-        self.wanted().parked += 1;
+        let mut wanted = self.wanted();
+        wanted.parked += 1;
+        wanted.ended += 1;
+        drop(wanted);
         self.changed.notify_all();
     }
 }
@@ -109,18 +163,20 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. They wait until [`Vcpus::resume`].
+    /// Starts a thread for each vCPU, which has to pass the gate. They wait until [`Vcpus::resume`].
     ///
     /// # Errors
     /// The signal's handler cannot be installed, or a thread cannot be started.
-    pub fn start(shared: Arc<Shared>, vcpus: Vec<VcpuFd>) -> io::Result<Self> {
+    pub fn start(shared: Arc<Shared>, vcpus: Vec<VcpuFd>, gate: &Arc<Gate>) -> io::Result<Self> {
         install_handler()?;
         let mut this = Self { shared, threads: Vec::new() };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = Arc::clone(&this.shared);
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || thread_main(vcpu, index, &shared))?;
+            let pass = gate.pass(Kind::Vcpu);
+            let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                pass.confine();
+                thread_main(vcpu, index, &shared);
+            })?;
             this.threads.push(thread);
         }
         Ok(this)
@@ -140,6 +196,27 @@ impl Vcpus {
         while wanted.parked < self.threads.len() {
             wanted = self.shared.changed.wait(wanted).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Saves the vCPUs, each on its own thread: the kernel has the state of a vCPU at hand there. They are
+    /// paused, and stay so.
+    ///
+    /// # Errors
+    /// See [`SaveError`].
+    pub fn save(&self) -> Result<Vec<VcpuState>, SaveError> {
+        let mut wanted = self.shared.wanted();
+        wanted.saves = self.threads.iter().map(|_| None).collect();
+        self.shared.changed.notify_all();
+        while wanted.ended == 0 && wanted.saves.iter().any(Option::is_none) {
+            wanted = self.shared.changed.wait(wanted).unwrap_or_else(PoisonError::into_inner);
+        }
+        let saves = std::mem::take(&mut wanted.saves);
+        drop(wanted);
+        let saved = saves.into_iter().enumerate().map(|(index, saved)| match saved {
+            None => Err(SaveError::Ended),
+            Some(saved) => saved.map_err(|source| SaveError::State { index, source }),
+        });
+        saved.collect()
     }
 
     /// Whether the vCPUs are paused.
@@ -220,9 +297,9 @@ impl Drop for Kick {
 fn thread_main(mut vcpu: VcpuFd, index: usize, shared: &Shared) {
     let kick = Kick::new(&mut vcpu);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        if shared.park() {
+        if shared.park(&vcpu, index) {
             shared.entered.get_or_init(|| shared.started.elapsed());
-            run(&mut vcpu, shared);
+            run(&mut vcpu, index, shared);
         }
     }));
     drop(kick);
@@ -233,7 +310,7 @@ fn thread_main(mut vcpu: VcpuFd, index: usize, shared: &Shared) {
 }
 
 /// Runs guest code until the machine ends or the vCPU is to stop.
-fn run(vcpu: &mut VcpuFd, shared: &Shared) {
+fn run(vcpu: &mut VcpuFd, index: usize, shared: &Shared) {
     let exits = &shared.exits;
     loop {
         match vcpu.run() {
@@ -257,7 +334,7 @@ fn run(vcpu: &mut VcpuFd, shared: &Shared) {
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 exits.count(Exit::Signal);
                 vcpu.set_kvm_immediate_exit(0);
-                if !shared.park() {
+                if !shared.park(vcpu, index) {
                     return;
                 }
             }

@@ -5,18 +5,19 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
-/// Durations by who took them, in nanoseconds.
+/// Measured numbers by what they are of: durations in nanoseconds, memory in bytes.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Samples(BTreeMap<String, Vec<u64>>);
 
 impl Samples {
-    pub(crate) fn add(&mut self, who: &str, duration: Duration) {
-        self.0
-            .entry(who.to_owned())
-            .or_default()
-            .push(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
+    pub(crate) fn add(&mut self, what: &str, number: u64) {
+        self.0.entry(what.to_owned()).or_default().push(number);
+    }
+
+    pub(crate) fn add_time(&mut self, what: &str, duration: Duration) {
+        self.add(what, u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
     }
 
     /// What [`Samples::to_json`] made.
@@ -28,77 +29,187 @@ impl Samples {
         Ok(serde_json::to_string(self)?)
     }
 
-    fn of(&self, who: &str) -> Result<Vec<f64>> {
-        let samples = self.0.get(who).filter(|samples| !samples.is_empty());
-        let mut milliseconds: Vec<f64> = samples
-            .with_context(|| format!("nothing was measured of {who}"))?
-            .iter()
-            .map(|nanoseconds| Duration::from_nanos(*nanoseconds).as_secs_f64() * 1e3)
-            .collect();
-        milliseconds.sort_by(f64::total_cmp);
-        Ok(milliseconds)
+    /// Whether there is any of it.
+    pub(crate) fn has(&self, what: &str) -> bool {
+        self.0.get(what).is_some_and(|samples| !samples.is_empty())
     }
+
+    pub(crate) fn sum(&self, what: &str) -> u64 {
+        self.0.get(what).into_iter().flatten().sum()
+    }
+
+    /// Of durations.
+    pub(crate) fn median_ms(&self, what: &str) -> Result<f64> {
+        Ok(median(&self.sorted(what, Unit::Milliseconds)?))
+    }
+
+    fn sorted(&self, what: &str, unit: Unit) -> Result<Vec<f64>> {
+        let samples = self.0.get(what).filter(|samples| !samples.is_empty());
+        let samples = samples.with_context(|| format!("nothing was measured of {what}"))?;
+        let mut numbers: Vec<f64> = samples.iter().map(|number| unit.of(*number)).collect();
+        numbers.sort_by(f64::total_cmp);
+        Ok(numbers)
+    }
+}
+
+/// What a figure is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// From nanoseconds.
+    Milliseconds,
+    /// From bytes.
+    Mebibytes,
+    /// As it is.
+    Count,
+}
+
+impl Unit {
+    fn name(self) -> &'static str {
+        match self {
+            Unit::Milliseconds => "ms",
+            Unit::Mebibytes => "MiB",
+            Unit::Count => "",
+        }
+    }
+
+    fn of(self, number: u64) -> f64 {
+        match self {
+            Unit::Milliseconds => Duration::from_nanos(number).as_secs_f64() * 1e3,
+            #[allow(clippy::cast_precision_loss, reason = "memory is far below 2^53 bytes")]
+            Unit::Mebibytes => number as f64 / f64::from(1 << 20),
+            #[allow(clippy::cast_precision_loss, reason = "what is counted here is far below 2^53")]
+            Unit::Count => number as f64,
+        }
+    }
+}
+
+impl Serialize for Unit {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// What a figure should be.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Aim {
+    /// At most this part of the peer's median.
+    Ratio(f64),
+    /// A median of at most this.
+    AtMost(f64),
 }
 
 /// A row of `target/bench/results.json`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Figure {
     figure: String,
-    unit: &'static str,
+    unit: Unit,
     median: f64,
     min: f64,
     max: f64,
     n: usize,
     peer: Option<String>,
     peer_median: Option<f64>,
-    /// Ours divided by the peer's: below 1 we take less time.
+    peer_min: Option<f64>,
+    peer_max: Option<f64>,
+    /// Ours divided by the peer's: below 1 we take less.
     ratio: Option<f64>,
+    aim: Option<Aim>,
+    met: Option<bool>,
 }
 
 impl Figure {
     /// Of something that nobody else has.
-    pub(crate) fn alone(figure: &str, samples: &Samples, ours: &str) -> Result<Figure> {
-        let sorted = samples.of(ours)?;
+    pub(crate) fn alone(figure: &str, unit: Unit, samples: &Samples, ours: &str) -> Result<Figure> {
+        let sorted = samples.sorted(ours, unit)?;
         Ok(Figure {
             figure: figure.to_owned(),
-            unit: "ms",
+            unit,
             median: round(median(&sorted)),
             min: round(sorted.first().copied().unwrap_or_default()),
             max: round(sorted.last().copied().unwrap_or_default()),
             n: sorted.len(),
             peer: None,
             peer_median: None,
+            peer_min: None,
+            peer_max: None,
             ratio: None,
+            aim: None,
+            met: None,
         })
     }
 
-    /// Of something that the peer does too, measured in the same turns.
-    pub(crate) fn beside(figure: &str, samples: &Samples, ours: &str, peer: &str) -> Result<Figure> {
-        let alone = Figure::alone(figure, samples, ours)?;
-        let (mine, theirs) = (median(&samples.of(ours)?), median(&samples.of(peer)?));
-        let ratio = (theirs > 0.0).then(|| (mine / theirs * 100.0).round() / 100.0);
-        Ok(Figure { peer: Some(peer.to_owned()), peer_median: Some(round(theirs)), ratio, ..alone })
+    /// Of something that the peer does too, measured in the same turns. `peer` is its name and the name of its
+    /// samples.
+    pub(crate) fn beside(
+        figure: &str,
+        unit: Unit,
+        samples: &Samples,
+        ours: &str,
+        peer: (&str, &str),
+    ) -> Result<Figure> {
+        let alone = Figure::alone(figure, unit, samples, ours)?;
+        let theirs = samples.sorted(peer.1, unit)?;
+        let (mine, other) = (median(&samples.sorted(ours, unit)?), median(&theirs));
+        Ok(Figure {
+            peer: Some(peer.0.to_owned()),
+            peer_median: Some(round(other)),
+            peer_min: theirs.first().copied().map(round),
+            peer_max: theirs.last().copied().map(round),
+            ratio: (other > 0.0).then(|| (mine / other * 100.0).round() / 100.0),
+            ..alone
+        })
+    }
+
+    /// Says what it should be, and so whether it is.
+    pub(crate) fn aim(mut self, aim: Aim) -> Figure {
+        self.aim = Some(aim);
+        self.met = match aim {
+            Aim::Ratio(most) => self.ratio.map(|ratio| ratio <= most),
+            Aim::AtMost(most) => Some(self.median <= most),
+        };
+        self
     }
 }
 
 /// For people.
 pub(crate) fn table(figures: &[Figure]) -> String {
     let mut text = format!(
-        "\n{:<24} {:>10} {:>10} {:>10} {:>4}  {:<14} {:>10} {:>6}\n",
-        "figure", "median ms", "min", "max", "n", "peer", "median ms", "ratio"
+        "\n{:<26} {:>4} {:>9} {:>19} {:>4}  {:<18} {:>9} {:>19} {:>6}  {}\n",
+        "figure", "unit", "median", "min … max", "n", "peer", "median", "min … max", "ratio", "aim"
     );
     for row in figures {
         let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value}"));
+        let peer_range = match (row.peer_min, row.peer_max) {
+            (Some(min), Some(max)) => format!("{min} … {max}"),
+            _ => "-".to_owned(),
+        };
+        let aim = match (row.aim, row.met) {
+            (None, _) => String::new(),
+            (Some(aim), met) => {
+                let wanted = match aim {
+                    Aim::Ratio(most) => format!("≤ {most}×"),
+                    Aim::AtMost(most) => format!("≤ {most} {}", row.unit.name()),
+                };
+                let verdict = match met {
+                    Some(true) => "met",
+                    Some(false) => "MISSED",
+                    None => "no peer",
+                };
+                format!("{wanted} {verdict}")
+            }
+        };
         let _ = writeln!(
             text,
-            "{:<24} {:>10} {:>10} {:>10} {:>4}  {:<14} {:>10} {:>6}",
+            "{:<26} {:>4} {:>9} {:>19} {:>4}  {:<18} {:>9} {:>19} {:>6}  {aim}",
             row.figure,
+            row.unit.name(),
             row.median,
-            row.min,
-            row.max,
+            format!("{} … {}", row.min, row.max),
             row.n,
             row.peer.as_deref().unwrap_or("-"),
             number(row.peer_median),
+            peer_range,
             number(row.ratio),
         );
     }
@@ -127,28 +238,52 @@ mod tests {
     fn samples() -> Samples {
         let mut samples = Samples::default();
         for (ours, theirs) in [(30, 60), (10, 20), (20, 100), (40, 60)] {
-            samples.add("ours", Duration::from_millis(ours));
-            samples.add("theirs", Duration::from_millis(theirs));
+            samples.add_time("ours", Duration::from_millis(ours));
+            samples.add_time("theirs", Duration::from_millis(theirs));
         }
         samples
     }
 
+    fn beside() -> Figure {
+        Figure::beside("start", Unit::Milliseconds, &samples(), "ours", ("peer", "theirs")).unwrap()
+    }
+
     #[test]
     fn a_row_has_what_programs_read() {
-        let row =
-            serde_json::to_value(Figure::beside("start", &samples(), "ours", "theirs").unwrap()).unwrap();
+        let row = serde_json::to_value(beside().aim(Aim::Ratio(0.4))).unwrap();
         let expected = serde_json::json!({
             "figure": "start", "unit": "ms", "median": 25.0, "min": 10.0, "max": 40.0, "n": 4,
-            "peer": "theirs", "peer_median": 60.0, "ratio": 0.42,
+            "peer": "peer", "peer_median": 60.0, "peer_min": 20.0, "peer_max": 100.0, "ratio": 0.42,
+            "aim": {"ratio": 0.4}, "met": false,
         });
         assert_eq!(row, expected);
     }
 
     #[test]
+    fn an_aim_is_met_or_missed_or_has_no_peer() {
+        let alone = || Figure::alone("start", Unit::Milliseconds, &samples(), "ours").unwrap();
+        assert_eq!(beside().aim(Aim::Ratio(0.5)).met, Some(true));
+        assert_eq!(alone().aim(Aim::AtMost(25.0)).met, Some(true));
+        assert_eq!(alone().aim(Aim::AtMost(24.0)).met, Some(false));
+        assert_eq!(alone().aim(Aim::Ratio(0.5)).met, None);
+        let shown = table(&[beside().aim(Aim::Ratio(0.4)), alone().aim(Aim::Ratio(0.4))]);
+        assert!(shown.contains("≤ 0.4× MISSED") && shown.contains("≤ 0.4× no peer"), "{shown}");
+    }
+
+    #[test]
     fn a_figure_without_peer_says_null_and_one_without_samples_is_an_error() {
-        let row = serde_json::to_value(Figure::alone("start", &samples(), "ours").unwrap()).unwrap();
+        let row = Figure::alone("start", Unit::Milliseconds, &samples(), "ours").unwrap();
+        let row = serde_json::to_value(row).unwrap();
         assert!(row["peer"].is_null() && row["peer_median"].is_null() && row["ratio"].is_null());
-        assert!(Figure::alone("start", &samples(), "nobody").is_err());
+        assert!(Figure::alone("start", Unit::Milliseconds, &samples(), "nobody").is_err());
+    }
+
+    #[test]
+    fn memory_is_in_mebibytes() {
+        let mut samples = Samples::default();
+        samples.add("memory", 3 << 19);
+        let row = Figure::alone("memory", Unit::Mebibytes, &samples, "memory").unwrap();
+        assert!((row.median - 1.5).abs() < f64::EPSILON);
     }
 
     #[test]

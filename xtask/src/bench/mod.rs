@@ -1,28 +1,27 @@
 //! Measures beside others, in one run, in turns: ours, theirs, ours, theirs… What is compared is always side by side
-//! on one machine in one state; a figure of another day says nothing.
+//! on one machine in one state; a figure of another day says nothing. What is measured, and how: docs/benchmarks.md.
 //!
 //! ```text
 //!  xtask bench (here)                     in the host
 //!   builds, starts daemons  ────────────▶ bulkheadd, dockerd
 //!   docker CLI, forwarded sockets ──────▶   docker-run-cli
-//!   exec ───────────────────────────────▶ xtask bench-probe: boots VMMs, drives both APIs, prints nanoseconds
+//!   exec ───────────────────────────────▶ xtask bench-probe: boots VMMs, drives both APIs, prints numbers
 //! ```
 
+mod daemons;
 mod dockerd;
 mod figures;
 pub(crate) mod probe;
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use bulkhead_tests::image::Image;
-use bulkhead_tests::{Daemon, DaemonOptions, Docker, Host, Registry};
+use bulkhead_tests::Host;
 use clap::Args;
 
-use self::dockerd::Dockerd;
-use self::figures::{Figure, Samples};
+use self::figures::{Aim, Figure, Samples, Unit};
 use crate::bundle::{self, Bundle};
 use crate::deps;
 use crate::tree::Tree;
@@ -36,11 +35,25 @@ pub(crate) struct BenchArgs {
     /// Measure what `install` installs (link-time optimised, minutes to build) and not what the tests run.
     #[arg(long)]
     dist: bool,
-    /// Only figures whose name contains this.
+    /// Measure what was built before.
+    #[arg(long, conflicts_with = "dist")]
+    built: bool,
+    /// Only figures whose name contains one of these.
     #[arg(long, value_name = "TEXT")]
-    only: Option<String>,
+    only: Vec<String>,
+    /// Firecracker's executable, the peer of boots and restores; without it, QEMU's microvm machine is the peer of
+    /// boots, and restores have none. docs/benchmarks.md tells how it is built.
+    #[arg(long, env = "BULKHEAD_BENCH_FIRECRACKER", value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+    /// How many containers are started at once, a row each.
+    #[arg(long, value_delimiter = ',', default_value = "1,10,50", value_name = "N,N")]
+    counts: Vec<usize>,
+    /// How long containers are started at most, to see how many the host holds.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    fill_seconds: u64,
 }
 
+/// Of the test host. Fifty guests of 512 MiB are lent it, and use a small part.
 const MEMORY_MIB: u32 = 6144;
 
 pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
@@ -48,13 +61,22 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
         bail!("nothing comes of no rounds");
     }
     deps::ensure()?;
-    let bundle = bundle::build(tree, if args.dist { "dist" } else { "release" })?;
+    let bundle = if args.built {
+        Bundle::existing(tree)?
+    } else {
+        bundle::build(tree, if args.dist { "dist" } else { "release" })?
+    };
+    let firecracker =
+        args.firecracker.as_ref().map(|path| path.canonicalize().with_context(|| path.display().to_string()));
+    let firecracker = firecracker.transpose()?;
     let venue = venue::choose(&bundle)?;
     println!("measuring on {}", venue.describe());
     let place = venue.open(tree, "bench", MEMORY_MIB)?;
-    let bench = Bench { host: &place.host, bundle: &bundle, args };
-    let figures = [bench.boots()?, bench.containers()?].concat();
+    let bench = Bench { host: &place.host, bundle: &bundle, args, firecracker };
+    let (mut figures, mut notes) = (bench.machines()?, Vec::new());
+    figures.extend(bench.containers(&mut notes)?);
     print!("{}", figures::table(&figures));
+    notes.iter().for_each(|note| println!("{note}"));
     if venue == Venue::TestHost {
         println!(
             "Emulated: a time here is CPU time of a software CPU. Ratios between programs hold, but exaggerate whichever \
@@ -73,81 +95,81 @@ struct Bench<'a> {
     host: &'a Host,
     bundle: &'a Bundle,
     args: &'a BenchArgs,
+    firecracker: Option<PathBuf>,
 }
 
 impl Bench<'_> {
     fn wants(&self, name: &str) -> bool {
-        self.args.only.as_deref().is_none_or(|part| name.contains(part))
+        self.args.only.is_empty() || self.args.only.iter().any(|part| name.contains(part.as_str()))
+    }
+
+    fn wants_any(&self, names: &[&str]) -> bool {
+        names.iter().any(|name| self.wants(name))
     }
 
     /// Machines without a daemon.
-    fn boots(&self) -> Result<Vec<Figure>> {
+    fn machines(&self) -> Result<Vec<Figure>> {
         let mut figures = Vec::new();
-        if self.wants("vmm-start-to-init") {
-            let samples = self.probe(&["boot", "--until", "init"])?;
-            figures.push(Figure::beside("vmm-start-to-init", &samples, "bulkhead", "qemu-microvm")?);
-        }
-        if self.wants("start-to-agent-ready") {
-            let samples = self.probe(&["boot", "--until", "agent-ready"])?;
-            figures.push(Figure::alone("start-to-agent-ready", &samples, "bulkhead")?);
-        }
-        Ok(figures)
-    }
-
-    /// `docker run --rm --network none busybox true`: the network is left out on both sides, being another figure.
-    fn containers(&self) -> Result<Vec<Figure>> {
-        if !self.wants("docker-run-api") && !self.wants("docker-run-cli") {
-            return Ok(Vec::new());
-        }
-        let registry = Registry::start(self.host)?;
-        registry.push(&Image::busybox()?, "library/busybox", "latest")?;
-        let options =
-            DaemonOptions { registry: Some(registry.address().to_owned()), ..DaemonOptions::default() };
-        let ours = Daemon::start_from(self.host, self.bundle.dir(), options)?;
-        let theirs = Dockerd::start(self.host, registry.address())?;
-        for docker in [ours.docker(), theirs.docker()] {
-            docker.ok(&["pull", "-q", "busybox"])?;
-        }
-        let mut figures = Vec::new();
-        if self.wants("docker-run-api") {
-            let (a, b) = (
-                format!("bulkhead={}", ours.inner_socket()),
-                format!("dockerd-runc={}", theirs.inner_socket()),
-            );
-            let samples = self.probe(&["run", "--daemon", &a, "--daemon", &b])?;
-            figures.push(Figure::beside("docker-run-api", &samples, "bulkhead", "dockerd-runc")?);
-        }
-        if self.wants("docker-run-cli") {
-            let samples = self.by_cli(&[("bulkhead", ours.docker()), ("dockerd-runc", theirs.docker())])?;
-            figures.push(Figure::beside("docker-run-cli", &samples, "bulkhead", "dockerd-runc")?);
-        }
-        Ok(figures)
-    }
-
-    fn by_cli(&self, daemons: &[(&str, Docker)]) -> Result<Samples> {
-        let mut samples = Samples::default();
-        for round in 0..=self.args.rounds {
-            for (name, docker) in daemons {
-                let start = Instant::now();
-                docker.ok(&["run", "--rm", "--network", "none", "busybox", "true"])?;
-                // The first round warms caches.
-                if round > 0 {
-                    samples.add(name, start.elapsed());
-                }
+        let (ms, mib) = (Unit::Milliseconds, Unit::Mebibytes);
+        if self.wants_any(&["exec-to-init", "exec-to-exit"]) {
+            let samples = self.probe_machines(&["init"])?;
+            let peer = if self.firecracker.is_some() { "firecracker" } else { "qemu-microvm" };
+            for part in ["init", "exit"] {
+                let (ours, theirs) = (format!("bulkhead {part}"), format!("{peer} {part}"));
+                let name = format!("exec-to-{part}");
+                let figure = Figure::beside(&name, ms, &samples, &ours, (peer, &theirs))?;
+                // What is aimed at is Firecracker; QEMU stands in.
+                figures.push(if self.firecracker.is_some() { figure.aim(Aim::Ratio(0.8)) } else { figure });
             }
         }
-        Ok(samples)
+        if self.wants_any(&["cold-to-agent", "restore-to-agent", "vmm-private"]) {
+            let samples = self.probe_machines(&["agent"])?;
+            let beside = |name: &str, unit, ours: &str, peer: (&str, &str)| {
+                if samples.has(peer.1) {
+                    Figure::beside(name, unit, &samples, ours, peer)
+                } else {
+                    Figure::alone(name, unit, &samples, ours)
+                }
+            };
+            let firecracker = |what| ("firecracker", what);
+            figures.push(beside("cold-to-agent", ms, "bulkhead cold", firecracker("firecracker cold"))?);
+            let cold = ("own cold boot", "bulkhead cold");
+            figures.push(beside("restore-to-agent", ms, "bulkhead restored", cold)?.aim(Aim::Ratio(0.15)));
+            if self.firecracker.is_some() {
+                let peer = firecracker("firecracker restored");
+                figures.push(beside("restore-to-agent", ms, "bulkhead restored", peer)?);
+            }
+            for (name, ours, theirs) in [
+                ("vmm-private-cold", "bulkhead cold own", "firecracker cold own"),
+                ("vmm-private-restored", "bulkhead restored own", "firecracker restored own"),
+            ] {
+                figures.push(beside(name, mib, ours, firecracker(theirs))?.aim(Aim::AtMost(3.0)));
+            }
+        }
+        Ok(figures)
+    }
+
+    fn probe_machines(&self, arguments: &[&str]) -> Result<Samples> {
+        let mut command = vec![];
+        command.extend_from_slice(arguments);
+        let rounds = self.args.rounds.to_string();
+        let bundle = self.bundle.dir().display().to_string();
+        command.extend(["--rounds", &rounds, "--bundle", &bundle]);
+        let firecracker = self.firecracker.as_ref().map(|path| path.display().to_string());
+        if let Some(path) = &firecracker {
+            command.extend(["--firecracker", path]);
+        }
+        Samples::parse(&self.probe(&command)?)
     }
 
     /// Runs the probe in the host.
-    fn probe(&self, arguments: &[&str]) -> Result<Samples> {
+    fn probe(&self, arguments: &[&str]) -> Result<Vec<u8>> {
         let mut command = self.host.command(std::env::current_exe()?);
-        command.arg("bench-probe").args(arguments).args(["--rounds", &self.args.rounds.to_string()]);
-        command.arg("--bundle").arg(self.bundle.dir());
+        command.arg("bench-probe").args(arguments);
         let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
         if !output.status.success() {
             bail!("bench-probe {}: {}", arguments.join(" "), output.status);
         }
-        Samples::parse(&output.stdout)
+        Ok(output.stdout)
     }
 }

@@ -2,16 +2,20 @@
 //! [`Samples`].
 
 mod boot;
+mod containers;
+mod firecracker;
+mod machine;
+mod memory;
+mod ours;
+mod qemu;
 
-use std::io::Read;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use bulkhead_tests::http::Client;
-use clap::{Args, Subcommand, ValueEnum};
-use serde_json::{Value, json};
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
 
+use self::containers::Daemon;
 use super::figures::Samples;
 
 #[derive(Args)]
@@ -22,95 +26,101 @@ pub(crate) struct ProbeArgs {
 
 #[derive(Subcommand)]
 enum What {
-    /// Boot machines.
-    Boot {
-        #[arg(long, value_enum)]
-        until: Until,
+    /// Boot machines to their init and to their end.
+    Init {
         #[command(flatten)]
-        common: Common,
+        machines: Machines,
     },
-    /// Run containers through daemons' APIs.
-    Run {
-        /// NAME=SOCKET
-        #[arg(long = "daemon", required = true)]
-        daemons: Vec<String>,
+    /// Boot machines to their agent's first message, and restore saved ones.
+    Agent {
+        /// Leave the saved ones out.
+        #[arg(long)]
+        cold_only: bool,
         #[command(flatten)]
-        common: Common,
+        machines: Machines,
+    },
+    /// Boot one machine and print its console.
+    Show {
+        #[arg(long)]
+        bundle: PathBuf,
+        /// With the agent, and what a container's machine has.
+        #[arg(long)]
+        agent: bool,
+        /// More words for the command line.
+        #[arg(last = true)]
+        more: Vec<String>,
+    },
+    /// Run containers one after the other.
+    Run {
+        #[command(flatten)]
+        daemons: Daemons,
+        #[arg(long)]
+        rounds: u32,
+    },
+    /// Start many at once, and look at their memory.
+    Burst {
+        #[command(flatten)]
+        daemons: Daemons,
+        #[arg(long)]
+        rounds: u32,
+        #[arg(long, value_delimiter = ',', required = true)]
+        counts: Vec<usize>,
+    },
+    /// Start as many as there is room for.
+    Fill {
+        #[command(flatten)]
+        daemons: Daemons,
+        #[arg(long)]
+        seconds: u64,
+    },
+    /// Say where a daemon's time went.
+    Phases {
+        #[command(flatten)]
+        daemons: Daemons,
     },
 }
 
 #[derive(Args)]
-struct Common {
+struct Machines {
     #[arg(long)]
     rounds: u32,
     #[arg(long)]
     bundle: PathBuf,
+    #[arg(long)]
+    firecracker: Option<PathBuf>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Until {
-    /// The first line of an init that prints one.
-    Init,
-    /// The agent's first message.
-    AgentReady,
+#[derive(Args)]
+struct Daemons {
+    /// NAME=SOCKET
+    #[arg(long = "daemon", required = true)]
+    daemons: Vec<Daemon>,
+}
+
+impl Daemons {
+    fn first(&self) -> Result<&Daemon> {
+        self.daemons.first().context("no daemon")
+    }
 }
 
 pub(crate) fn run(args: &ProbeArgs) -> Result<()> {
     let samples = match &args.what {
-        What::Boot { until: Until::Init, common } => boot::until_init(&common.bundle, common.rounds)?,
-        What::Boot { until: Until::AgentReady, common } => {
-            boot::until_agent_ready(&common.bundle, common.rounds)?
+        What::Init { machines: Machines { rounds, bundle, firecracker } } => {
+            boot::init_and_exit(bundle, *rounds, firecracker.as_deref())?
         }
-        What::Run { daemons, common } => containers(daemons, common.rounds)?,
+        What::Agent { machines: Machines { rounds, bundle, firecracker }, cold_only } => {
+            boot::agent(bundle, *rounds, firecracker.as_deref(), !cold_only)?
+        }
+        What::Show { bundle, agent, more } => return boot::show(bundle, &more.join(" "), *agent),
+        What::Run { daemons, rounds } => containers::run(&daemons.daemons, *rounds)?,
+        What::Burst { daemons, rounds, counts } => containers::burst(&daemons.daemons, *rounds, counts)?,
+        What::Fill { daemons, seconds } => containers::fill(daemons.first()?, Duration::from_secs(*seconds))?,
+        What::Phases { daemons } => {
+            let (samples, order): (Samples, _) = containers::phases(daemons.first()?)?;
+            println!("{}", serde_json::to_string(&order)?);
+            samples
+        }
     };
     println!("{}", samples.to_json()?);
-    Ok(())
-}
-
-fn containers(daemons: &[String], rounds: u32) -> Result<Samples> {
-    let mut samples = Samples::default();
-    for round in 0..=rounds {
-        for daemon in daemons {
-            let (name, socket) = daemon.split_once('=').context("NAME=SOCKET")?;
-            let start = Instant::now();
-            run_container(&Client::new(socket)).with_context(|| name.to_owned())?;
-            // The first round warms caches.
-            if round > 0 {
-                samples.add(name, start.elapsed());
-            }
-        }
-    }
-    Ok(samples)
-}
-
-/// What the CLI sends for `docker run --rm --network none busybox true`, and nothing else.
-fn run_container(api: &Client) -> Result<()> {
-    let create = json!({
-        "Image": "busybox",
-        "Cmd": ["true"],
-        "AttachStdout": true,
-        "AttachStderr": true,
-        "HostConfig": {"AutoRemove": true, "NetworkMode": "none"},
-    });
-    let created = api.json("POST", "/v1.41/containers/create", &create)?.success()?.json()?;
-    let id = created["Id"].as_str().context("no Id")?;
-    let upgrade = [("Connection", "Upgrade"), ("Upgrade", "tcp")];
-    let (head, mut output) = api.open(
-        "POST",
-        &format!("/v1.41/containers/{id}/attach?stream=1&stdout=1&stderr=1"),
-        &upgrade,
-        b"",
-    )?;
-    if head.status != 101 {
-        bail!("attach: status {}", head.status);
-    }
-    let (head, mut wait) =
-        api.open("POST", &format!("/v1.41/containers/{id}/wait?condition=removed"), &[], b"")?;
-    api.request("POST", &format!("/v1.41/containers/{id}/start"), &[], b"")?.success()?;
-    output.read_to_end(&mut Vec::new())?;
-    let ended: Value = serde_json::from_slice(&wait.read_body(&head)?)?;
-    if ended["StatusCode"] != 0 {
-        bail!("the container ended with {ended}");
-    }
     Ok(())
 }

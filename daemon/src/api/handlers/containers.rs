@@ -4,13 +4,14 @@ use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, stream};
 use http::{Response, StatusCode, header::CONTENT_LENGTH};
 
+use super::checkpoints;
 use crate::{
     api::{
         request::{Call, invalid_json},
         response::{Body, Reply, json, json_with, no_content, status, streamed},
         router::{Route, table},
         stream::{Hijack, detach::DetachKeys, media_type},
-        types::container::{CreateRequest, WaitResponse},
+        types::container::{CreateRequest, HostConfig, WaitResponse},
         version::ApiVersion,
     },
     engine::{
@@ -29,6 +30,9 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/containers/{name}/stop" => stop,
     POST "/containers/{name}/restart" => restart,
     POST "/containers/{name}/kill" => kill,
+    POST "/containers/{name}/update" => update,
+    POST "/containers/{name}/pause" => pause,
+    POST "/containers/{name}/unpause" => unpause,
     POST "/containers/{name}/rename" => rename,
     POST "/containers/{name}/resize" => resize,
     POST "/containers/{name}/wait" [WhileConnected] => wait,
@@ -103,10 +107,11 @@ async fn start(call: Call) -> Result<Response<Body>> {
             "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24",
         ));
     }
-    if call.query.non_empty("checkpoint").is_some() {
-        return Err(Error::not_implemented("checkpoints are not supported"));
+    checkpoints::refuse_directory(call.query.get("checkpoint-dir"))?;
+    match call.query.non_empty("checkpoint") {
+        Some(checkpoint) => call.engine.container_start_from(call.name(), checkpoint).await?,
+        None => call.engine.container_start(call.name()).await?,
     }
-    call.engine.container_start(call.name()).await?;
     Ok(no_content())
 }
 
@@ -128,6 +133,25 @@ fn stop_signal(call: &Call) -> Option<&str> {
 
 async fn kill(call: Call) -> Result<Response<Body>> {
     call.engine.container_kill(call.name(), call.query.non_empty("signal")).await?;
+    Ok(no_content())
+}
+
+async fn update(mut call: Call) -> Result<Response<Body>> {
+    // Its fields are those of a host config, of which it is a part.
+    let mut request: HostConfig = call.json().await?;
+    if call.version < ApiVersion::new(1, 40) {
+        request.pids_limit = None;
+    }
+    json(&call.engine.container_update(call.name(), request).await?)
+}
+
+async fn pause(call: Call) -> Result<Response<Body>> {
+    call.engine.container_pause(call.name(), true).await?;
+    Ok(no_content())
+}
+
+async fn unpause(call: Call) -> Result<Response<Body>> {
+    call.engine.container_pause(call.name(), false).await?;
     Ok(no_content())
 }
 

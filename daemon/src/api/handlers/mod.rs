@@ -1,11 +1,14 @@
 //! The operations, a file a resource. Each handler: parse → one engine call → render.
 
+pub mod checkpoints;
 pub mod containers;
 pub mod exec;
 pub mod images;
 pub mod later;
 pub mod logs;
+pub mod machine;
 pub mod networks;
+pub mod stats;
 pub mod system;
 
 use super::router::Route;
@@ -13,8 +16,11 @@ use super::router::Route;
 /// Every resource's routes.
 pub(super) const TABLES: &[&[Route]] = &[
     system::ROUTES,
+    checkpoints::ROUTES,
     containers::ROUTES,
     logs::ROUTES,
+    machine::ROUTES,
+    stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,
     networks::ROUTES,

@@ -24,6 +24,7 @@ use crate::{
         Error, Result,
         events::{FILTER_KEYS, Selection},
     },
+    phases::Timeline,
 };
 
 pub(super) const ROUTES: &[Route] = table! {
@@ -35,7 +36,18 @@ pub(super) const ROUTES: &[Route] = table! {
     GET "/system/df" => disk_usage,
     POST "/auth" => auth,
     OPTIONS "/{any}" => options,
+    GET "/bulkhead/phases" => phases,
+    GET "/bulkhead/containers/{name}/phases" => container_phases,
 };
+
+/// Our own: where the time of recent creates, starts and ends went.
+async fn phases(call: Call) -> Result<Response<Body>> {
+    json(&call.engine.phases(None)?.iter().map(AsRef::as_ref).collect::<Vec<&Timeline>>())
+}
+
+async fn container_phases(call: Call) -> Result<Response<Body>> {
+    json(&call.engine.phases(Some(call.name()))?.iter().map(AsRef::as_ref).collect::<Vec<&Timeline>>())
+}
 
 fn ping_headers(mut response: Response<Body>) -> Response<Body> {
     let headers = response.headers_mut();
@@ -79,7 +91,7 @@ fn render_version(kernel: &str, commit: &str) -> Version {
         ("GitCommit", commit),
         ("GoVersion", ""),
         ("KernelVersion", kernel),
-        ("Experimental", "false"),
+        ("Experimental", "true"),
         ("BuildTime", ""),
     ];
     let details: BTreeMap<_, _> =
@@ -95,7 +107,7 @@ fn render_version(kernel: &str, commit: &str) -> Version {
         os: "linux".into(),
         arch: "amd64".into(),
         kernel_version: kernel.into(),
-        experimental: false,
+        experimental: true,
         build_time: String::new(),
     }
 }

@@ -149,7 +149,7 @@ fn common_headers(response: &mut Response<Body>) {
     set(SERVER_HEADER, SERVER.to_string());
     set(HeaderName::from_static("api-version"), version::CURRENT.to_string());
     set(HeaderName::from_static("ostype"), "linux".to_owned());
-    set(HeaderName::from_static("docker-experimental"), "false".to_owned());
+    set(HeaderName::from_static("docker-experimental"), "true".to_owned());
 }
 
 async fn handle(engine: Arc<Engine>, request: Request<Incoming>) -> Result<Reply> {
@@ -277,7 +277,7 @@ mod tests {
             let plain = head(&mut client).await.to_lowercase();
             assert!(plain.starts_with("http/1.1 204"), "{plain}");
             for header in
-                ["server: docker/", "api-version: 1.50", "ostype: linux", "docker-experimental: false"]
+                ["server: docker/", "api-version: 1.50", "ostype: linux", "docker-experimental: true"]
             {
                 assert!(plain.contains(header), "{plain}");
             }

@@ -120,7 +120,7 @@ fn head(request: &HeaderMap, media_type: &str) -> Vec<u8> {
         format!("HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\n")
     };
     format!(
-        "{first}Api-Version: {}\r\nDocker-Experimental: false\r\nOstype: linux\r\nServer: {}\r\n\r\n",
+        "{first}Api-Version: {}\r\nDocker-Experimental: true\r\nOstype: linux\r\nServer: {}\r\n\r\n",
         version::CURRENT,
         super::super::server::SERVER,
     )

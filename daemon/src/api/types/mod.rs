@@ -10,6 +10,7 @@ pub mod exec;
 pub mod filters;
 pub mod image;
 pub mod json;
+pub mod machine;
 pub mod network;
 pub mod system;
 

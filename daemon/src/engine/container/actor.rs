@@ -13,19 +13,21 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Command, Container, Grace, Reply, Stop, View,
     hub::{Hub, Kind},
+    machine,
     record::Record,
-    signal,
-    start::{self, Found, Started},
-    state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, State, Then},
+    restrain, signal,
+    start::{self, Found, Resumption, Started},
+    state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
     wiring,
     workload::{self, Watch, Workload},
 };
 use crate::{
-    api::types::container::{WaitError, WaitResponse},
+    api::types::container::{HostConfig, WaitError, WaitResponse},
     engine::{
         Error, Result, Shared, WaitCondition,
         network::record::{Attachment, Endpoint, Network},
     },
+    phases::{Stage, Timeline, TimelineKind},
     sandbox::Sandbox,
 };
 
@@ -46,6 +48,8 @@ enum Report {
     Over(u64, Exit),
     BackOffOver(u64),
     Deleted(std::io::Result<()>),
+    /// The agent has frozen the workload (true), or let it run on.
+    Paused(u64, bool, Result<()>, Reply<()>),
     /// A state that could not be saved may be tried again.
     Unsaved,
     /// A running container is in a network, or out of it, or as before.
@@ -71,7 +75,13 @@ pub(crate) struct Actor {
     /// Counts boots and delays: a report of an earlier one is not of this one.
     turn: u64,
     workload: Option<Arc<Workload>>,
+    /// Of the present run; None of one that an earlier daemon started.
+    timeline: Option<Arc<Timeline>>,
     boot: Option<CancellationToken>,
+    /// What the last boot was begun with.
+    booted_with: Option<Box<HostConfig>>,
+    /// What the next boot goes on from.
+    resumption: Option<Resumption>,
     /// The end of the last sandbox, to be waited for before another boots or the disk goes.
     ending: Option<JoinHandle<()>>,
 
@@ -96,8 +106,13 @@ impl Actor {
         let (sender, commands) = mpsc::channel(COMMANDS);
         let (reporter, reports) = mpsc::channel(COMMANDS);
         let (view, receiver) = watch::channel(View { record: Arc::new(record.clone()), workload: None });
-        let container =
-            Container { id: record.id.clone(), commands: sender, view: receiver, hub: Arc::clone(&hub) };
+        let container = Container {
+            id: record.id.clone(),
+            commands: sender,
+            view: receiver,
+            hub: Arc::clone(&hub),
+            updates: tokio::sync::Mutex::default(),
+        };
         let actor = Self {
             shared,
             record,
@@ -108,7 +123,10 @@ impl Actor {
             reporter,
             turn: 0,
             workload: None,
+            timeline: None,
             boot: None,
+            booted_with: None,
+            resumption: None,
             ending: None,
             starters: Vec::new(),
             stoppers: Vec::new(),
@@ -127,14 +145,17 @@ impl Actor {
     pub(crate) async fn adopt(&mut self) {
         let State::Running(running) = self.record.life.state.clone() else { return };
         match start::adopt(&self.shared, &self.record, &running, &self.hub).await {
-            Found::Alive(workload, watch) => {
+            Found::Alive { workload, watch, paused } => {
                 tracing::info!(
                     container = self.record.id,
                     pid = workload.sandbox.pid(),
                     "a container is taken over"
                 );
                 self.watch(workload, watch);
-                self.publish();
+                // The earlier daemon may have died between the deed and the record.
+                if self.step(Event::Paused(paused)).await.is_err() {
+                    self.publish();
+                }
             }
             Found::Gone(reason) => {
                 tracing::warn!(container = self.record.id, reason, "a container did not outlive the daemon");
@@ -176,9 +197,12 @@ impl Actor {
     async fn command(&mut self, command: Command) -> bool {
         match command {
             Command::Start(reply) => self.start(reply).await,
+            Command::Resume(resumption, reply) => self.resume(*resumption, reply).await,
             Command::Stop(stop, reply) => self.stop(stop, reply).await,
             Command::Restart(stop, reply) => self.restart(stop, reply).await,
             Command::Kill(signal, reply) => self.kill(signal, reply).await,
+            Command::Pause(pause, reply) => self.pause(pause, reply),
+            Command::Update(host, reply) => answer(reply, self.update(*host).await),
             Command::Remove { force, reply } => match self.step(Event::Remove { force }).await {
                 Ok(()) => self.removers.push(reply),
                 Err(refusal) => answer(reply, Err(self.refused_removal(refusal))),
@@ -222,6 +246,18 @@ impl Actor {
                 let _ = self.step(Event::BackOffOver).await;
             }
             Report::Over(..) | Report::BackOffOver(..) => {}
+            Report::Paused(turn, pause, result, reply) => {
+                let result = match result {
+                    Ok(()) if turn == self.turn => self.paused(pause).await,
+                    Ok(()) => Err(self.not_running()),
+                    Err(error) => Err(Error::internal(format!(
+                        "cannot {} container {}: {error}",
+                        if pause { "pause" } else { "unpause" },
+                        self.record.id
+                    ))),
+                };
+                answer(reply, result);
+            }
             Report::Unsaved => {
                 let passing = matches!(self.record.life.state, State::Starting(_) | State::Removing(_));
                 if !passing && let Err(error) = self.save(&self.record).await {
@@ -267,11 +303,22 @@ impl Actor {
         }
     }
 
+    async fn resume(&mut self, resumption: Resumption, reply: Reply<()>) {
+        // For the boot that this step asks for, and for no other.
+        self.resumption = Some(resumption);
+        let stepped = self.step(Event::Start).await;
+        self.resumption = None;
+        match stepped {
+            Ok(()) => self.starters.push(reply),
+            Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
+        }
+    }
+
     async fn stop(&mut self, stop: Stop, reply: Reply<()>) {
         match self.step(Event::Stop).await {
             Ok(()) if self.workload.is_some() => {
                 self.stoppers.push(reply);
-                self.begin_stop(stop);
+                self.begin_stop(stop).await;
             }
             Ok(()) => answer(reply, Ok(())),
             Err(_) => answer(reply, Err(Error::not_modified("the container is already stopped"))),
@@ -282,7 +329,7 @@ impl Actor {
         match self.step(Event::Restart).await {
             Ok(()) => {
                 self.restarters.push(reply);
-                self.begin_stop(stop);
+                self.begin_stop(stop).await;
             }
             Err(Refusal::Already) if self.boot.is_some() => self.restarters.push(reply),
             Err(refusal) => answer(reply, Err(self.refused_start(refusal))),
@@ -290,7 +337,7 @@ impl Actor {
     }
 
     async fn kill(&mut self, signal: i32, reply: Reply<()>) {
-        let not_running = Error::conflict(format!("container {} is not running", self.record.id));
+        let not_running = self.not_running();
         let Some(workload) = self.workload.clone() else {
             // A container that waits for its restart is told not to.
             let waiting = matches!(self.record.life.state, State::Restarting(_));
@@ -298,17 +345,87 @@ impl Actor {
             return answer(reply, if stopped { Ok(()) } else { Err(not_running) });
         };
         // Any other signal may be handled by the workload and leaves its restart policy in force.
-        if signal == libc::SIGKILL || signal == self.stop_signal() {
+        let final_ = signal == libc::SIGKILL || signal == self.stop_signal();
+        if final_ {
             let _ = self.step(Event::Stop).await;
         }
         self.tell("kill", [("signal".into(), signal.to_string())]);
+        let paused = final_ && self.wake().await;
         if signal == libc::SIGKILL {
             // Answered when it is over: the next request finds a container that does not run.
             self.killers.push(reply);
             tokio::spawn(async move { workload::kill(&workload).await });
         } else {
-            tokio::spawn(async move { answer(reply, workload.signal(signal).await) });
+            tokio::spawn(async move {
+                let delivered = workload.signal(signal).await;
+                // As with a stop: what is to end must run to do so.
+                let resumed = if paused { workload.set_paused(false).await } else { Ok(()) };
+                answer(reply, delivered.and(resumed));
+            });
         }
+    }
+
+    /// Has the workload frozen, or let go. The state changes when it is so.
+    fn pause(&mut self, pause: bool, reply: Reply<()>) {
+        let id = &self.record.id;
+        let refused = match &self.record.life.state {
+            State::Running(running) if running.paused == pause => Some(match pause {
+                true => Error::conflict(format!("container {id} is already paused")),
+                false => Error::internal(format!("Container {id} is not paused")),
+            }),
+            State::Running(_) => None,
+            State::Restarting(_) if pause => Some(Error::conflict(format!(
+                "Container {id} is restarting, wait until the container is running"
+            ))),
+            _ if pause => Some(self.not_running()),
+            _ => Some(Error::internal(format!("Container {id} is not paused"))),
+        };
+        let (None, Some(workload)) = (&refused, self.workload.clone()) else {
+            return answer(reply, Err(refused.unwrap_or_else(|| self.not_running())));
+        };
+        let (reporter, turn) = (self.reporter.clone(), self.turn);
+        tokio::spawn(async move {
+            let result = workload.set_paused(pause).await;
+            let _ = reporter.send(Report::Paused(turn, pause, result, reply)).await;
+        });
+    }
+
+    /// The workload stands still, or runs on.
+    async fn paused(&mut self, pause: bool) -> Result<()> {
+        if let State::Running(Running { then: Some(_), .. }) = self.record.life.state
+            && pause
+            && let Some(workload) = self.workload.clone()
+        {
+            // A stop has come in between, and must not wait for what cannot move.
+            tokio::spawn(async move { workload.set_paused(false).await });
+            return Err(Error::conflict(format!("container {} is being stopped", self.record.id)));
+        }
+        match self.step(Event::Paused(pause)).await {
+            Ok(()) => {
+                self.tell(if pause { "pause" } else { "unpause" }, []);
+                Ok(())
+            }
+            Err(Refusal::Already) if pause => {
+                Err(Error::conflict(format!("container {} is already paused", self.record.id)))
+            }
+            Err(Refusal::Already) => {
+                Err(Error::internal(format!("Container {} is not paused", self.record.id)))
+            }
+            Err(_) => Err(self.not_running()),
+        }
+    }
+
+    /// A workload that is to end is no longer paused; whether it was. The caller lets it run on.
+    async fn wake(&mut self) -> bool {
+        let woken = self.step(Event::Paused(false)).await.is_ok();
+        if woken {
+            self.tell("unpause", []);
+        }
+        woken
+    }
+
+    fn not_running(&self) -> Error {
+        Error::conflict(format!("container {} is not running", self.record.id))
     }
 
     async fn rename(&mut self, name: String) -> Result<()> {
@@ -450,6 +567,21 @@ impl Actor {
         Ok(())
     }
 
+    async fn update(&mut self, host: HostConfig) -> Result<()> {
+        // Its record is being deleted: it must not be written anew.
+        if matches!(self.record.life.state, State::Removing(_) | State::Dead(_)) {
+            return Err(Error::conflict("container is marked for removal and cannot be \"update\""));
+        }
+        let next = Record { host_config: host, ..self.record.clone() };
+        self.save(&next)
+            .await
+            .map_err(|error| Error::internal(format!("the new limits were not saved: {error}")))?;
+        self.record = next;
+        self.publish();
+        self.tell("update", []);
+        Ok(())
+    }
+
     fn wait(&mut self, condition: WaitCondition) -> oneshot::Receiver<WaitResponse> {
         let (sender, receiver) = oneshot::channel();
         let active = matches!(self.record.life.state, State::Running(_) | State::Restarting(_));
@@ -490,6 +622,7 @@ impl Actor {
             pid: workload.sandbox.pid(),
             log_start,
             at,
+            guest: Some(workload.guest().to_owned()).filter(|guest| *guest != self.record.id),
         };
         let before = self.record.clone();
         match self.record.life.step(self.record.rules(), event) {
@@ -514,6 +647,17 @@ impl Actor {
             let failure =
                 Failure { code: 128, error: format!("the container's state was not saved: {error}") };
             return self.start_failed(failure).await;
+        }
+        if self.booted_with.take().is_some_and(|then| *then != self.record.host_config) {
+            let (workload, shared, record) =
+                (Arc::clone(&workload), Arc::clone(&self.shared), self.record.clone());
+            tokio::spawn(async move {
+                restrain::catch_up(&workload, &record, &shared.layout().data_root).await;
+            });
+        }
+        self.reached(Stage::Running);
+        if let Some(timeline) = &self.timeline {
+            tracing::debug!(container = self.record.id, %timeline, "started");
         }
         self.watch(workload, watch);
         self.publish();
@@ -555,6 +699,9 @@ impl Actor {
         tokio::spawn(async move {
             let oom = || shared.publish(&record, "oom", []);
             let exit = workload.watch(watch, &hub, oom).await;
+            if let Some(death) = workload.death() {
+                machine::remember(&shared, &record, death).await;
+            }
             let _ = reporter.send(Report::Over(turn, exit)).await;
         });
     }
@@ -612,6 +759,7 @@ impl Actor {
             Effect::Ended(code) => {
                 // Who attaches while the view says that it runs is of the run that is over, and goes with it;
                 // who attaches after the exit was told is of the next.
+                self.reached(Stage::Ended);
                 self.publish();
                 self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();
@@ -638,8 +786,12 @@ impl Actor {
         self.turn += 1;
         let cancel = CancellationToken::new();
         self.boot = Some(cancel.clone());
+        self.booted_with = Some(Box::new(self.record.host_config.clone()));
         let (shared, record, hub) = (Arc::clone(&self.shared), self.record.clone(), Arc::clone(&self.hub));
         let (reporter, turn, before) = (self.reporter.clone(), self.turn, self.ending.take());
+        let resumption = self.resumption.take();
+        let timeline = self.shared.timelines.begin(&self.record.id, TimelineKind::Run);
+        self.timeline = Some(Arc::clone(&timeline));
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -648,7 +800,7 @@ impl Actor {
             let result = tokio::select! {
                 biased;
                 () = cancel.cancelled() => None,
-                result = start::start(&shared, &record, &hub, &mut booted) => Some(result),
+                result = start::start(&shared, &record, &hub, &timeline, resumption, &mut booted) => Some(result),
             };
             if !matches!(result, Some(Ok(_))) {
                 if let Some(sandbox) = booted {
@@ -679,7 +831,8 @@ impl Actor {
     /// Ends a sandbox in a task of its own; whatever comes next waits for it.
     fn end(&mut self, sandbox: Arc<Sandbox>, flush: bool) {
         let before = self.ending.take();
-        let (shared, id) = (Arc::clone(&self.shared), self.record.id.clone());
+        let (shared, timeline, id) =
+            (Arc::clone(&self.shared), self.timeline.clone(), self.record.id.clone());
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -690,6 +843,10 @@ impl Actor {
                 sandbox.destroy().await;
             }
             shared.networks.leave(&id).await;
+            if let Some(timeline) = timeline {
+                timeline.mark(Stage::Gone);
+                tracing::debug!(container = id, %timeline, "ended");
+            }
         }));
     }
 
@@ -710,6 +867,7 @@ impl Actor {
     }
 
     fn gone(&mut self) {
+        self.reached(Stage::Removed);
         self.shared.forget(&self.record.id);
         self.tell("destroy", []);
         let outcome = self.outcome();
@@ -731,7 +889,7 @@ impl Actor {
 
     // ---- Stopping
 
-    fn begin_stop(&self, stop: Stop) {
+    async fn begin_stop(&mut self, stop: Stop) {
         let Some(workload) = self.workload.clone() else { return };
         let signal = stop.signal.unwrap_or_else(|| self.stop_signal());
         let own = || Grace::from_seconds(self.record.config.stop_timeout.unwrap_or(10));
@@ -740,7 +898,8 @@ impl Actor {
             Grace::Forever => None,
         };
         self.tell("kill", [("signal".into(), signal.to_string())]);
-        tokio::spawn(async move { workload::stop(&workload, signal, grace).await });
+        let paused = self.wake().await;
+        tokio::spawn(async move { workload::stop(&workload, signal, grace, paused).await });
     }
 
     fn stop_signal(&self) -> i32 {
@@ -802,6 +961,12 @@ impl Actor {
             .unwrap_or_else(|e| Err(std::io::Error::other(e)))
     }
 
+    fn reached(&self, stage: Stage) {
+        if let Some(timeline) = &self.timeline {
+            timeline.mark(stage);
+        }
+    }
+
     fn publish(&self) {
         self.view
             .send_replace(View { record: Arc::new(self.record.clone()), workload: self.workload.clone() });
@@ -818,6 +983,7 @@ impl Actor {
             Refusal::BeingRemoved | Refusal::Dead => {
                 Error::conflict("container is marked for removal and cannot be started")
             }
+            Refusal::Paused => Error::conflict("cannot start a paused container, try unpause instead"),
             _ => Error::not_modified("the container is already started"),
         }
     }
@@ -825,6 +991,9 @@ impl Actor {
     fn refused_removal(&self, refusal: Refusal) -> Error {
         let Record { name, .. } = &self.record;
         match refusal {
+            Refusal::Paused => Error::conflict(format!(
+                "cannot remove container \"/{name}\": container is paused and must be unpaused first"
+            )),
             Refusal::Runs(status) => Error::conflict(format!(
                 "cannot remove container \"/{name}\": container is {status}: stop the container before removing or force \
                  remove"

@@ -8,7 +8,8 @@ use jiff::Timestamp;
 use super::{Actor, names, record::Record};
 use crate::{
     api::types::container::{CreateRequest, CreateResponse},
-    engine::{Error, Result, Shared, image::ImageForContainer, network, spec, store},
+    engine::{Error, Result, Shared, image::ImageForContainer, limits, network, spec, store},
+    phases::{Stage, Timeline, TimelineKind},
 };
 
 /// Creates it. On an error nothing is left.
@@ -17,12 +18,13 @@ pub(super) async fn create(
     name: Option<&str>,
     mut request: CreateRequest,
 ) -> Result<CreateResponse> {
+    let id = names::new_id();
+    let timeline = shared.timelines.begin(&id, TimelineKind::Create);
     if request.config.image.is_empty() {
         return Err(Error::invalid("invalid reference format"));
     }
     let image = shared.images.resolve_for_create(&request.config.image, None).await?;
     let ImageForContainer { id: image_id, config: image_config, layers, warning, pin } = image;
-    let id = names::new_id();
     if let Some(config) = &image_config.config {
         spec::merge_image(&mut request.config, config);
     }
@@ -30,9 +32,11 @@ pub(super) async fn create(
     let CreateRequest { config, host_config, networking_config } = request;
     let mut warnings: Vec<String> = warning.into_iter().collect();
     warnings.extend(spec::validate(&config, &host_config)?);
+    warnings.extend(limits::check(&config, &host_config, &shared.layout().data_root, false)?);
     let networks = network::attach::attachments(&shared.networks, &config, &host_config, &networking_config)?;
     network::ports::wanted(&config, &host_config)?;
     let size = disk_size(&host_config)?;
+    timeline.mark(Stage::Resolved);
 
     let name = match name {
         Some(name) if !name.is_empty() => shared.registry.reserve(name, &id)?,
@@ -43,7 +47,7 @@ pub(super) async fn create(
     record.config = config;
     record.host_config = host_config;
     record.networks = networks;
-    if let Err(error) = lay_down(shared, &record, size).await {
+    if let Err(error) = lay_down(shared, &record, size, &timeline).await {
         shared.registry.remove(&id);
         return Err(error);
     }
@@ -84,12 +88,19 @@ fn parse_size(text: &str) -> Option<u64> {
 }
 
 /// Makes the directory, the disk and the record, in this order.
-async fn lay_down(shared: &Arc<Shared>, record: &Record, size: Option<u64>) -> Result<()> {
-    let (layout, record) = (shared.layout().clone(), record.clone());
+async fn lay_down(
+    shared: &Arc<Shared>,
+    record: &Record,
+    size: Option<u64>,
+    timeline: &Arc<Timeline>,
+) -> Result<()> {
+    let (layout, record, timeline) = (shared.layout().clone(), record.clone(), Arc::clone(timeline));
     let made = tokio::task::spawn_blocking(move || {
         let made = store::create(&layout, &record.id)
             .and_then(|()| make_disk(&layout.disk_template(), &layout.container_disk(&record.id), size))
+            .inspect(|()| timeline.mark(Stage::Disk))
             .and_then(|()| record.write(&layout.container_record(&record.id)));
+        timeline.mark(Stage::Recorded);
         if made.is_err()
             && let Err(error) = store::delete(&layout, &record.id)
         {

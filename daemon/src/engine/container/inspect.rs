@@ -28,6 +28,7 @@ pub(super) fn status(state: &State) -> &'static str {
     match state {
         State::Resting(Rest::Created(_)) | State::Starting(Rest::Created(_)) => "created",
         State::Resting(Rest::Exited(_)) | State::Starting(Rest::Exited(_)) => "exited",
+        State::Running(running) if running.paused => "paused",
         State::Running(_) => "running",
         State::Restarting(_) => "restarting",
         State::Removing(_) => "removing",
@@ -44,7 +45,7 @@ fn state(life: &Lifecycle) -> container::State {
     };
     let ended = match &life.state {
         State::Running(running) => {
-            out.running = true;
+            (out.running, out.paused) = (true, running.paused);
             out.pid = running.pid.into();
             out.started_at = running.started_at.to_string();
             None
@@ -168,7 +169,9 @@ pub(super) fn status_line(state: &State, now: Timestamp) -> String {
     };
     match state {
         State::Resting(rest) | State::Starting(rest) => of_rest(rest),
-        State::Running(running) => format!("Up {}", ago(running.started_at)),
+        State::Running(running) => {
+            format!("Up {}{}", ago(running.started_at), if running.paused { " (Paused)" } else { "" })
+        }
         State::Restarting(ended) => format!("Restarting ({}) {} ago", ended.code, ago(ended.finished_at)),
         State::Removing(_) => "Removal In Progress".into(),
         State::Dead(_) => "Dead".into(),
@@ -220,11 +223,13 @@ mod tests {
     #[test]
     fn booleans_follow_from_the_state() {
         let running = Running {
+            guest: None,
             sandbox: "s".into(),
             pid: 42,
             log_start: 0,
             started_at: Timestamp::UNIX_EPOCH,
             then: None,
+            paused: false,
         };
         let failure = Failure { code: 127, error: "no".into() };
         for (state, status, [running, restarting, dead], code, pid) in [

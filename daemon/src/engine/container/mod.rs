@@ -12,30 +12,34 @@ mod create;
 pub(crate) mod hub;
 mod inspect;
 mod list;
+mod machine;
 pub(crate) mod names;
-mod network;
+pub(crate) mod network;
 mod ops;
 mod prune;
 pub(crate) mod pump;
 pub mod record;
 pub(crate) mod registry;
+mod restrain;
 pub(crate) mod signal;
 pub(crate) mod start;
 pub mod state;
+mod stats;
 mod top;
 mod wiring;
 pub(crate) mod workload;
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 pub(crate) use actor::Actor;
 pub use list::{LIST_FILTERS, ListOptions};
 pub use prune::PRUNE_FILTERS;
+pub use stats::StatsMode;
 
 use crate::{
-    api::types::container::WaitResponse,
+    api::types::container::{HostConfig, WaitResponse},
     engine::{
         Error, Result, WaitCondition,
         network::record::{Attachment, Network},
@@ -43,6 +47,7 @@ use crate::{
 };
 use hub::Hub;
 use record::Record;
+use start::Resumption;
 use state::State;
 use workload::Workload;
 
@@ -53,12 +58,18 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 pub(crate) enum Command {
     /// Answered when the workload runs.
     Start(Reply<()>),
+    /// Answered when the workload runs on from where it was saved.
+    Resume(Box<Resumption>, Reply<()>),
     /// Answered when it has ended.
     Stop(Stop, Reply<()>),
     /// Answered when it runs again.
     Restart(Stop, Reply<()>),
     /// Answered when the signal is delivered.
     Kill(i32, Reply<()>),
+    /// Answered when the new host config is on disk. What runs is held to it already.
+    Update(Box<HostConfig>, Reply<()>),
+    /// Answered when its processes stand still (true), or run on.
+    Pause(bool, Reply<()>),
     /// Answered when nothing is left.
     Remove {
         /// Even if it runs.
@@ -136,12 +147,30 @@ impl View {
     }
 }
 
+impl View {
+    /// The workload of a container that runs and is not paused; `what` could not be done while it is.
+    ///
+    /// # Errors
+    /// 409 in Docker's words.
+    pub(crate) fn awake(&self, what: &str) -> Result<&Arc<Workload>> {
+        let workload = self.running()?;
+        match &self.record.life.state {
+            State::Running(running) if running.paused => Err(Error::conflict(format!(
+                "Container {} is paused, unpause the container before {what}",
+                self.record.id
+            ))),
+            _ => Ok(workload),
+        }
+    }
+}
+
 /// A container.
 pub(crate) struct Container {
     id: String,
     commands: mpsc::Sender<Command>,
     view: watch::Receiver<View>,
     hub: Arc<Hub>,
+    updates: Mutex<()>,
 }
 
 impl Container {
@@ -151,6 +180,11 @@ impl Container {
 
     pub(crate) fn hub(&self) -> &Arc<Hub> {
         &self.hub
+    }
+
+    /// Held by whoever changes its limits.
+    pub(crate) fn updates(&self) -> &Mutex<()> {
+        &self.updates
     }
 
     /// How it is at this moment.
@@ -177,6 +211,7 @@ impl Container {
         let record = Arc::new(Record { id: id.into(), ..record::sample("ab") });
         let (_, view) = watch::channel(View { record, workload: None });
         let kind = hub::Kind { terminal: false, stdin: false, stdin_once: false };
-        Self { id: id.into(), commands: mpsc::channel(1).0, view, hub: Arc::new(Hub::new(kind)) }
+        let (commands, updates) = (mpsc::channel(1).0, Mutex::new(()));
+        Self { id: id.into(), commands, view, hub: Arc::new(Hub::new(kind)), updates }
     }
 }

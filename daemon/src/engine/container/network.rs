@@ -6,7 +6,7 @@ use bulkhead_agent_api::{Call, Gateway, Interface, InterfaceAddress};
 use super::record::Record;
 use crate::{
     engine::{
-        Result, Shared,
+        Error, Result, Shared,
         network::{
             Joined,
             attach::gateway_network,
@@ -21,6 +21,38 @@ pub(super) fn nic(joined: &mut Joined) -> Option<Nic> {
     let Joined { network, endpoint, tap, .. } = joined;
     let tap = tap.take()?;
     Some(Nic { slot: endpoint.slot, tap, mac: endpoint.mac, mtu: network.settings.mtu })
+}
+
+/// The record of a container with what it has just got.
+pub(super) fn with_endpoints(record: &Record, joined: &[Joined]) -> Record {
+    let mut record = record.clone();
+    for one in joined {
+        if let Some(attachment) = record.networks.get_mut(&one.network.name) {
+            attachment.endpoint = Some(one.endpoint.clone());
+        }
+    }
+    record
+}
+
+/// What a container has, by the networks' names.
+pub(super) fn endpoints(joined: Vec<Joined>) -> Vec<(String, Endpoint)> {
+    joined.into_iter().map(|one| (one.network.name.clone(), one.endpoint)).collect()
+}
+
+/// Refuses to save a machine whose interfaces a restored one would not get in the same slots: they come in the
+/// order of the networks' names.
+///
+/// # Errors
+/// Conflict.
+pub(crate) fn check_order(record: &Record) -> Result<()> {
+    let endpoints = record.networks.values().filter_map(|attachment| attachment.endpoint.as_ref());
+    if endpoints.zip(0..).all(|(endpoint, slot)| endpoint.slot == slot) {
+        return Ok(());
+    }
+    Err(Error::conflict(format!(
+        "container {} cannot be saved: its networks were changed while it ran; start it anew first",
+        record.name
+    )))
 }
 
 /// Lets all of them speak.

@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 
 use super::{
-    Command, Container, Grace, ListOptions, Stop, create, inspect, list, names, prune, signal, state::State,
+    Command, Container, Grace, ListOptions, Stop, create, inspect, list, names, prune, signal,
+    state::{Running, State},
     top,
 };
 use crate::{
@@ -88,6 +89,14 @@ impl Engine {
             message: format!("cannot kill container: {name}: {}", error.message),
             ..error
         })
+    }
+
+    /// Freezes its processes (true), or lets them run on.
+    ///
+    /// # Errors
+    /// It does not run; it is so already; the guest does not answer.
+    pub async fn container_pause(&self, name: Name<'_>, pause: bool) -> Result<()> {
+        self.container(name)?.ask(|reply| Command::Pause(pause, reply)).await?
     }
 
     /// Removes it. (There are no anonymous volumes yet that `_volumes` could mean.)
@@ -257,6 +266,11 @@ impl Engine {
     pub async fn container_attach(&self, name: Name<'_>, options: AttachOptions) -> Result<Attachment> {
         let container = self.container(name)?;
         let view = container.view();
+        if let State::Running(Running { paused: true, .. }) = &view.record.life.state {
+            return Err(Error::conflict(format!(
+                "container {name} is paused, unpause the container before attach"
+            )));
+        }
         let hub = container.hub();
         let attachment = match (&view.workload, options) {
             (_, AttachOptions { stream: false, logs, .. }) => {

@@ -1,29 +1,40 @@
 //! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
 //! And takes one over that an earlier daemon started.
 
-use std::{fs::OpenOptions, sync::Arc, time::Duration};
+use std::{
+    fs::OpenOptions,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
-    ProcessState, Rootfs, Stdio, StreamKind,
+    AgentError, Answer, Call, ContainerIdentity, ContainerState, Create, Disk, ErrorKind, Event,
+    Exit as AgentExit, ProcessState, Rootfs, Stdio, StreamKind,
 };
 use jiff::Timestamp;
 use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    network, pump,
+    machine, network, pump,
     record::Record,
+    restrain,
     state::{Failure, Running},
+    wiring,
     workload::{Watch, Workload},
 };
 use crate::{
     engine::{
-        Error, Shared,
+        Error, Shared, limits,
         logs::{Durable, Log, Stream},
-        network::{record::Endpoint, resolver::Resolver},
+        network::{Joined, record::Endpoint, resolver::Resolver},
     },
-    sandbox::{self, AdoptError, BootError, CallError, DISK, Sandbox, SandboxSpec, TAG},
+    phases::{Stage, Timeline, TimelineKind},
+    sandbox::{
+        self, AdoptError, BootError, CallError, DISK, HostLimits, MachineSpec, OpenMachine, Origin, Sandbox,
+        SandboxSpec, Shape, TAG, template::TemplateUse,
+    },
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
@@ -45,12 +56,28 @@ pub(crate) struct Started {
     pub(crate) endpoints: Vec<(String, Endpoint)>,
 }
 
-/// Starts it. A failure, and a start that is given up, leaves nothing but what the caller has to take away:
-/// what was booted, which is in `booted`, and then the container's places in its networks.
+/// A saved machine that a container goes on from.
+pub(crate) struct Resumption {
+    pub(crate) machine: OpenMachine,
+    /// What the machine is made of.
+    pub(crate) shape: Shape,
+    /// The container's name in it.
+    pub(crate) guest: String,
+    /// What becomes of the container.
+    pub(crate) identity: ContainerIdentity,
+    /// The disk that belongs to it, of which the container gets a clone; None: the container's own is that.
+    pub(crate) disk: Option<PathBuf>,
+}
+
+/// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves
+/// nothing but what the caller has to take away: what was booted, which is in `booted`, and then the
+/// container's places in its networks.
 pub(crate) async fn start(
     shared: &Arc<Shared>,
     record: &Record,
     hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
+    resumption: Option<Resumption>,
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
     let internal = |error: Error| Failure { code: 128, error: error.message };
@@ -63,19 +90,35 @@ pub(crate) async fn start(
             |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
         )?;
     let mut joined = shared.networks.join(record).await.map_err(internal)?;
-    let mut record = record.clone();
-    for one in &joined {
-        if let Some(attachment) = record.networks.get_mut(&one.network.name) {
-            attachment.endpoint = Some(one.endpoint.clone());
-        }
+    let record = &network::with_endpoints(record, &joined);
+    if let Some(resumption) = resumption {
+        return resume(shared, record, hub, timeline, resumption, (log, log_start), (joined, booted)).await;
     }
-    let record = &record;
     let create = create_call(shared, record).map_err(internal)?;
+    let origin = match &shared.templates {
+        Some(store) => {
+            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
+        }
+        None => Origin::Cold,
+    };
+    let disk = shared.layout().container_disk(&record.id);
+    // The machine that it tells of is no longer the last.
+    let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
     let nics = joined.iter_mut().filter_map(network::nic).collect();
-    let spec = SandboxSpec { nics, ..sandbox_spec(shared, record).map_err(internal)? };
+    let spec =
+        SandboxSpec { nics, ..sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)? };
+    timeline.mark(Stage::Prepared);
     // The rules, which take a while, are made while the guest boots.
     let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, &mut joined));
-    let (sandbox, events) = booting.map_err(|error| boot_failure(&error))?;
+    let (sandbox, events) = match booting {
+        Ok(booted) => booted,
+        Err(error) => {
+            if let BootError::Died(death) = &error {
+                machine::remember(shared, record, death).await;
+            }
+            return Err(boot_failure(&error));
+        }
+    };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
     admitted.map_err(internal)?;
     for request in network::calls(shared, record, &joined) {
@@ -85,17 +128,22 @@ pub(crate) async fn start(
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })?;
     call(&sandbox, Call::Create(Box::new(create))).await?;
+    timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
+    restrain::before_start(&sandbox, record, &shared.layout().data_root)
+        .await
+        .map_err(|error| Failure { code: 128, error })?;
     call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
+    timeline.mark(Stage::Started);
     let at = Timestamp::now();
-    let connected = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None);
-    let watch = connected
+    let mut watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
         .map(|watch| Watch { resolver, ..watch })
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
-    let endpoints = joined.into_iter().map(|one| (one.network.name.clone(), one.endpoint)).collect();
-    Ok(Started { workload, watch, log_start, at, endpoints })
+    timeline.mark(Stage::Connected);
+    watch.timeline = Some(Arc::clone(timeline));
+    Ok(Started { workload, watch, log_start, at, endpoints: network::endpoints(joined) })
 }
 
 /// The resolver of a container that is in a network.
@@ -110,10 +158,154 @@ async fn resolver(
     Resolver::start(Arc::clone(shared), Arc::clone(sandbox), record.id.clone()).await.map(Some)
 }
 
+/// Lets a container go on from a saved machine.
+async fn resume(
+    shared: &Arc<Shared>,
+    record: &Record,
+    hub: &Arc<Hub>,
+    timeline: &Arc<Timeline>,
+    resumption: Resumption,
+    (log, log_start): (Log, u64),
+    (mut joined, booted): (Vec<Joined>, &mut Option<Arc<Sandbox>>),
+) -> Result<Started, Failure> {
+    let internal = |error: Error| Failure { code: 128, error: error.message };
+    let Resumption { machine, shape, guest, identity, disk } = resumption;
+    let disk = RestoredDisk::prepare(shared, record, disk).await.map_err(internal)?;
+    let origin = Origin::Saved { machine, containers: vec![identity] };
+    let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
+    // What the container's settings have become since changes the next machine, not this one.
+    (spec.vcpus, spec.memory_mib) = (shape.vcpus(), shape.memory_mib());
+    let here = shared.shape(spec.machine()).await.map_err(internal)?;
+    if let Some(what) = shape.difference(&here) {
+        let error = format!("the saved machine cannot go on here: {what} is another");
+        return Err(Failure { code: 128, error });
+    }
+    spec.nics = joined.iter_mut().filter_map(network::nic).collect();
+    timeline.mark(Stage::Prepared);
+    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, &mut joined));
+    let (sandbox, events) = booting.map_err(|error| boot_failure(&error))?;
+    let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
+    admitted.map_err(internal)?;
+    // Its interfaces are those of its former life until now, and what they send goes nowhere.
+    for request in network::calls(shared, record, &joined) {
+        call(&sandbox, request).await?;
+    }
+    if !joined.is_empty() {
+        call(&sandbox, wiring::files(shared, record, &guest).map_err(internal)?).await?;
+    }
+    let resolver = resolver(shared, record, &sandbox)
+        .await
+        .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })?;
+    let state = container_state(&sandbox, &guest).await.map_err(internal)?;
+    let exit = first_exit(&state).map_err(internal)?;
+    let at = Timestamp::now();
+    let workload = Arc::new(Workload::new(sandbox, Arc::new(log), &guest));
+    let watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
+        .await
+        .map(|watch| Watch { resolver, ..watch })
+        .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
+    timeline.mark(Stage::Connected);
+    crate::engine::exec::take_over(&workload, state.execs);
+    disk.keep().map_err(|error| internal(error.into()))?;
+    Ok(Started { workload, watch, log_start, at, endpoints: network::endpoints(joined) })
+}
+
+/// The disk of a container that goes on from a checkpoint: beside the container's own until it runs on.
+struct RestoredDisk {
+    own: PathBuf,
+    /// A clone of the checkpoint's; None: the container's own is used.
+    clone: Option<PathBuf>,
+}
+
+impl RestoredDisk {
+    async fn prepare(shared: &Shared, record: &Record, source: Option<PathBuf>) -> Result<Self, Error> {
+        let own = shared.layout().container_disk(&record.id);
+        let Some(source) = source else { return Ok(Self { own, clone: None }) };
+        let clone = own.with_extension("restored");
+        let target = clone.clone();
+        let cloned = tokio::task::spawn_blocking(move || {
+            match std::fs::remove_file(&target) {
+                // Of a start that a daemon did not live to end.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            bulkhead_rootfs::disk::clone(&source, &target).map(drop).map_err(std::io::Error::other)
+        });
+        cloned
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|error| Error::internal(format!("the checkpoint's disk cannot be cloned: {error}")))?;
+        Ok(Self { own, clone: Some(clone) })
+    }
+
+    fn path(&self) -> &Path {
+        self.clone.as_ref().unwrap_or(&self.own)
+    }
+
+    /// It is the container's from now on.
+    fn keep(mut self) -> std::io::Result<()> {
+        match self.clone.take() {
+            Some(clone) => std::fs::rename(clone, &self.own),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for RestoredDisk {
+    fn drop(&mut self) {
+        if let Some(clone) = &self.clone
+            && let Err(error) = std::fs::remove_file(clone)
+        {
+            tracing::error!(path = %clone.display(), %error, "a disk that is not needed stays behind");
+        }
+    }
+}
+
+/// Whose templates are good for a container.
+fn domain(shared: &Shared, record: &Record) -> Option<String> {
+    let label = shared.config.vm.template_domain_label.as_ref()?;
+    Some(record.config.labels.as_ref().and_then(|labels| labels.get(label)).cloned().unwrap_or_default())
+}
+
+impl Shared {
+    /// What a machine is made of, by the contents of its files.
+    pub(crate) async fn shape(&self, machine: MachineSpec) -> Result<Shape, Error> {
+        let digests = Arc::clone(&self.digests);
+        let read = tokio::task::spawn_blocking(move || Shape::read(&machine, &digests)).await;
+        read.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|error| Error::internal(format!("the machine's files cannot be read: {error}")))
+    }
+
+    /// What a running sandbox's machine is made of. Its VMM may be of an older daemon's.
+    pub(crate) async fn shape_of(&self, sandbox: &Sandbox, record: &Record) -> Result<Shape, Error> {
+        let disk = self.layout().container_disk(&record.id);
+        let nobody = Timeline::begin(&record.id, TimelineKind::Run);
+        let mut machine = sandbox_spec(self, record, &disk, Origin::Cold, &nobody)?.machine();
+        machine.program = sandbox.program(machine.program);
+        self.shape(machine).await
+    }
+}
+
+/// The exit of a container's first process, if it has ended.
+fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
+    match state.init {
+        Some(ProcessState::Exited(exit)) => Ok(Some(exit)),
+        Some(ProcessState::Running { .. }) => Ok(None),
+        None => Err(Error::internal("its workload was never started")),
+    }
+}
+
 /// How a container that an earlier daemon left running was found.
 pub(crate) enum Found {
     /// It runs, or has ended in the meantime with its exit kept by the agent.
-    Alive(Arc<Workload>, Watch),
+    Alive {
+        /// What runs.
+        workload: Arc<Workload>,
+        /// For its watch.
+        watch: Watch,
+        /// Whether it stands still.
+        paused: bool,
+    },
     /// Its sandbox is gone; the text is why.
     Gone(String),
 }
@@ -135,15 +327,12 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Runni
         Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
     };
     let adopted = async {
-        let state = container_state(&sandbox, &record.id).await?;
-        let exit = match state.init {
-            Some(ProcessState::Exited(exit)) => Some(exit),
-            Some(ProcessState::Running { .. }) => None,
-            None => return Err(Error::internal("its workload was never started")),
-        };
-        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), &record.id));
+        let guest = running.guest.as_ref().unwrap_or(&record.id);
+        let state = container_state(&sandbox, guest).await?;
+        let exit = first_exit(&state)?;
+        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
-        crate::engine::exec::take_over(&workload, &record.id, state.execs);
+        crate::engine::exec::take_over(&workload, state.execs);
         shared.networks.adopt(record).await;
         let resolver = resolver(shared, record, &workload.sandbox).await;
         let resolver = resolver.unwrap_or_else(|error| {
@@ -151,11 +340,11 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Runni
             None
         });
         let watch = Watch { resolver, ..watch };
-        Ok::<_, Error>((workload, watch))
+        Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
     match tokio::time::timeout(ADOPT_WITHIN, adopted).await {
-        Ok(Ok((workload, watch))) => Found::Alive(workload, watch),
+        Ok(Ok((workload, watch, paused))) => Found::Alive { workload, watch, paused },
         Ok(Err(error)) => Found::Gone(format!("it could not be taken over: {error}")),
         Err(_) => Found::Gone("it could not be taken over: the guest agent does not answer".into()),
     }
@@ -187,39 +376,38 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(shared: &Shared, record: &Record) -> Result<SandboxSpec, Error> {
+fn sandbox_spec(
+    shared: &Shared,
+    record: &Record,
+    disk: &Path,
+    origin: Origin,
+    timeline: &Arc<Timeline>,
+) -> Result<SandboxSpec, Error> {
     let vm = &shared.config.vm;
     let disk = OpenOptions::new()
         .read(true)
         .write(true)
-        .open(shared.layout().container_disk(&record.id))
+        .open(disk)
         .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
     let layers = shared.layers();
     Ok(SandboxSpec {
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
-        vcpus: vcpus(record).unwrap_or(vm.vcpus),
+        vcpus: limits::vcpus(&record.host_config, vm.vcpus),
         memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
-        disk,
+        disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         nics: Vec::new(),
+        timeline: Arc::clone(timeline),
+        kvm: vm.kvm.clone(),
+        // The CPUs' come when it is up: a boot is to be quick.
+        limits: HostLimits::default(),
+        origin,
     })
-}
-
-/// As many vCPUs as the limit needs, rounded up; None without a limit.
-fn vcpus(record: &Record) -> Option<u8> {
-    let host = &record.host_config;
-    let period = if host.cpu_period > 0 { host.cpu_period } else { 100_000 };
-    let cpus = match (host.nano_cpus, host.cpu_quota) {
-        (nano @ 1.., _) => nano.div_ceil_positive(1_000_000_000),
-        (_, quota @ 1..) => quota.div_ceil_positive(period),
-        _ => return None,
-    };
-    Some(u8::try_from(cpus.clamp(1, 64)).unwrap_or(64))
 }
 
 trait DivCeil {
@@ -274,13 +462,15 @@ async fn connect(
         (stdio.stdout, StreamKind::Stdout, Stream::Stdout, kept.map(|kept| kept.stdout)),
         (stdio.stderr, StreamKind::Stderr, Stream::Stderr, kept.map(|kept| kept.stderr)),
     ];
+    // All at once: each is a way to the guest and back.
+    let opened =
+        streams.into_iter().filter(|(wanted, ..)| *wanted).map(|(_, kind, stream, from)| async move {
+            sandbox.output(workload.init(), kind, from).await.map(|output| (stream, output))
+        });
     let mut outputs = JoinSet::new();
-    for (wanted, kind, stream, from) in streams {
-        if wanted {
-            let output = sandbox.output(workload.init(), kind, from).await?;
-            let log = kept.map(|_| Arc::clone(&workload.log));
-            outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
-        }
+    for (stream, output) in futures_util::future::try_join_all(opened).await? {
+        let log = kept.map(|_| Arc::clone(&workload.log));
+        outputs.spawn(pump::output(output, stream, log, Arc::clone(hub)));
     }
     let mut inputs = JoinSet::new();
     if stdio.stdin
@@ -295,7 +485,7 @@ async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit, resolver: None })
+    Ok(Watch { events, outputs, inputs, exit, timeline: None, resolver: None })
 }
 
 async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
@@ -352,25 +542,6 @@ pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn record() -> Record {
-        super::super::record::sample("ab")
-    }
-
-    #[test]
-    fn vcpus_are_the_limit_rounded_up() {
-        let mut record = record();
-        assert_eq!(vcpus(&record), None);
-        for (nano, vcpus_) in [(10_000_000, 1), (1_000_000_000, 1), (1_500_000_000, 2), (i64::MAX, 64)] {
-            record.host_config.nano_cpus = nano;
-            assert_eq!(vcpus(&record), Some(vcpus_));
-        }
-        record.host_config.nano_cpus = 0;
-        record.host_config.cpu_quota = 250_000;
-        assert_eq!(vcpus(&record), Some(3));
-        record.host_config.cpu_period = 1_000_000;
-        assert_eq!(vcpus(&record), Some(1));
-    }
 
     #[test]
     fn memory_is_the_limit_and_what_the_guest_needs() {

@@ -14,6 +14,9 @@
 //!                    └─ removal failed ──▶ Dead ── remove ──▶ Removing
 //! ```
 //!
+//! A running workload may be paused: that is part of Running, since everything else that can happen to one can
+//! happen to it while it stands still.
+//!
 //! A state carries only what exists in it. Docker's status words and booleans are derived in [`super::inspect`].
 
 use std::time::Duration;
@@ -94,8 +97,15 @@ pub struct Running {
     pub log_start: u64,
     /// Since when.
     pub started_at: Timestamp,
+    /// The container's name in its guest, where that is not its id: it is a clone, or goes on from a
+    /// checkpoint that a clone has made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<String>,
     /// What the user wants after its end; None: what the restart policy says.
     pub then: Option<Then>,
+    /// Whether it stands still.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 /// What the user wants after the workload's end.
@@ -176,9 +186,13 @@ pub enum Event {
         log_start: u64,
         /// When.
         at: Timestamp,
+        /// [`Running::guest`].
+        guest: Option<String>,
     },
     /// The start failed; nothing of it is left.
     StartFailed(Failure),
+    /// Its processes stand still, or run on.
+    Paused(bool),
     /// The user stops or kills it.
     Stop,
     /// The user restarts it.
@@ -228,6 +242,8 @@ pub enum Refusal {
     NotRunning,
     /// It runs; the word is its status.
     Runs(&'static str),
+    /// It is paused.
+    Paused,
     /// It is being removed.
     BeingRemoved,
     /// It is dead.
@@ -256,12 +272,22 @@ impl Lifecycle {
         let mut next = self.clone();
         let effects = match event {
             Event::Start => next.start()?,
-            Event::Started { sandbox, pid, log_start, at } => {
+            Event::Started { sandbox, pid, log_start, at, guest } => {
                 let State::Starting(_) = self.state else { return Err(Refusal::Stale) };
-                next.state = State::Running(Running { sandbox, pid, log_start, started_at: at, then: None });
+                let (then, paused) = (None, false);
+                let running = Running { sandbox, pid, log_start, started_at: at, guest, then, paused };
+                next.state = State::Running(running);
                 vec![]
             }
             Event::StartFailed(failure) => next.start_failed(rules, failure)?,
+            Event::Paused(paused) => {
+                let State::Running(running) = &mut next.state else { return Err(Refusal::NotRunning) };
+                if running.paused == paused {
+                    return Err(Refusal::Already);
+                }
+                running.paused = paused;
+                vec![]
+            }
             Event::Stop => next.stop(rules)?,
             Event::Restart => next.restart()?,
             Event::Remove { force } => next.remove(force)?,
@@ -290,6 +316,7 @@ impl Lifecycle {
                 self.delay_ms = 0;
                 Ok(vec![Effect::Boot])
             }
+            State::Running(Running { paused: true, .. }) => Err(Refusal::Paused),
             State::Starting(_) | State::Running(_) | State::Restarting(_) => Err(Refusal::Already),
             State::Removing(_) => Err(Refusal::BeingRemoved),
             State::Dead(_) => Err(Refusal::Dead),
@@ -360,6 +387,7 @@ impl Lifecycle {
     fn remove(&mut self, force: bool) -> Result<Vec<Effect>, Refusal> {
         let (rest, effects) = match &mut self.state {
             State::Removing(_) => return Err(Refusal::BeingRemoved),
+            State::Running(Running { paused: true, .. }) if !force => return Err(Refusal::Paused),
             State::Running(_) if !force => return Err(Refusal::Runs("running")),
             State::Restarting(_) if !force => return Err(Refusal::Runs("restarting")),
             State::Starting(_) if !force => return Err(Refusal::Runs("starting")),

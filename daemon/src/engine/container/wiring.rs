@@ -108,9 +108,14 @@ pub(super) async fn disconnect(
 /// Default routes, `/etc/hosts` and `/etc/resolv.conf` as they are by now.
 async fn rewrite(shared: &Arc<Shared>, record: &Record, workload: &Workload) -> Result<()> {
     call(workload, network::routes(shared, record)).await?;
+    call(workload, files(shared, record, workload.guest())?).await
+}
+
+/// The files of a container, `guest` in its machine, that tell of its networks.
+pub(super) fn files(shared: &Shared, record: &Record, guest: &str) -> Result<Call> {
     let mut files = shared.spec(record)?.files;
-    files.retain(|file| file.path != "/etc/hostname");
-    call(workload, Call::NetworkFiles { container: record.id.clone(), files }).await
+    files.retain(|file| matches!(file.path.as_str(), "/etc/hosts" | "/etc/resolv.conf"));
+    Ok(Call::NetworkFiles { container: guest.to_owned(), files })
 }
 
 async fn call(workload: &Workload, call: Call) -> Result<()> {

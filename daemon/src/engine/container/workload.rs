@@ -10,7 +10,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -24,6 +24,7 @@ use tokio::{
 use super::{hub::Hub, state::Exit};
 use crate::{
     engine::{Error, Result, logs::Log, network::resolver::Resolver},
+    phases::{Stage, Timeline},
     sandbox::{CallError, Death, Sandbox},
 };
 
@@ -33,6 +34,9 @@ const DIE_WITHIN: Duration = Duration::from_secs(10);
 /// How long the events of a dead sandbox may take to come to their end.
 const LAST_WORDS_WITHIN: Duration = Duration::from_secs(2);
 
+/// How long the agent may take to freeze a container; longer than it gives itself.
+const PAUSE_WITHIN: Duration = Duration::from_secs(15);
+
 /// How long the agent may take to deliver a signal.
 const SIGNAL_WITHIN: Duration = Duration::from_secs(10);
 
@@ -40,11 +44,16 @@ const SIGNAL_WITHIN: Duration = Duration::from_secs(10);
 pub(crate) struct Workload {
     pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) log: Arc<Log>,
+    /// The container's name in its guest: its id, unless it is a clone.
     container: String,
+    /// Held while its machine is being saved.
+    pub(crate) saving: tokio::sync::Mutex<()>,
     /// Who waits for which exec's end. None when the workload is over.
     execs: Mutex<Option<HashMap<String, oneshot::Sender<AgentExit>>>>,
     /// Whether the first process has ended, output or not.
     exited: watch::Sender<bool>,
+    /// How the sandbox ended before the first process did.
+    death: OnceLock<Death>,
 }
 
 /// What belongs to a workload's watch and is not shared.
@@ -59,17 +68,27 @@ pub(crate) struct Watch {
     pub(crate) exit: Option<AgentExit>,
     /// Answers its name queries.
     pub(crate) resolver: Option<Resolver>,
+    /// Where the stages of the end are marked.
+    pub(crate) timeline: Option<Arc<Timeline>>,
 }
 
 impl Workload {
-    pub(crate) fn new(sandbox: Arc<Sandbox>, log: Arc<Log>, container: &str) -> Self {
+    /// `guest` is the container's name in its guest.
+    pub(crate) fn new(sandbox: Arc<Sandbox>, log: Arc<Log>, guest: &str) -> Self {
         Self {
             sandbox,
             log,
-            container: container.to_owned(),
+            container: guest.to_owned(),
+            saving: tokio::sync::Mutex::default(),
             execs: Mutex::new(Some(HashMap::new())),
             exited: watch::Sender::new(false),
+            death: OnceLock::new(),
         }
+    }
+
+    /// How the sandbox ended, if that was the container's end and not in order.
+    pub(crate) fn death(&self) -> Option<&Death> {
+        self.death.get().filter(|death| !death.in_order())
     }
 
     fn execs<R>(&self, f: impl FnOnce(&mut Option<HashMap<String, oneshot::Sender<AgentExit>>>) -> R) -> R {
@@ -86,6 +105,16 @@ impl Workload {
     /// Takes a registration back.
     pub(crate) fn forget_exec(&self, id: &str) {
         self.execs(|execs| execs.as_mut().and_then(|execs| execs.remove(id)));
+    }
+
+    /// The container's name in its guest.
+    pub(crate) fn guest(&self) -> &str {
+        &self.container
+    }
+
+    /// An exec.
+    pub(crate) fn exec(&self, id: &str) -> ProcessId {
+        ProcessId { container: self.container.clone(), exec: Some(id.to_owned()) }
     }
 
     /// The first process.
@@ -109,6 +138,19 @@ impl Workload {
         }
     }
 
+    /// Freezes every process, or lets them run on; returns when it is so.
+    ///
+    /// # Errors
+    /// The agent refuses or does not answer.
+    pub(crate) async fn set_paused(&self, paused: bool) -> Result<()> {
+        let container = self.container.clone();
+        let call = if paused { Call::Pause { container } } else { Call::Resume { container } };
+        match tokio::time::timeout(PAUSE_WITHIN, self.sandbox.call(call)).await {
+            Ok(answer) => answer.map(drop).map_err(|error| Error::internal(error.to_string())),
+            Err(_) => Err(Error::internal("the guest does not answer")),
+        }
+    }
+
     /// Resolves when the first process has ended.
     pub(crate) async fn exited(&self) {
         // The sender is in `self`: it cannot be gone.
@@ -121,13 +163,19 @@ impl Workload {
         // It ends with the run.
         let _resolver = watch.resolver.take();
         let mut exit = watch.exit;
+        let reached = |stage| watch.timeline.iter().for_each(|timeline| timeline.mark(stage));
         if exit.is_some() {
             self.process_ended(hub);
         }
         let death = loop {
             tokio::select! {
                 event = watch.events.recv() => match event {
-                    Some(event) => self.take(event, &mut exit, hub, &mut oom),
+                    Some(event) => {
+                        self.take(event, &mut exit, hub, &mut oom);
+                        if exit.is_some() {
+                            reached(Stage::Exited);
+                        }
+                    }
                     None => break Some(self.die().await),
                 },
                 _ = watch.outputs.join_next(), if exit.is_some() && !watch.outputs.is_empty() => {}
@@ -150,8 +198,12 @@ impl Workload {
         if let Err(error) = self.log.finish(Timestamp::now()) {
             tracing::error!(container = self.container, %error, "the end of a log could not be written");
         }
+        reached(Stage::Drained);
         watch.inputs.shutdown().await;
         self.execs(Option::take);
+        if let (None, Some(death)) = (&exit, &death) {
+            let _ = self.death.set(death.clone());
+        }
         conclude(exit, death)
     }
 
@@ -225,10 +277,14 @@ fn conclude(exit: Option<AgentExit>, death: Option<Death>) -> Exit {
 }
 
 /// Stops a workload: the signal, its grace, then SIGKILL. Returns when its first process has ended, or when
-/// its whole sandbox was killed because even SIGKILL brought no end.
-pub(crate) async fn stop(workload: &Workload, signal: i32, grace: Option<Duration>) {
+/// its whole sandbox was killed because even SIGKILL brought no end. One that was paused runs on once the signal
+/// waits for it.
+pub(crate) async fn stop(workload: &Workload, signal: i32, grace: Option<Duration>, paused: bool) {
     if let Err(error) = workload.signal(signal).await {
         tracing::warn!(container = workload.container, %error, "a stop signal was not delivered");
+    }
+    if paused && let Err(error) = workload.set_paused(false).await {
+        tracing::warn!(container = workload.container, %error, "a paused container was not resumed");
     }
     match grace {
         None => workload.exited().await,
@@ -288,7 +344,8 @@ mod tests {
         let mut outputs = JoinSet::new();
         let log = Some(Arc::clone(&workload.log));
         outputs.spawn(pump::output(output.unwrap(), Stream::Stdout, log, Arc::clone(&hub)));
-        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None, resolver: None };
+        let watch =
+            Watch { events, outputs, inputs: JoinSet::new(), exit: None, timeline: None, resolver: None };
         Bench { base, machine, agent, workload, hub, watch, stdout }
     }
 
@@ -388,7 +445,7 @@ mod tests {
         });
         let stopping = tokio::spawn({
             let workload = Arc::clone(&workload);
-            async move { stop(&workload, 15, Some(Duration::from_millis(1))).await }
+            async move { stop(&workload, 15, Some(Duration::from_millis(1)), false).await }
         });
         for expected in [15, 9] {
             let call = agent.next_call().await.unwrap();

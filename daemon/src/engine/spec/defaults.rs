@@ -304,7 +304,11 @@ fn check_not_there_yet(host: &HostConfig) -> Result<()> {
     Ok(())
 }
 
-fn check_restart(host: &HostConfig) -> Result<()> {
+/// Checks a restart policy.
+///
+/// # Errors
+/// Invalid, in dockerd's words.
+pub(crate) fn check_restart(host: &HostConfig) -> Result<()> {
     let policy = &host.restart_policy;
     let wrong = |text: &str| Err(Error::invalid(format!("invalid restart policy: {text}")));
     match policy.name.as_str() {
@@ -329,55 +333,14 @@ fn check_restart(host: &HostConfig) -> Result<()> {
     Ok(())
 }
 
+/// What is limited of the container itself. (CPUs, memory and rates are `engine::limits`.)
 fn check_resources(host: &HostConfig) -> Result<()> {
     let refuse = |text: &str| Err(Error::invalid(text));
-    if host.memory != 0 && host.memory < 6 << 20 {
-        return refuse("Minimum memory limit allowed is 6MB");
-    }
-    if host.memory > 0 && host.memory_swap > 0 && host.memory_swap < host.memory {
-        return refuse("Minimum memoryswap limit should be larger than memory limit, see usage");
-    }
-    if host.memory == 0 && host.memory_swap > 0 {
-        return refuse("You should always set the Memory limit when using Memoryswap limit, see usage");
-    }
-    if host.memory_reservation < 0 || (host.memory > 0 && host.memory < host.memory_reservation) {
-        return refuse("Minimum memory limit can not be less than memory reservation limit, see usage");
-    }
-    if host.memory_swappiness.is_some_and(|value| !(-1..=100).contains(&value)) {
-        return refuse("Invalid value, valid memory swappiness range is 0-100");
-    }
-    if host.nano_cpus > 0 && (host.cpu_period > 0 || host.cpu_quota > 0) {
-        return refuse("Conflicting options: Nano CPUs and CPU Period/Quota cannot both be set.");
-    }
-    if host.nano_cpus != 0 && !(10_000_000..=64_000_000_000).contains(&host.nano_cpus) {
-        return refuse("range of CPUs is from 0.01 to 64.00");
-    }
-    if host.cpu_period != 0 && !(1000..=1_000_000).contains(&host.cpu_period) {
-        return refuse(
-            "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)",
-        );
-    }
-    if host.cpu_quota > 0 && host.cpu_quota < 1000 {
-        return refuse("CPU cfs quota can not be less than 1ms (i.e. 1000)");
-    }
-    if host.cpu_shares < 0 {
-        return refuse("invalid CPU shares (must be a non-negative number)");
-    }
     if host.shm_size < 0 {
         return refuse("SHM size can not be less than 0");
     }
     if !(-1000..=1000).contains(&host.oom_score_adj) {
         return refuse("Invalid value, range for oom score adj is [-1000, 1000]");
-    }
-    if host.cpu_realtime_period != 0 || host.cpu_realtime_runtime != 0 {
-        return refuse("real-time CPU limits are not there with cgroup version 2");
-    }
-    if host.cpu_count != 0
-        || host.cpu_percent != 0
-        || host.io_maximum_iops != 0
-        || host.io_maximum_bandwidth != 0
-    {
-        return refuse("Invalid option: CpuCount, CpuPercent and IOMaximum… are Windows options");
     }
     if let Some(name) = host.sysctls.iter().flatten().map(|(name, _)| name).find(|name| !is_namespaced(name))
     {
@@ -430,32 +393,8 @@ fn warnings(config: &Config, host: &HostConfig) -> Vec<String> {
         "Kernel memory limits are deprecated and discarded.",
     );
     warn(
-        !host.cpuset_cpus.is_empty() || !host.cpuset_mems.is_empty(),
-        "A container's CPUs are its own virtual ones: it cannot be bound to the host's. CPUset discarded.",
-    );
-    warn(
-        host.cpu_shares != 0,
-        "CPU shares count among a container's own processes only: every container has a kernel of its own.",
-    );
-    warn(
         host.memory > 0 && ![0, host.memory, host.memory.saturating_mul(2)].contains(&host.memory_swap),
         "Guests have no swap: memory is limited without swap.",
-    );
-    let some = |list: &Option<Vec<crate::api::types::container::ThrottleDevice>>| {
-        list.as_ref().is_some_and(|list| !list.is_empty())
-    };
-    warn(
-        host.blkio_weight != 0
-            || host.blkio_weight_device.as_ref().is_some_and(|list| !list.is_empty())
-            || [
-                &host.blkio_device_read_bps,
-                &host.blkio_device_write_bps,
-                &host.blkio_device_read_iops,
-                &host.blkio_device_write_iops,
-            ]
-            .iter()
-            .any(|list| some(list)),
-        "Block I/O limits are not supported yet. They were discarded.",
     );
     warn(
         config

@@ -34,6 +34,12 @@ pub(super) fn files(
     ])
 }
 
+/// `/etc/machine-id`: what an image brings is every container's of it, so none of its own may count.
+pub(super) fn machine_id(id: &str) -> InjectedFile {
+    let content = format!("{}\n", id.get(..32).unwrap_or(id));
+    InjectedFile { path: "/etc/machine-id".into(), content, mode: 0o444 }
+}
+
 fn hosts(hostname: &str, domainname: &str, host: &HostConfig, network: &NetworkFacts) -> Result<String> {
     let mut text = String::from(
         "127.0.0.1\tlocalhost\n\

@@ -23,8 +23,10 @@ use std::{
 };
 
 use bulkhead_agent_api::{GROUP_ADD_ANNOTATION, INIT_ANNOTATION, InjectedFile};
+pub(crate) use defaults::check_restart;
 pub use defaults::{command, fill, merge_image, validate, validate_daemon};
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec};
+pub(crate) use resources::updated as updated_resources;
 use serde_json::json;
 
 use super::{Error, Result};
@@ -152,7 +154,8 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
     if let Some(process) = spec.process_mut() {
         process.set_capabilities(Some(capability_sets(&capabilities)?));
     }
-    let files = files::files(hostname, &config.domainname, host, daemon, network, resolv_conf)?;
+    let mut files = files::files(hostname, &config.domainname, host, daemon, network, resolv_conf)?;
+    files.push(self::files::machine_id(id));
     Ok(ContainerSpec { spec, files })
 }
 

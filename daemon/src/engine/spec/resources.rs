@@ -13,7 +13,7 @@ fn typed<T: serde::de::DeserializeOwned>(what: &str, value: Value) -> Result<T> 
 }
 
 /// `linux.resources`: the limits of the container's cgroup in the guest. (No CPU sets: they name the host's
-/// CPUs, and create says that they are discarded.)
+/// CPUs, and are the VMM's. No shares: nobody else is in the guest.)
 pub(super) fn resources(host: &HostConfig, devices: &[LinuxDeviceCgroup]) -> Result<LinuxResources> {
     let set = |value: i64| (value != 0).then_some(value);
     // CPUs in thousand-millionths are a quota of the usual period.
@@ -30,7 +30,6 @@ pub(super) fn resources(host: &HostConfig, devices: &[LinuxDeviceCgroup]) -> Res
             "swap": set(host.memory_swap),
         },
         "cpu": {
-            "shares": set(host.cpu_shares),
             "period": period,
             "quota": quota,
         },
@@ -39,6 +38,18 @@ pub(super) fn resources(host: &HostConfig, devices: &[LinuxDeviceCgroup]) -> Res
         resources["pids"] = json!({ "limit": limit });
     }
     typed("resources", resources)
+}
+
+/// The limits of a container that exists, after an update: of processes, no limit is said too.
+///
+/// # Errors
+/// Those of [`resources`].
+pub(crate) fn updated(host: &HostConfig) -> Result<LinuxResources> {
+    let mut resources = resources(host, &[])?;
+    if let Some(limit) = host.pids_limit.filter(|limit| *limit <= 0) {
+        resources.set_pids(Some(typed("pids", json!({ "limit": limit.min(-1) }))?));
+    }
+    Ok(resources)
 }
 
 /// Names of `setrlimit`'s limits, as Docker takes them.

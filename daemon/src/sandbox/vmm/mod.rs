@@ -1,5 +1,6 @@
 //! The VMM process of one sandbox: spawn it, know it again, ask it, hear of its end.
 
+pub(super) mod cgroup;
 pub(super) mod control;
 pub(super) mod process;
 pub(super) mod spawn;
@@ -10,13 +11,14 @@ use std::{
     os::fd::OwnedFd,
 };
 
-use bulkhead_vmm_api::{CONSOLE_TAIL, ExitReason, Report};
+use bulkhead_vmm_api::{CONSOLE_TAIL, ExitReason, RECENT, Report};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::dir::{LOG, REPORT, SandboxDir};
 
-/// The most that is read of a report: the console's tail, each byte escaped by JSON at worst, and the rest.
-const MAX_REPORT: u64 = 6 * CONSOLE_TAIL as u64 + 64 * 1024;
+/// The most that is read of a report: the console's tail and the latest events, each byte escaped by JSON at
+/// worst, and the rest.
+const MAX_REPORT: u64 = (6 * CONSOLE_TAIL + RECENT * (6 * 200 + 64) + 64 * 1024) as u64;
 
 /// How a VMM ended.
 #[derive(Debug, Clone)]

@@ -11,7 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use bulkhead_vmm_api::{DeviceConfig, VERSION, VmConfig};
+use bulkhead_vmm_api::{DeviceConfig, Jail, Start, VERSION, VmConfig};
 use rustix::{
     fs::{MemfdFlags, SealFlags},
     net::SocketType,
@@ -28,11 +28,36 @@ pub(crate) struct Launch<'a> {
     pub(crate) name: &'a str,
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u32,
-    pub(crate) kernel: File,
-    pub(crate) initramfs: File,
-    pub(crate) cmdline: String,
+    pub(crate) start: StartFiles,
+    /// `/dev/kvm`.
+    pub(crate) kvm: File,
     /// With the listener's number still to be filled in.
     pub(crate) devices: DeviceConfig,
+}
+
+/// Where a new VMM's machine begins: [`Start`], with the files themselves.
+pub(crate) enum StartFiles {
+    /// Boots a kernel.
+    Boot { kernel: File, initramfs: File, cmdline: String },
+    /// Goes on from a saved machine, paused.
+    Restore { state: File, memory: File },
+}
+
+impl StartFiles {
+    /// What the VMM is told, and the descriptors that it inherits.
+    fn inherited(&self) -> (Start, [RawFd; 2]) {
+        match self {
+            Self::Boot { kernel, initramfs, cmdline } => {
+                let (kernel, initramfs) = (kernel.as_raw_fd(), initramfs.as_raw_fd());
+                let start = Start::Boot { kernel, initramfs: Some(initramfs), cmdline: cmdline.clone() };
+                (start, [kernel, initramfs])
+            }
+            Self::Restore { state, memory } => {
+                let (state, memory) = (state.as_raw_fd(), memory.as_raw_fd());
+                (Start::Restore { state, memory }, [state, memory])
+            }
+        }
+    }
 }
 
 /// Spawns a VMM whose sockets and files are in `dir`. It is in a session of its own, so that signals meant
@@ -52,16 +77,17 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
     if let Some(device) = &mut devices.vsock {
         device.listener = vsock.as_raw_fd();
     }
+    let (start, [first, second]) = launch.start.inherited();
     let config = VmConfig {
         version: VERSION,
         name: launch.name.to_owned(),
         vcpus: launch.vcpus,
         memory_mib: launch.memory_mib,
-        kernel: launch.kernel.as_raw_fd(),
-        initramfs: Some(launch.initramfs.as_raw_fd()),
-        cmdline: launch.cmdline,
+        start,
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
+        kvm: launch.kvm.as_raw_fd(),
+        jail: Jail::Process,
         console: None,
         devices,
     };
@@ -72,8 +98,9 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).env_clear();
     let inherited = [
         config.as_raw_fd(),
-        launch.kernel.as_raw_fd(),
-        launch.initramfs.as_raw_fd(),
+        first,
+        second,
+        launch.kvm.as_raw_fd(),
         control.as_raw_fd(),
         report.as_raw_fd(),
         vsock.as_raw_fd(),
@@ -171,9 +198,8 @@ exit 3
             name: "test",
             vcpus: 1,
             memory_mib: 128,
-            kernel: empty(),
-            initramfs: empty(),
-            cmdline: "quiet".into(),
+            start: StartFiles::Boot { kernel: empty(), initramfs: empty(), cmdline: "quiet".into() },
+            kvm: empty(),
             devices: DeviceConfig {
                 vsock: Some(VsockConfig { cid: 3, listener: -1 }),
                 ..DeviceConfig::default()
@@ -191,7 +217,8 @@ exit 3
         let fds = std::fs::read_to_string(base.path().join("fds")).unwrap();
         let fds: Vec<RawFd> = fds.split_whitespace().map(|fd| fd.parse().unwrap()).collect();
         let listener = config.devices.vsock.as_ref().unwrap().listener;
-        for fd in [config.kernel, config.initramfs.unwrap(), config.control, config.report, listener] {
+        let Start::Boot { kernel, initramfs: Some(initramfs), .. } = config.start else { panic!() };
+        for fd in [kernel, initramfs, config.control, config.report, listener] {
             assert!(fds.contains(&fd), "descriptor {fd} of {fds:?}");
         }
         let session = std::fs::read_to_string(base.path().join("session")).unwrap();
@@ -213,9 +240,8 @@ exit 3
             name: "test",
             vcpus: 1,
             memory_mib: 128,
-            kernel: empty(),
-            initramfs: empty(),
-            cmdline: String::new(),
+            start: StartFiles::Boot { kernel: empty(), initramfs: empty(), cmdline: String::new() },
+            kvm: empty(),
             devices: DeviceConfig::default(),
         };
         assert_eq!(spawn(&dir, launch).unwrap_err().kind(), io::ErrorKind::NotFound);

@@ -2,6 +2,7 @@
 //! other vCPUs. Nothing is insisted on: a host without XSAVE gives guests without it.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use sha2::{Digest, Sha256};
 
 const FEATURES: u32 = 0x1;
 const CACHES_INTEL: u32 = 0x4;
@@ -45,6 +46,19 @@ pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8, tsc_deadline: bool) -> 
         }
     }
     cpuid
+}
+
+/// A digest of everything that CPUID tells a guest: a saved machine can go on only where it is the same, since a
+/// kernel and its programs asked once and rely on the answers.
+#[must_use]
+pub fn fingerprint(cpuid: &CpuId) -> [u8; 32] {
+    let mut digest = Sha256::new();
+    for entry in cpuid.as_slice() {
+        for word in [entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx] {
+            digest.update(word.to_le_bytes());
+        }
+    }
+    digest.finalize().into()
 }
 
 /// Where a vCPU is: its APIC id, the number of vCPUs, and the bits of an APIC id that tell them apart.
@@ -129,6 +143,15 @@ mod tests {
         assert_eq!(get(&cpuid, 0xa, 0).eax, 0);
         assert_eq!(get(&cpuid, 6, 0).ecx & 1, 0);
         assert_eq!(get(&cpuid, 4, 0).eax >> 14, 0);
+    }
+
+    #[test]
+    fn every_word_counts_for_the_fingerprint() {
+        let host = CpuId::from_entries(&[entry(1, 0), entry(7, 0)]).unwrap();
+        let mut other = host.clone();
+        other.as_mut_slice()[1].ebx ^= 1;
+        assert_eq!(fingerprint(&host), fingerprint(&host.clone()));
+        assert_ne!(fingerprint(&host), fingerprint(&other));
     }
 
     #[test]

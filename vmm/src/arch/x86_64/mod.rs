@@ -12,6 +12,8 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod ioctls;
 pub mod layout;
 pub mod mptable;
 pub mod registers;
+pub mod state;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use virtio_queue::{QueueState, QueueT};
+use virtio_queue::{QueueOwnedT, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{
@@ -56,12 +56,27 @@ impl AsRawFd for Wake {
     }
 }
 
-/// Works, for [`TURN_TIME`] at most, on up to `turn` chains of queue `index`: `each` gets a chain and says how many bytes it wrote into
-/// it. The driver is notified once at the end; where chains may be left, `wake` is requested.
+/// What a device makes of a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is used; so many bytes were written into it.
+    Used(u32),
+    /// It has to wait, and with it those behind it: it is left in the queue, and the turn is over. The device
+    /// sees to it that it gets another.
+    Waits,
+}
+
+impl From<u32> for Verdict {
+    fn from(written: u32) -> Self {
+        Self::Used(written)
+    }
+}
+
+/// Works, for [`TURN_TIME`] at most, on up to `turn` chains of queue `index`: `each` gets a chain and says what came of it. The driver is notified once at the end; where chains may be left, `wake` is requested.
 ///
 /// # Errors
 /// The queue is corrupt.
-pub fn take_turn<F>(
+pub fn take_turn<F, V>(
     activation: &mut Activation,
     index: usize,
     turn: usize,
@@ -69,20 +84,26 @@ pub fn take_turn<F>(
     mut each: F,
 ) -> Result<(), DeviceError>
 where
-    F: FnMut(Chain<'_>, &GuestMemory) -> u32,
+    F: FnMut(Chain<'_>, &GuestMemory) -> V,
+    V: Into<Verdict>,
 {
     let Activation { queues, resources: Resources { memory, interrupt }, .. } = activation;
     let Some(queue) = queues.get_mut(index) else { return Ok(()) };
     let (mut left, begun) = (turn, Instant::now());
-    loop {
+    'turn: loop {
         queue.disable_notification(memory).map_err(|error| queue_error(index, &error))?;
         while left > 0
             && let Some(chain) = pop(queue, index, memory)?
         {
             left -= 1;
             let head = chain.head_index();
-            let written = each(chain, memory);
-            complete(queue, index, memory, head, written)?;
+            match each(chain, memory).into() {
+                Verdict::Used(written) => complete(queue, index, memory, head, written)?,
+                Verdict::Waits => {
+                    queue.go_to_previous_position();
+                    break 'turn;
+                }
+            }
             if begun.elapsed() >= TURN_TIME {
                 left = 0;
             }

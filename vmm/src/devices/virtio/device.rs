@@ -17,10 +17,11 @@ use std::{
     os::fd::RawFd,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
+use bulkhead_vmm_api::Traffic;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -121,6 +122,11 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
+    /// What has passed so far, into and out of the guest; None where that is not counted.
+    fn traffic(&self) -> Option<[Traffic; 2]> {
+        None
+    }
+
     /// The device's state, queues included, as bytes that [`VirtioDevice::restore`] of the same version takes.
     /// Called only while every vCPU is paused.
     ///
@@ -161,6 +167,7 @@ pub struct Resources {
 pub struct Interrupt {
     status: AtomicU32,
     irqfd: EventFd,
+    raised: AtomicU64,
 }
 
 impl Interrupt {
@@ -172,7 +179,7 @@ impl Interrupt {
     /// An interrupt that is raised by writing to `irqfd`.
     #[must_use]
     pub fn new(irqfd: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), irqfd }
+        Self { status: AtomicU32::new(0), irqfd, raised: AtomicU64::new(0) }
     }
 
     /// Tells the driver that a queue has used buffers. Ask `QueueT::needs_notification` before.
@@ -187,6 +194,7 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
+        self.raised.fetch_add(1, Ordering::Relaxed);
         // An eventfd's write fails only when its counter is full, and then the interrupt is pending anyway.
         let _ = self.irqfd.write(1);
     }
@@ -195,6 +203,12 @@ impl Interrupt {
     #[must_use]
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
+    }
+
+    /// How often it was raised.
+    #[must_use]
+    pub fn raised(&self) -> u64 {
+        self.raised.load(Ordering::Relaxed)
     }
 
     /// InterruptACK: clears the bits that the driver names.

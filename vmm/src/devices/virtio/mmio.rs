@@ -25,6 +25,7 @@ use super::{
     },
     worker::{Port, status},
 };
+use crate::recorder::Rare;
 
 /// Bytes of address space that a device takes.
 pub const WINDOW: u64 = 0x1000;
@@ -309,6 +310,8 @@ impl MmioTransport {
         let ready = status::FEATURES_OK | status::DRIVER_OK | status::DEVICE_NEEDS_RESET | status::FAILED;
         if added & status::DRIVER_OK != 0 && old & ready == status::FEATURES_OK {
             self.activate();
+        } else {
+            self.port.place().rare(Rare::Status(value));
         }
     }
 
@@ -325,6 +328,7 @@ impl MmioTransport {
             .map(|queues| Activation { features: self.driver_features, queues, resources: self.resources() })
             .and_then(|activation| device.activate(activation));
         port.set_status(status::DRIVER_OK);
+        port.place().rare(Rare::Activated(self.driver_features));
         if let Err(error) = outcome {
             port.fail(&error);
         } else if self.config_seen.as_ref().is_some_and(|seen| *seen != config_of(&*device)) {
@@ -352,6 +356,7 @@ impl MmioTransport {
         let port = Arc::clone(&self.port);
         let mut device = port.device();
         device.reset();
+        port.count_reset();
         port.replace_status(0);
         port.interrupt().acknowledge(u32::MAX);
         self.driver_features = 0;
@@ -368,7 +373,14 @@ impl MmioTransport {
     /// # Errors
     /// The device cannot be saved now.
     pub fn save(&self) -> Result<SavedTransport, DeviceError> {
-        let device = self.port.device();
+        self.save_locked(&*self.port.device())
+    }
+
+    /// [`MmioTransport::save`] where the device is locked already.
+    ///
+    /// # Errors
+    /// The device cannot be saved now.
+    pub fn save_locked(&self, device: &dyn VirtioDevice) -> Result<SavedTransport, DeviceError> {
         Ok(SavedTransport {
             device_type: device.device_type() as u32,
             status: self.port.status(),

@@ -18,18 +18,23 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
+use bulkhead_vmm_api::{DeviceFigures, Traffic};
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
 };
 
 use super::device::{DeviceError, Interrupt, VirtioDevice};
+use crate::{
+    jail::gate::Pass,
+    recorder::{Frequent, Place, Rare},
+};
 
 /// Device status bits (virtio 1.3, 2.1).
 pub mod status {
@@ -62,6 +67,17 @@ pub struct Port {
     /// Threads other than the worker that wait for the device.
     waiting: AtomicUsize,
     on_failure: FailureHandler,
+    place: Place,
+    counters: Counters,
+}
+
+/// What a port counts.
+#[derive(Debug, Default)]
+struct Counters {
+    kicks: AtomicU64,
+    resets: AtomicU64,
+    /// Waits for a rate limit, as far as they were recorded.
+    throttled: AtomicU64,
 }
 
 impl Port {
@@ -80,13 +96,51 @@ impl Port {
         let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = (0..queues).map(|_| eventfd()).collect::<io::Result<_>>()?;
         let (status, stop, waiting) = (AtomicU32::new(0), AtomicBool::new(false), AtomicUsize::new(0));
-        Ok(Self { name, device, interrupt, kicks, status, wake: eventfd()?, stop, waiting, on_failure })
+        let (wake, place, counters) = (eventfd()?, Place::default(), Counters::default());
+        Ok(Self { name, device, interrupt, kicks, status, wake, stop, waiting, on_failure, place, counters })
     }
 
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where its events are recorded.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// What the device has done so far.
+    #[must_use]
+    pub fn figures(&self) -> DeviceFigures {
+        let [read, write] = self.device().traffic().unwrap_or_default();
+        DeviceFigures {
+            name: self.name.clone(),
+            active: self.active(),
+            kicks: self.counters.kicks.load(Ordering::Relaxed),
+            interrupts: self.interrupt.raised(),
+            resets: self.counters.resets.load(Ordering::Relaxed),
+            read,
+            write,
+        }
+    }
+
+    /// Records that something has begun to wait for its rate limit; called with the device's lock held, after
+    /// each of its events.
+    fn record_throttling(&self, device: &dyn VirtioDevice) {
+        let Some(traffic) = device.traffic() else { return };
+        let waits = traffic.iter().map(|Traffic { throttled, .. }| throttled).sum();
+        if self.counters.throttled.swap(waits, Ordering::Relaxed) != waits {
+            self.place.frequent(Frequent::Throttled, u32::try_from(waits).unwrap_or(u32::MAX));
+        }
+    }
+
+    /// The driver has reset the device; called with its lock held.
+    pub(super) fn count_reset(&self) {
+        self.counters.resets.fetch_add(1, Ordering::Relaxed);
+        self.place.rare(Rare::Reset);
     }
 
     /// Locks the device. A panic of one thread does not keep the others from it: the panicking one reports
@@ -168,6 +222,7 @@ impl Port {
         if old & status::DRIVER_OK != 0 {
             self.interrupt.config_changed();
         }
+        self.place.rare(Rare::Failed(error.to_string().into()));
         (self.on_failure)(&self.name, error);
     }
 
@@ -194,15 +249,18 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the worker of a device.
+    /// Starts the worker of a device, which first of all confines itself.
     ///
     /// # Errors
     /// No epoll or thread could be made, or an event source cannot be watched.
-    pub fn start(port: Arc<Port>) -> io::Result<Self> {
+    pub fn start(port: Arc<Port>, pass: Pass) -> io::Result<Self> {
         let watch = Watch::new(&port)?;
         let name: String = port.name.chars().take(15).collect();
         let shared = Arc::clone(&port);
-        let thread = thread::Builder::new().name(name).spawn(move || run(&shared, watch))?;
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            pass.confine();
+            run(&shared, watch);
+        })?;
         Ok(Self { port, thread: Some(thread) })
     }
 }
@@ -320,9 +378,12 @@ fn handle_kick(port: &Port, queue: usize) {
     if port.kicks.get(queue).is_none_or(|kick| kick.read().is_err()) {
         return;
     }
+    port.counters.kicks.fetch_add(1, Ordering::Relaxed);
+    port.place.frequent(Frequent::Kick, u32::try_from(queue).unwrap_or(u32::MAX));
     let mut device = port.after_the_others();
     if port.active() {
         device.queue_event(queue).unwrap_or_else(|error| port.fail(&error));
+        port.record_throttling(&*device);
     }
 }
 
@@ -342,6 +403,7 @@ fn round(port: &Port, watch: &mut Watch, timeout: i32) -> Result<bool, DeviceErr
                 let mut device = port.after_the_others();
                 if !port.failed() {
                     device.source_event(source).unwrap_or_else(|error| port.fail(&error));
+                    port.record_throttling(&*device);
                 }
             }
         }
@@ -422,7 +484,7 @@ mod tests {
         });
         let dynamic: Arc<Mutex<dyn VirtioDevice>> = Arc::<Mutex<Probe>>::clone(&device);
         let port = Arc::new(Port::new("probe".to_owned(), dynamic, interrupt, on_failure).unwrap());
-        let worker = Worker::start(Arc::clone(&port)).unwrap();
+        let worker = Worker::start(Arc::clone(&port), Pass::unconfined()).unwrap();
         Fixture { port, device, calls, failures, source, _worker: worker }
     }
 

@@ -1,10 +1,13 @@
 //! Containers: what `create` takes, and what `inspect`, `list` and the rest answer.
 
+mod checkpoint;
 mod config;
 mod host_config;
+pub mod stats;
 
 use std::collections::BTreeMap;
 
+pub use checkpoint::{CheckpointRequest, CheckpointSummary, ForkRequest, ForkedContainer};
 pub use config::{Config, Healthcheck};
 pub use host_config::{
     BindOptions, DeviceMapping, DeviceRequest, DriverConfig, HostConfig, ImageOptions, LogConfig, Mount,

@@ -45,6 +45,13 @@ pub(super) struct Range {
     length: u64,
 }
 
+impl Range {
+    /// In bytes.
+    pub(super) fn length(self) -> u64 {
+        self.length
+    }
+}
+
 impl Medium {
     pub(super) fn new(file: File, read_only: bool) -> Result<Self, AttachError> {
         let metadata = file.metadata().map_err(AttachError::Examine)?;

@@ -11,6 +11,8 @@
 //! one on the worker's thread, straight between the file and guest memory, so none is ever under way when
 //! the device is reset, saved, or loses its medium.
 //!
+//! A request that its rate limit holds back stays in the queue, and so do those behind it.
+//!
 //! VIRTIO_BLK_F_RO is never offered, since a medium may come after the negotiation: writing to a read-only
 //! medium is an I/O error.
 
@@ -20,6 +22,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
 };
 
+use bulkhead_vmm_api::{RateLimits, Traffic};
 use medium::{Medium, SECTOR};
 use request::ID_BYTES;
 
@@ -30,6 +33,7 @@ use super::{
         VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
     },
 };
+use crate::rate_limiter::RateLimiter;
 
 mod medium;
 mod request;
@@ -82,13 +86,17 @@ pub struct Block {
     medium: Option<Medium>,
     active: Option<Activation>,
     wake: Wake,
+    limiter: RateLimiter,
 }
+
+/// Indices of the device's event sources.
+const SOURCE_LIMITER: usize = 1;
 
 impl Block {
     /// An empty slot. The guest reads `id` as the disk's serial number.
     ///
     /// # Errors
-    /// `id` is longer than 20 bytes, or no eventfd could be made.
+    /// `id` is longer than 20 bytes, or no eventfd or timer could be made.
     pub fn new(id: &str) -> io::Result<Self> {
         let mut bytes = [0; ID_BYTES];
         let Some(start) = bytes.get_mut(..id.len()) else {
@@ -98,7 +106,7 @@ impl Block {
             ));
         };
         start.copy_from_slice(id.as_bytes());
-        Ok(Self { id: bytes, medium: None, active: None, wake: Wake::new()? })
+        Ok(Self { id: bytes, medium: None, active: None, wake: Wake::new()?, limiter: RateLimiter::new()? })
     }
 
     /// Gives the slot its medium, in raw format whatever the content looks like.
@@ -119,6 +127,12 @@ impl Block {
         let medium = self.medium.take()?;
         self.capacity_changed();
         Some(medium.into_file())
+    }
+
+    /// Limits it from now on.
+    pub fn limit(&mut self, limits: RateLimits) {
+        self.limiter.set(limits);
+        self.wake.request();
     }
 
     fn capacity_changed(&self) {
@@ -155,9 +169,12 @@ impl Block {
             write_zeroes: active.features & feature::WRITE_ZEROES != 0,
             write_through: active.features & feature::FLUSH == 0,
         };
-        common::take_turn(active, QUEUE, TURN, &self.wake, |chain, memory| {
-            request::serve(chain, memory, &target)
-        })
+        let limiter = &mut self.limiter;
+        let served = common::take_turn(active, QUEUE, TURN, &self.wake, |chain, memory| {
+            request::serve(chain, memory, &target, limiter)
+        });
+        self.limiter.arm();
+        served
     }
 }
 
@@ -186,6 +203,7 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.active = None;
+        self.limiter.reset();
     }
 
     fn queue_event(&mut self, _queue: usize) -> Result<(), DeviceError> {
@@ -193,12 +211,19 @@ impl VirtioDevice for Block {
     }
 
     fn event_sources(&self) -> Vec<RawFd> {
-        vec![self.wake.as_raw_fd()]
+        vec![self.wake.as_raw_fd(), self.limiter.as_raw_fd()]
     }
 
-    fn source_event(&mut self, _source: usize) -> Result<(), DeviceError> {
-        self.wake.take();
+    fn source_event(&mut self, source: usize) -> Result<(), DeviceError> {
+        match source {
+            SOURCE_LIMITER => self.limiter.take(),
+            _ => self.wake.take(),
+        }
         self.serve()
+    }
+
+    fn traffic(&self) -> Option<[Traffic; 2]> {
+        Some(self.limiter.traffic())
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

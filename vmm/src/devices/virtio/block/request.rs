@@ -10,10 +10,14 @@
 use std::io;
 
 use super::medium::{Medium, Range};
-use crate::devices::virtio::{
-    device::GuestMemory,
-    iovec::{IoVec, copy_in, copy_out},
-    queue::{Buffers, Chain},
+use crate::{
+    devices::virtio::{
+        common::Verdict,
+        device::GuestMemory,
+        iovec::{IoVec, copy_in, copy_out},
+        queue::{Buffers, Chain},
+    },
+    rate_limiter::{Direction, RateLimiter},
 };
 
 /// The most segments in one DISCARD.
@@ -72,11 +76,68 @@ impl From<io::Error> for Refusal {
     }
 }
 
-/// Runs one request and gives the number of bytes written into its chain.
-pub(super) fn serve(chain: Chain<'_>, memory: &GuestMemory, target: &Target<'_>) -> u32 {
-    let Ok(buffers) = Buffers::of(chain) else { return 0 };
-    let Some(status_at) = buffers.writable_bytes().checked_sub(1) else { return 0 };
-    let outcome = execute(&buffers, status_at, memory, target);
+/// What came of a request that was done.
+#[derive(Debug, Clone, Copy)]
+struct Done {
+    /// Data bytes written into the chain.
+    written: u64,
+    /// Bytes that its rate limit counts.
+    moved: u64,
+}
+
+/// A request's header.
+#[derive(Debug, Clone, Copy)]
+struct Header {
+    kind: u32,
+    sector: u64,
+}
+
+impl Header {
+    fn read(buffers: &Buffers, memory: &GuestMemory) -> Option<Self> {
+        let mut header = [0; HEADER as usize];
+        let whole = copy_out(memory, &buffers.readable, 0, &mut header);
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        whole.then_some(Self {
+            kind: u32::from_le_bytes([t0, t1, t2, t3]),
+            sector: u64::from_le_bytes(sector),
+        })
+    }
+
+    /// Which limit it counts against; None for what is no request.
+    fn direction(self) -> Option<Direction> {
+        match self.kind {
+            kind::IN | kind::GET_ID => Some(Direction::Read),
+            kind::OUT | kind::FLUSH | kind::DISCARD | kind::WRITE_ZEROES => Some(Direction::Write),
+            _ => None,
+        }
+    }
+}
+
+/// Runs one request, unless it has to wait for its rate limit.
+pub(super) fn serve(
+    chain: Chain<'_>,
+    memory: &GuestMemory,
+    target: &Target<'_>,
+    limiter: &mut RateLimiter,
+) -> Verdict {
+    let Ok(buffers) = Buffers::of(chain) else { return Verdict::Used(0) };
+    let Some(status_at) = buffers.writable_bytes().checked_sub(1) else { return Verdict::Used(0) };
+    // Read once: what it was admitted as is what it is run as.
+    let header = Header::read(&buffers, memory);
+    let direction = header.and_then(Header::direction);
+    if direction.is_some_and(|direction| !limiter.admit(direction)) {
+        return Verdict::Waits;
+    }
+    let outcome =
+        header.map_or(Err(Refusal::Io), |header| execute(header, &buffers, status_at, memory, target));
+    if let Some(direction) = direction {
+        limiter.charge(direction, outcome.map_or(0, |done| done.moved));
+    }
+    Verdict::Used(finish(outcome.map(|done| done.written), &buffers, status_at, memory))
+}
+
+/// Writes the status, and gives the number of bytes written into the chain.
+fn finish(outcome: Result<u64, Refusal>, buffers: &Buffers, status_at: u64, memory: &GuestMemory) -> u32 {
     let status = match outcome {
         Ok(_) => 0,
         Err(Refusal::Io) => 1,
@@ -94,39 +155,44 @@ pub(super) fn serve(chain: Chain<'_>, memory: &GuestMemory, target: &Target<'_>)
     }
 }
 
-/// Does what the request asks; gives the number of data bytes written into the chain.
-fn execute(buffers: &Buffers, room: u64, memory: &GuestMemory, target: &Target<'_>) -> Result<u64, Refusal> {
-    let mut header = [0; HEADER as usize];
-    if !copy_out(memory, &buffers.readable, 0, &mut header) {
-        return Err(Refusal::Io);
-    }
-    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-    let sector = u64::from_le_bytes(sector);
+/// Does what the request asks.
+fn execute(
+    Header { kind, sector }: Header,
+    buffers: &Buffers,
+    room: u64,
+    memory: &GuestMemory,
+    target: &Target<'_>,
+) -> Result<Done, Refusal> {
+    let done = |written, moved| Ok(Done { written, moved });
     let data = buffers.readable_bytes() - HEADER;
     if data.max(room) > MAX_DATA {
         return Err(Refusal::Io);
     }
-    match u32::from_le_bytes([t0, t1, t2, t3]) {
+    match kind {
         kind::IN => {
             let medium = target.medium.ok_or(Refusal::Io)?;
             let range = medium.range(sector, room).ok_or(Refusal::Io)?;
             medium.read(range, io_vec(memory, &buffers.writable, 0, room)?)?;
-            Ok(room)
+            done(room, room)
         }
         kind::OUT => {
             let medium = target.writable()?;
             let range = medium.range(sector, data).ok_or(Refusal::Io)?;
             medium.write(range, io_vec(memory, &buffers.readable, HEADER, data)?)?;
-            target.settle(medium)
+            target.settle(medium)?;
+            done(0, data)
         }
         kind::FLUSH => {
             target.medium.ok_or(Refusal::Io)?.flush()?;
-            Ok(0)
+            done(0, 0)
         }
         kind::GET_ID => {
             let length = room.min(ID_BYTES as u64);
             let id = &target.id[..usize::try_from(length).unwrap_or(ID_BYTES)];
-            copy_in(memory, &buffers.writable, 0, id).then_some(length).ok_or(Refusal::Io)
+            if !copy_in(memory, &buffers.writable, 0, id) {
+                return Err(Refusal::Io);
+            }
+            done(length, 0)
         }
         kind::DISCARD if target.discard => {
             let medium = target.writable()?;
@@ -138,15 +204,18 @@ fn execute(buffers: &Buffers, room: u64, memory: &GuestMemory, target: &Target<'
             for segment in segments {
                 medium.discard(segment.range)?;
             }
-            Ok(0)
+            done(0, 0)
         }
         kind::WRITE_ZEROES if target.write_zeroes => {
             let medium = target.writable()?;
             let limits = (MAX_ZEROES_SEGMENTS, MAX_ZEROES_SECTORS);
+            let mut moved = 0;
             for segment in segments(buffers, data, memory, medium, limits)? {
                 medium.write_zeroes(segment.range, segment.unmap)?;
+                moved += segment.range.length();
             }
-            target.settle(medium)
+            target.settle(medium)?;
+            done(0, moved)
         }
         _ => Err(Refusal::Unsupported),
     }
@@ -158,11 +227,11 @@ impl<'a> Target<'a> {
     }
 
     /// After a write.
-    fn settle(&self, medium: &Medium) -> Result<u64, Refusal> {
+    fn settle(&self, medium: &Medium) -> Result<(), Refusal> {
         if self.write_through {
             medium.flush()?;
         }
-        Ok(0)
+        Ok(())
     }
 }
 

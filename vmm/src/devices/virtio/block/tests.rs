@@ -431,3 +431,108 @@ proptest! {
         prop_assert!(content(&bench) == model);
     }
 }
+
+/// So little that the second request waits for as long as any test runs.
+fn one_write() -> RateLimits {
+    let bytes = Some(bulkhead_vmm_api::Bucket { per_second: 1, burst: 512 });
+    RateLimits { write: bulkhead_vmm_api::RateLimit { bytes, operations: None }, ..RateLimits::default() }
+}
+
+/// Two writes of 1 MiB, one of which waits, and a read behind them; heads 0, 3 and 6.
+fn held_back() -> Bench<Block> {
+    let mut bench = active();
+    bench.device.limit(one_write());
+    header(&bench, 1, 0);
+    bench.write(HEADER + 16, &[0; 16]);
+    for first in [0, 3] {
+        let table = [
+            Desc::readable(HEADER, 16).next(first + 1),
+            Desc::readable(DATA, 1 << 20).next(first + 2),
+            Desc::writable(STATUS, 1),
+        ];
+        bench.queue(0).table(first, &table);
+        bench.queue(0).offer(first);
+    }
+    let read = [Desc::readable(HEADER + 16, 16).next(7), Desc::writable(DATA, 513)];
+    bench.queue(0).table(6, &read);
+    bench.queue(0).offer(6);
+    bench.kick(0).unwrap();
+    bench
+}
+
+#[test]
+fn a_request_over_its_limit_stays_in_the_queue() {
+    let mut bench = held_back();
+    assert_eq!(bench.queue(0).used(), [(0, 1)]);
+    // Neither kicks nor a timer that goes off early change that.
+    bench.kick(0).unwrap();
+    bench.device.source_event(SOURCE_LIMITER).unwrap();
+    assert_eq!(bench.queue(0).used(), []);
+    let [read, write] = bench.device.traffic().unwrap();
+    assert_eq!((write.operations, write.bytes, write.throttled), (1, 1 << 20, 1));
+    assert_eq!(read.operations, 0);
+
+    bench.device.limit(RateLimits::default());
+    bench.device.source_event(0).unwrap();
+    assert_eq!(bench.queue(0).used(), [(3, 1), (6, 513)]);
+    let [read, write] = bench.device.traffic().unwrap();
+    assert_eq!((read.bytes, write.bytes, write.throttled), (512, 2 << 20, 1));
+}
+
+#[test]
+fn reads_are_not_held_back_by_a_limit_of_writes() {
+    let mut bench = active();
+    bench.device.limit(one_write());
+    for _ in 0..100 {
+        works(&mut bench);
+    }
+    assert_eq!(bench.device.traffic().unwrap()[0].bytes, 100 * 1024);
+}
+
+#[test]
+fn what_waits_is_saved_and_restored_in_the_queue() {
+    let mut bench = held_back();
+    bench.queue(0).used();
+    let state = bench.device.save().unwrap();
+    let mut restored = Block::new("disk0").unwrap();
+    restored.attach(medium(), false).unwrap();
+    restored.restore(&state, bench.resources()).unwrap();
+    bench.device = restored;
+    bench.device.source_event(0).unwrap();
+    assert_eq!(bench.queue(0).used(), [(3, 1), (6, 513)]);
+}
+
+#[test]
+fn a_reset_forgets_what_waits() {
+    let mut bench = held_back();
+    bench.queue(0).used();
+    bench.device.reset();
+    bench.device.limit(RateLimits::default());
+    bench.device.source_event(0).unwrap();
+    bench.device.source_event(SOURCE_LIMITER).unwrap();
+    assert_eq!(bench.queue(0).used(), []);
+    assert!(bench.device.traffic().unwrap()[1].throttled_us < u64::MAX);
+}
+
+#[test]
+fn what_cannot_be_done_costs_an_operation_and_no_bytes() {
+    let mut bench = active();
+    let operations = Some(bulkhead_vmm_api::Bucket { per_second: 1, burst: 1 });
+    let read = bulkhead_vmm_api::RateLimit { bytes: None, operations };
+    bench.device.limit(RateLimits { read, ..RateLimits::default() });
+    assert_eq!(super::tests::read(&mut bench, SECTORS, 512).0, IOERR);
+    assert_eq!(bench.device.traffic().unwrap()[0].bytes, 0);
+    bench.queue(0).offer(0);
+    bench.kick(0).unwrap();
+    assert_eq!(bench.queue(0).used(), []);
+}
+
+#[test]
+fn what_is_no_request_needs_no_tokens() {
+    let mut bench = active();
+    for _ in 0..3 {
+        assert_eq!(bare(&mut bench, 77).0, UNSUPP);
+    }
+    let [read, write] = bench.device.traffic().unwrap();
+    assert_eq!((read.operations, write.operations), (0, 0));
+}

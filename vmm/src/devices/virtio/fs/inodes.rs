@@ -18,9 +18,21 @@ use serde::{Deserialize, Serialize};
 
 use super::wire::ROOT_ID;
 
-/// The most nodes known at a time: about 150 MiB of table. Linux spends ten times as much guest memory on
-/// each, and forgets when that becomes scarce.
-pub(super) const MAX_NODES: usize = 1 << 20;
+/// What a node costs beside its name, in bytes: its entries in both tables, which may be half empty.
+const NODE_COST: usize = 208;
+/// The least that a name costs, and what its allocation adds to it.
+const NAME_COST: usize = 32;
+const NAME_OVERHEAD: usize = 24;
+
+/// The most that the tables of a device may cost, whatever its guest's memory, in bytes.
+const MOST: usize = 128 << 20;
+
+/// How much the tables may cost, in bytes, for a guest of so much memory. Linux spends more than a KiB of the
+/// guest's memory on each file that it knows, and forgets when memory becomes scarce: it can never hold
+/// what this allows. A guest that forgets nothing gets ENFILE.
+pub(super) fn budget(guest_memory: u64) -> usize {
+    usize::try_from(guest_memory / 4).unwrap_or(MOST).min(MOST)
+}
 
 /// Names a share for the device's life; never used again.
 pub(super) type ShareId = u32;
@@ -42,14 +54,27 @@ pub(super) struct Node {
     children: u64,
 }
 
+impl Node {
+    fn cost(&self) -> usize {
+        cost(&self.name)
+    }
+}
+
+fn cost(name: &[u8]) -> usize {
+    NODE_COST + (name.len() + NAME_OVERHEAD).max(NAME_COST)
+}
+
 /// All nodes but the root, which is always there.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Inodes {
     nodes: HashMap<u64, Node>,
     by_key: HashMap<(ShareId, u64), u64>,
     /// How many nodes each share has; none of 0.
     in_share: HashMap<ShareId, u64>,
     last: u64,
+    /// What the nodes cost together, and may cost, in bytes.
+    cost: usize,
+    budget: usize,
 }
 
 /// The table is full.
@@ -57,8 +82,26 @@ pub(super) struct Inodes {
 pub(super) struct Full;
 
 impl Inodes {
-    pub(super) fn new() -> Self {
-        Self { last: ROOT_ID, ..Self::default() }
+    /// An empty table that may cost so many bytes.
+    pub(super) fn new(budget: usize) -> Self {
+        Self {
+            nodes: HashMap::new(),
+            by_key: HashMap::new(),
+            in_share: HashMap::new(),
+            last: ROOT_ID,
+            cost: 0,
+            budget,
+        }
+    }
+
+    /// Sets what the table may cost. What it holds already it keeps.
+    pub(super) fn set_budget(&mut self, budget: usize) {
+        self.budget = budget;
+    }
+
+    /// What the table may cost, in bytes.
+    pub(super) fn budget(&self) -> usize {
+        self.budget
     }
 
     pub(super) fn get(&self, id: u64) -> Option<&Node> {
@@ -80,7 +123,7 @@ impl Inodes {
             node.lookups = node.lookups.saturating_add(1);
             return Ok(id);
         }
-        if self.nodes.len() >= MAX_NODES {
+        if self.cost + cost(name) > self.budget {
             return Err(Full);
         }
         self.last += 1;
@@ -100,6 +143,7 @@ impl Inodes {
         {
             self.by_key.remove(&(node.share, node.key));
             self.count(node.share, |count| count - 1);
+            self.cost -= node.cost();
             gone(next, &node);
             next = node.parent;
             if let Some(parent) = self.nodes.get_mut(&next) {
@@ -108,11 +152,9 @@ impl Inodes {
         }
     }
 
-    /// Forgets everything, but never a node id.
+    /// Forgets everything, but never a node id. The tables' memory is given back.
     pub(super) fn clear(&mut self) {
-        self.nodes.clear();
-        self.by_key.clear();
-        self.in_share.clear();
+        *self = Self { last: self.last, ..Self::new(self.budget) };
     }
 
     /// A node's path relative to its share's root.
@@ -156,18 +198,18 @@ impl Inodes {
         (self.last, nodes)
     }
 
-    /// The table again. None when the saved state contradicts itself.
-    pub(super) fn restore(last: u64, nodes: Vec<(u64, Node)>) -> Option<Self> {
-        let mut table = Self { last, ..Self::new() };
-        if nodes.len() > MAX_NODES {
-            return None;
-        }
+    /// The table again. None when the saved state contradicts itself, or costs more than it may.
+    pub(super) fn restore(last: u64, nodes: Vec<(u64, Node)>, budget: usize) -> Option<Self> {
+        let mut table = Self { last, ..Self::new(budget) };
         for (id, mut node) in nodes {
             // A parent has the lower number, so no path goes in circles.
             let parent_known = node.parent == ROOT_ID
                 || node.parent < id
                     && table.nodes.get(&node.parent).is_some_and(|parent| parent.share == node.share);
             if id <= ROOT_ID || id > last || !parent_known || table.nodes.contains_key(&id) {
+                return None;
+            }
+            if table.cost + node.cost() > budget {
                 return None;
             }
             node.children = 0;
@@ -182,6 +224,7 @@ impl Inodes {
         }
         self.by_key.insert((node.share, node.key), id);
         self.count(node.share, |count| count + 1);
+        self.cost += node.cost();
         self.nodes.insert(id, node);
     }
 
@@ -215,7 +258,7 @@ mod tests {
 
     #[test]
     fn paths_lead_from_the_shares_root() {
-        let mut table = Inodes::new();
+        let mut table = Inodes::new(MOST);
         let root = table.found(7, ROOT_ID, b"", 100, DIR).unwrap();
         let a = table.found(7, root, b"a", 101, DIR).unwrap();
         let b = table.found(7, a, b"b", 102, DIR).unwrap();
@@ -226,7 +269,7 @@ mod tests {
 
     #[test]
     fn hard_links_are_one_node() {
-        let mut table = Inodes::new();
+        let mut table = Inodes::new(MOST);
         let root = table.found(1, ROOT_ID, b"", 1, DIR).unwrap();
         let a = table.found(1, root, b"a", 5, 0).unwrap();
         assert_eq!(table.found(1, root, b"b", 5, 0), Ok(a));
@@ -237,7 +280,7 @@ mod tests {
 
     #[test]
     fn a_directory_stays_while_a_child_is_known() {
-        let mut table = Inodes::new();
+        let mut table = Inodes::new(MOST);
         let root = table.found(1, ROOT_ID, b"", 1, DIR).unwrap();
         let a = table.found(1, root, b"a", 2, DIR).unwrap();
         let b = table.found(1, a, b"b", 3, 0).unwrap();
@@ -251,16 +294,43 @@ mod tests {
 
     #[test]
     fn a_saved_state_that_contradicts_itself_is_refused() {
-        let mut table = Inodes::new();
+        let mut table = Inodes::new(MOST);
         let root = table.found(1, ROOT_ID, b"", 1, DIR).unwrap();
         table.found(1, root, b"a", 2, DIR).unwrap();
         let (last, nodes) = table.save();
-        assert!(Inodes::restore(last, nodes.clone()).is_some());
-        assert!(Inodes::restore(last - 1, nodes.clone()).is_none());
+        assert!(Inodes::restore(last, nodes.clone(), MOST).is_some());
+        assert!(Inodes::restore(last - 1, nodes.clone(), MOST).is_none());
         let mut circle = nodes.clone();
         circle[1].1.parent = circle[1].0;
-        assert!(Inodes::restore(last, circle).is_none());
-        assert!(Inodes::restore(last, nodes.into_iter().skip(1).collect()).is_none());
+        assert!(Inodes::restore(last, circle, MOST).is_none());
+        assert!(Inodes::restore(last, nodes.into_iter().skip(1).collect(), MOST).is_none());
+    }
+
+    #[test]
+    fn a_guest_that_forgets_nothing_comes_to_an_end() {
+        let mut table = Inodes::new(budget(1 << 20));
+        let root = table.found(1, ROOT_ID, b"", 1, DIR).unwrap();
+        let names = (0..).map(|number: u64| (number, format!("{number:0255}")));
+        let known = names
+            .map_while(|(number, name)| table.found(1, root, name.as_bytes(), number + 2, 0).ok())
+            .collect::<Vec<_>>();
+        assert!(known.len() as u64 * 487 <= 1 << 18, "{} nodes", known.len());
+        // What is known is known still, and there is room again once something is forgotten.
+        assert_eq!(table.found(1, root, b"again", 2, 0), Ok(known[0]));
+        assert_eq!(table.found(1, root, &[b'x'; 255], 1 << 40, 0), Err(Full));
+        assert_eq!(gone(&mut table, known[0], 2), [known[0]]);
+        assert!(table.found(1, root, &[b'x'; 255], 1 << 40, 0).is_ok());
+        let (last, nodes) = table.save();
+        assert!(Inodes::restore(last, nodes.clone(), table.budget()).is_some());
+        assert!(Inodes::restore(last, nodes, table.budget() / 2).is_none());
+        table.clear();
+        assert_eq!(table.cost, 0);
+    }
+
+    #[test]
+    fn what_a_table_may_cost_is_a_part_of_the_guests_memory() {
+        assert_eq!(budget(128 << 20), 32 << 20);
+        assert_eq!(budget(u64::MAX), MOST);
     }
 
     proptest! {
@@ -268,7 +338,7 @@ mod tests {
         /// nothing is left.
         #[test]
         fn nothing_is_lost_and_nothing_left(steps in vec((any::<bool>(), 0..12_u64, 0..12_u64, 0..3_u64), 0..200)) {
-            let mut table = Inodes::new();
+            let mut table = Inodes::new(MOST);
             let root = table.found(1, ROOT_ID, b"", 0, DIR).unwrap();
             for (look_up, parent, key, count) in steps {
                 let parent = root + parent;
@@ -282,13 +352,14 @@ mod tests {
                 }
             }
             let (last, nodes) = table.save();
-            let restored = Inodes::restore(last, nodes.clone()).unwrap();
+            let restored = Inodes::restore(last, nodes.clone(), MOST).unwrap();
             prop_assert_eq!(restored.save(), (last, nodes.clone()));
             for (id, _) in nodes {
                 table.forget(id, u64::MAX, |_, _| {});
             }
             prop_assert_eq!(table.len(), 0);
             prop_assert!(table.by_key.is_empty() && table.in_share.is_empty());
+            prop_assert_eq!(table.cost, 0);
         }
     }
 }

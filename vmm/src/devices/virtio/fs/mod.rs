@@ -27,12 +27,13 @@
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use bulkhead_vmm_api::ShareKind;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{
     common::{self, TURN, Wake},
     device::{
-        Activation, DeviceError, DeviceType, Resources, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
-        VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
+        Activation, DeviceError, DeviceType, GuestMemory, Resources, VIRTIO_F_VERSION_1,
+        VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
     },
     queue::Buffers,
 };
@@ -132,6 +133,11 @@ impl Fs {
     }
 }
 
+/// Bytes of guest memory.
+fn size(memory: &GuestMemory) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
 impl VirtioDevice for Fs {
     fn device_type(&self) -> DeviceType {
         DeviceType::Fs
@@ -151,6 +157,7 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         common::require_queues(&activation)?;
+        self.server.serve_guest_of(size(&activation.resources.memory));
         self.active = Some(activation);
         Ok(())
     }
@@ -180,6 +187,7 @@ impl VirtioDevice for Fs {
     }
 
     fn restore(&mut self, state: &[u8], resources: Resources) -> Result<(), DeviceError> {
+        self.server.serve_guest_of(size(&resources.memory));
         let (active, saved) = common::restore(self, state::VERSION, state, resources)?;
         state::restore(&mut self.server, saved)?;
         self.active = active;

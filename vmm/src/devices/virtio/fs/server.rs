@@ -25,7 +25,7 @@ use super::{
     backend::{Backend, Result, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Stat},
     directory::{self, Listing},
     files::OpenFiles,
-    inodes::{Inodes, Node, ShareId},
+    inodes::{Inodes, Node, ShareId, budget},
     shares::{Share, open_in},
     wire::{Attr, AttrOut, EntryOut, MAX_NAME, ROOT_ID},
 };
@@ -47,11 +47,16 @@ impl Server {
         Self {
             shares: BTreeMap::new(),
             last_share: 0,
-            inodes: Inodes::new(),
+            inodes: Inodes::new(budget(u64::MAX)),
             files: OpenFiles::within_limit(),
             devices: Vec::new(),
             changed: now(),
         }
+    }
+
+    /// Tells how much memory the guest has: what is kept of its knowledge is bounded by that.
+    pub(super) fn serve_guest_of(&mut self, memory: u64) {
+        self.inodes.set_budget(budget(memory));
     }
 
     /// Forgets all that the guest knew: it begins anew, or is gone.

@@ -53,7 +53,8 @@ pub(super) fn save(server: &Server) -> SavedServer {
 /// The state contradicts itself.
 pub(super) fn restore(server: &mut Server, saved: SavedServer) -> Result<(), DeviceError> {
     let invalid = |what: &str| DeviceError::Invalid(format!("saved file system: {what}"));
-    let inodes = Inodes::restore(saved.last_node, saved.nodes).ok_or_else(|| invalid("damaged nodes"))?;
+    let inodes = Inodes::restore(saved.last_node, saved.nodes, server.inodes.budget());
+    let inodes = inodes.ok_or_else(|| invalid("damaged nodes"))?;
     let present = std::mem::take(&mut server.shares);
     server.forget_all();
     server.inodes = inodes;

@@ -25,12 +25,13 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
 };
 
+use bulkhead_vmm_api::{RateLimits, Traffic};
 use serde::{Deserialize, Serialize};
 use tap::{HEADER, Link, Offloads, Tap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
-    common::{self, TURN, Wake},
+    common::{self, TURN, Verdict, Wake},
     device::{
         Activation, DeviceError, DeviceType, GuestMemory, Resources, VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
@@ -38,6 +39,7 @@ use super::{
     iovec::IoVec,
     queue::{Buffers, Chain},
 };
+use crate::rate_limiter::{Direction, RateLimiter};
 use receive::{Layout, Receiver, Stopped};
 
 mod receive;
@@ -100,6 +102,7 @@ const STATE_VERSION: u32 = 2;
 /// Tokens in the device's epoll.
 const TOKEN_WAKE: u64 = 0;
 const TOKEN_LINK: u64 = 1;
+const TOKEN_LIMITER: u64 = 2;
 
 /// What the guest sees of a device besides its link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,16 +130,19 @@ pub struct Net {
     active: Option<Activation>,
     epoll: Epoll,
     wake: Wake,
+    limiter: RateLimiter,
 }
 
 impl Net {
     /// An empty slot.
     ///
     /// # Errors
-    /// No epoll or eventfd could be made.
+    /// No epoll, eventfd or timer could be made.
     pub fn new() -> io::Result<Self> {
-        let (epoll, wake) = (Epoll::new()?, Wake::new()?);
-        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, TOKEN_WAKE))?;
+        let (epoll, wake, limiter) = (Epoll::new()?, Wake::new()?, RateLimiter::new()?);
+        for (fd, token) in [(wake.as_raw_fd(), TOKEN_WAKE), (limiter.as_raw_fd(), TOKEN_LIMITER)] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))?;
+        }
         Ok(Self {
             identity: None,
             link: None,
@@ -145,6 +151,7 @@ impl Net {
             active: None,
             epoll,
             wake,
+            limiter,
         })
     }
 
@@ -201,6 +208,12 @@ impl Net {
         self.identity.map_or(0, |identity| identity.mtu)
     }
 
+    /// Limits it from now on.
+    pub fn limit(&mut self, limits: RateLimits) {
+        self.limiter.set(limits);
+        self.wake.request();
+    }
+
     /// The link may be another than the driver knows.
     fn link_changed(&self) {
         if let Some(interrupt) = common::interrupt(self.active.as_ref()) {
@@ -231,9 +244,11 @@ impl Net {
         let layout = layout(active.features, mtu);
         let Activation { queues, resources: Resources { memory, interrupt }, .. } = active;
         let Some(queue) = queues.get_mut(RX) else { return Ok(()) };
-        match self.receiver.receive(link.as_fd(), layout, (queue, RX), memory, interrupt)? {
+        let limiter = &mut self.limiter;
+        match self.receiver.receive(link.as_fd(), limiter, layout, (queue, RX), memory, interrupt)? {
             Stopped::NoFrame => self.readable = false,
             Stopped::NoBuffer => {}
+            Stopped::HeldBack => self.limiter.arm(),
             Stopped::TurnOver => self.wake.request(),
         }
         Ok(())
@@ -243,26 +258,37 @@ impl Net {
     fn transmit(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
         let link = self.link.as_deref();
-        common::take_turn(active, TX, TURN, &self.wake, |chain, memory| {
-            if let Some(link) = link {
-                send(chain, memory, link);
+        let limiter = &mut self.limiter;
+        let sent = common::take_turn(active, TX, TURN, &self.wake, |chain, memory| {
+            // What is dropped needs no limit.
+            let Some(link) = link else { return Verdict::Used(0) };
+            if !limiter.admit(Direction::Write) {
+                return Verdict::Waits;
             }
-            0
-        })
+            if let Some(length) = send(chain, memory, link) {
+                limiter.charge(Direction::Write, length);
+            }
+            Verdict::Used(0)
+        });
+        self.limiter.arm();
+        sent
     }
 }
 
-/// Sends one frame. What is malformed, or refused or not taken now by the link, is dropped as on any wire.
-fn send(chain: Chain<'_>, memory: &GuestMemory, link: &dyn Link) {
-    let Ok(buffers) = Buffers::of(chain) else { return };
+/// Sends one frame. What is malformed, or refused or not taken now by the link, is dropped as on any wire. Gives
+/// the length of what was handed to the link, without the header.
+fn send(chain: Chain<'_>, memory: &GuestMemory, link: &dyn Link) -> Option<u64> {
+    let buffers = Buffers::of(chain).ok()?;
     let length = buffers.readable_bytes();
     if length <= u64::from(HEADER) || length > LONGEST {
-        return;
+        return None;
     }
-    let Ok(mut frame) = IoVec::new(memory, &buffers.readable, 0, length) else { return };
-    if !frame.exceeds_one_call() {
-        let _ = frame.write(link.as_fd());
+    let mut frame = IoVec::new(memory, &buffers.readable, 0, length).ok()?;
+    if frame.exceeds_one_call() {
+        return None;
     }
+    let _ = frame.write(link.as_fd());
+    Some(length - u64::from(HEADER))
 }
 
 fn offloads(features: u64) -> Offloads {
@@ -318,6 +344,7 @@ impl VirtioDevice for Net {
         self.active = None;
         self.receiver = Receiver::default();
         self.vacate();
+        self.limiter.reset();
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
@@ -329,7 +356,7 @@ impl VirtioDevice for Net {
     }
 
     fn source_event(&mut self, _source: usize) -> Result<(), DeviceError> {
-        let mut events = [EpollEvent::default(); 2];
+        let mut events = [EpollEvent::default(); 3];
         let count = match self.epoll.wait(0, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
             Err(source) => return Err(DeviceError::Backend { context: "epoll", source }),
@@ -338,6 +365,10 @@ impl VirtioDevice for Net {
         for event in events.iter().take(count) {
             match event.data() {
                 TOKEN_LINK => self.readable = true,
+                TOKEN_LIMITER => {
+                    self.limiter.take();
+                    self.transmit()?;
+                }
                 _ => {
                     self.wake.take();
                     self.transmit()?;
@@ -345,6 +376,10 @@ impl VirtioDevice for Net {
             }
         }
         self.receive()
+    }
+
+    fn traffic(&self) -> Option<[Traffic; 2]> {
+        Some(self.limiter.traffic())
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

@@ -20,11 +20,14 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::tap::HEADER;
-use crate::devices::virtio::{
-    common::TURN,
-    device::{DeviceError, GuestMemory, Interrupt},
-    iovec::{Buffer, IoVec, copy_in},
-    queue::{Buffers, complete, pop, queue_error},
+use crate::{
+    devices::virtio::{
+        common::TURN,
+        device::{DeviceError, GuestMemory, Interrupt},
+        iovec::{Buffer, IoVec, copy_in},
+        queue::{Buffers, complete, pop, queue_error},
+    },
+    rate_limiter::{Direction, RateLimiter},
 };
 
 /// Where `num_buffers` lies in the header.
@@ -53,6 +56,8 @@ pub(super) enum Stopped {
     NoFrame,
     /// The driver has offered too little; it kicks when it offers more.
     NoBuffer,
+    /// The rate limit is reached.
+    HeldBack,
     /// It was somebody else's turn.
     TurnOver,
 }
@@ -76,6 +81,7 @@ impl Receiver {
     pub(super) fn receive(
         &mut self,
         link: BorrowedFd<'_>,
+        limiter: &mut RateLimiter,
         layout: Layout,
         (queue, index): (&mut Queue, usize),
         memory: &GuestMemory,
@@ -89,13 +95,21 @@ impl Receiver {
                 stopped = Stopped::NoBuffer;
                 break;
             }
+            // How long a frame is shows only when it is there: it is paid for afterwards.
+            if !limiter.admit(Direction::Read) {
+                stopped = Stopped::HeldBack;
+                break;
+            }
             let buffers = self.target(layout);
             let Ok(mut target) = IoVec::new(memory, &buffers, 0, layout.longest) else {
                 return Err(queue_error(index, &"a checked buffer has left guest memory"));
             };
             match target.read(link) {
                 Ok(length) if length < HEADER as usize => {}
-                Ok(length) => self.deliver(length as u64, &buffers, queue, index, memory)?,
+                Ok(length) => {
+                    limiter.charge(Direction::Read, (length - HEADER as usize) as u64);
+                    self.deliver(length as u64, &buffers, queue, index, memory)?;
+                }
                 Err(_) => {
                     // Nothing there; or the interface is gone or down, and an event says when that changes.
                     stopped = Stopped::NoFrame;

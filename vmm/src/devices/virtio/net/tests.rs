@@ -481,3 +481,51 @@ fn a_real_tap_carries_frames() {
     }
     assert!(found);
 }
+
+fn bytes(per_second: u64, burst: u64) -> bulkhead_vmm_api::RateLimit {
+    let bytes = Some(bulkhead_vmm_api::Bucket { per_second, burst });
+    bulkhead_vmm_api::RateLimit { bytes, operations: None }
+}
+
+#[test]
+fn frames_over_the_limit_wait_in_the_queue() {
+    let (mut bench, far) = connected(FEATURES);
+    bench.device.limit(RateLimits { write: bytes(1, 1), ..RateLimits::default() });
+    let sent = packet(1000);
+    bench.write(TX_BUFFERS, &sent);
+    for head in 0..3 {
+        bench.queue(TX).table(head, &[Desc::readable(TX_BUFFERS, sent.len() as u32)]);
+        bench.queue(TX).offer(head);
+    }
+    bench.kick(TX).unwrap();
+    bench.device.source_event(0).unwrap();
+    let mut got = [0; 2048];
+    assert_eq!((far.recv(&mut got).unwrap(), bench.queue(TX).used()), (sent.len(), vec![(0, 0)]));
+    assert!(far.recv(&mut got).is_err());
+    let [_, write] = bench.device.traffic().unwrap();
+    assert_eq!((write.bytes, write.operations, write.throttled), (1000, 1, 1));
+
+    bench.device.limit(RateLimits::default());
+    bench.device.source_event(0).unwrap();
+    assert_eq!(bench.queue(TX).used(), [(1, 0), (2, 0)]);
+}
+
+#[test]
+fn frames_over_the_limit_wait_in_the_link() {
+    let (mut bench, far) = connected(FEATURES & !(feature::GUEST_TSO4 | feature::GUEST_TSO6));
+    bench.device.limit(RateLimits { read: bytes(1, 1), ..RateLimits::default() });
+    provide(&mut bench, 0, 4, 2048);
+    for _ in 0..3 {
+        far.send(&packet(1000)).unwrap();
+    }
+    bench.device.source_event(0).unwrap();
+    bench.kick(RX).unwrap();
+    assert_eq!(bench.queue(RX).used(), [(0, 1012)]);
+    // What it sends is not held back by that.
+    transmits(&mut bench, &far);
+
+    bench.device.limit(RateLimits::default());
+    bench.device.source_event(0).unwrap();
+    assert_eq!(bench.queue(RX).used(), [(1, 1012), (2, 1012)]);
+    assert_eq!(bench.device.traffic().unwrap()[0].bytes, 3000);
+}

@@ -25,7 +25,7 @@
 //! line; here is what joins them to the queues.
 //!
 //! A guest that comes from a saved state believes in connections that are gone. It is told by the event
-//! TRANSPORT_RESET (5.10.6.7), which also makes it read its context id anew.
+//! TRANSPORT_RESET (`reset`), which also makes it read its context id anew.
 
 use std::{
     io,
@@ -37,6 +37,7 @@ use std::{
 
 use muxer::Muxer;
 use packet::{HEADER, Header};
+use reset::Announcement;
 use serde::{Deserialize, Serialize};
 use virtio_queue::{QueueOwnedT, QueueT};
 
@@ -46,7 +47,7 @@ use super::{
         Activation, DeviceError, DeviceType, Resources, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_RING_F_INDIRECT_DESC, VirtioDevice,
     },
-    iovec::{copy_in, copy_out},
+    iovec::copy_out,
     queue::{Buffers, complete, notify, pop, queue_error},
 };
 
@@ -55,6 +56,7 @@ mod connection;
 mod muxer;
 mod outbox;
 mod packet;
+mod reset;
 #[cfg(test)]
 mod tests;
 
@@ -65,16 +67,16 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// VIRTIO_VSOCK_F_STREAM: there are stream sockets (5.10.3).
 const F_STREAM: u64 = 1;
 const FEATURES: u64 = VIRTIO_F_VERSION_1 | VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_RING_F_EVENT_IDX | F_STREAM;
-/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (5.10.6.7), as a little-endian u32.
-const TRANSPORT_RESET: [u8; 4] = [0; 4];
 /// The least context id that a guest can have.
 const MIN_CID: u64 = 3;
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
 
 /// What is saved besides features and queues. Connections are not: they end.
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
     next_port: u32,
+    /// TRANSPORT_RESETs that the guest was told of and has not heard.
+    unheard: u16,
 }
 
 /// The device.
@@ -85,8 +87,8 @@ pub struct Vsock {
     wake: Wake,
     /// The guest's packets wait until it has fetched RSTs.
     stalled: bool,
-    /// The guest is to be told that all connections are gone.
-    reset_due: bool,
+    /// Whether the guest knows that the connections of its former life are gone.
+    announcement: Announcement,
 }
 
 impl Vsock {
@@ -101,7 +103,7 @@ impl Vsock {
         }
         let (muxer, wake) = (Muxer::new(cid, listener)?, Wake::new()?);
         muxer.watch(wake.as_raw_fd())?;
-        Ok(Self { cid, muxer, active: None, wake, stalled: false, reset_due: false })
+        Ok(Self { cid, muxer, active: None, wake, stalled: false, announcement: Announcement::default() })
     }
 
     /// Takes packets from the guest.
@@ -146,7 +148,7 @@ impl Vsock {
 
     /// Gives the guest its packets, as far as it has buffers for them.
     fn fill_rx(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = &mut self.active else { return Ok(()) };
+        let Some(active) = self.active.as_mut().filter(|_| self.announcement.heard()) else { return Ok(()) };
         let Resources { memory, interrupt } = &active.resources;
         let Some(queue) = active.queues.get_mut(RX) else { return Ok(()) };
         queue.disable_notification(memory).map_err(|error| queue_error(RX, &error))?;
@@ -184,30 +186,14 @@ impl Vsock {
         Ok(())
     }
 
-    /// Tells the guest that its connections are gone, when it has given a buffer for that.
+    /// Tells the guest that its connections are gone, if it does not know yet.
     fn tell_reset(&mut self) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
         let Resources { memory, interrupt } = &active.resources;
-        let Some(queue) = active.queues.get_mut(EVENTS) else { return Ok(()) };
-        // Never more than the queue holds, so that a driver that offers useless buffers cannot hold us up.
-        for _ in 0..queue.size() {
-            if !self.reset_due {
-                break;
-            }
-            let Some(chain) = pop(queue, EVENTS, memory)? else {
-                if queue.enable_notification(memory).map_err(|error| queue_error(EVENTS, &error))? {
-                    continue;
-                }
-                break;
-            };
-            let head = chain.head_index();
-            let told = Buffers::of(chain)
-                .is_ok_and(|buffers| copy_in(memory, &buffers.writable, 0, &TRANSPORT_RESET));
-            self.reset_due = !told;
-            complete(queue, EVENTS, memory, head, if told { TRANSPORT_RESET.len() as u32 } else { 0 })?;
-            notify(queue, EVENTS, memory, interrupt)?;
+        match active.queues.get_mut(EVENTS) {
+            Some(queue) => self.announcement.advance(queue, memory, interrupt),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Moves packets both ways. What the guest sends may be answered at once, and fetching the answers may
@@ -250,13 +236,16 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.active = None;
         self.stalled = false;
-        self.reset_due = false;
+        self.announcement = Announcement::default();
         self.muxer.disconnect_all();
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
         match queue {
-            EVENTS => self.tell_reset(),
+            EVENTS => {
+                self.tell_reset()?;
+                self.exchange(true)
+            }
             TX => self.exchange(true),
             _ => self.exchange(false),
         }
@@ -277,15 +266,21 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        let state = State { next_port: self.muxer.next_port() };
+        let events = self.active.as_ref().and_then(|active| Some((active.queues.get(EVENTS)?, active)));
+        let unheard = events
+            .map(|(queue, active)| self.announcement.unheard(queue, &active.resources.memory))
+            .transpose()?;
+        let state = State { next_port: self.muxer.next_port(), unheard: unheard.unwrap_or(0) };
         common::save(self, STATE_VERSION, self.active.as_ref(), &[], state)
     }
 
     fn restore(&mut self, state: &[u8], resources: Resources) -> Result<(), DeviceError> {
-        let (active, State { next_port }) = common::restore(self, STATE_VERSION, state, resources)?;
+        let memory = resources.memory.clone();
+        let (active, State { next_port, unheard }) = common::restore(self, STATE_VERSION, state, resources)?;
         self.muxer.disconnect_all();
         self.muxer.set_next_port(next_port);
-        self.reset_due = active.is_some();
+        let events = active.as_ref().and_then(|active| active.queues.get(EVENTS));
+        self.announcement = Announcement::due(events, unheard, &memory)?;
         self.active = active;
         // The event, and what the driver offered just before it was saved.
         self.wake.request();

@@ -43,6 +43,35 @@ fn restored_guests_are_told_that_their_connections_are_gone() {
 }
 
 #[test]
+fn nothing_reaches_a_guest_before_it_has_heard() {
+    let mut guest = Guest::new();
+    for index in 0..4 {
+        guest.bench.queue(EVENTS).table(index, &[Desc::writable(0x9000 + 8 * u64::from(index), 4)]);
+        guest.bench.queue(EVENTS).offer(index);
+    }
+    let restore = |guest: &mut Guest| {
+        let state = guest.bench.device.save().unwrap();
+        let resources = guest.bench.resources();
+        guest.bench.device.restore(&state, resources).unwrap();
+        guest.run();
+    };
+    // Restored, saved before it has heard of it, and restored again.
+    restore(&mut guest);
+    restore(&mut guest);
+    assert_eq!(guest.bench.queue(EVENTS).used(), [(0, 4), (1, 4)]);
+    let mut client = guest.client("CONNECT 1025\n");
+    guest.expect_nothing();
+    guest.bench.queue(EVENTS).offer(0);
+    guest.bench.kick(EVENTS).unwrap();
+    guest.expect_nothing();
+    guest.bench.queue(EVENTS).offer(1);
+    guest.bench.kick(EVENTS).unwrap();
+    let request = guest.expect(Op::Request);
+    guest.send((request.src_port, 1025), Op::Response, 0, &[]);
+    assert_eq!(line(&mut client), format!("OK {}\n", request.src_port));
+}
+
+#[test]
 fn an_event_waits_for_its_buffer_and_an_inactive_state_has_none() {
     let mut guest = Guest::new();
     let state = guest.bench.device.save().unwrap();
@@ -58,7 +87,7 @@ fn an_event_waits_for_its_buffer_and_an_inactive_state_has_none() {
     let mut booting = Guest::booting();
     let resources = booting.bench.resources();
     booting.bench.device.restore(&state, resources).unwrap();
-    assert!(!booting.bench.device.reset_due);
+    assert!(booting.bench.device.announcement.heard());
     assert!(booting.bench.device.active.is_none());
 }
 

@@ -1,0 +1,29 @@
+//! Resource limits. Memory and CPU time are the control group's affair; these bound what it does not count.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::JailError;
+
+/// Open files: thousands for the file server, one for each vsock connection.
+const FILES: u64 = 16 * 1024;
+
+pub(super) fn set() -> Result<(), JailError> {
+    // The soft limit that comes along is often 1024, for programs that use select().
+    let files = getrlimit(Resource::Nofile).maximum.map_or(FILES, |most| most.min(FILES));
+    limit("RLIMIT_NOFILE", Resource::Nofile, files)?;
+    // A core would hold the guest's memory.
+    limit("RLIMIT_CORE", Resource::Core, 0)?;
+    limit("RLIMIT_MEMLOCK", Resource::Memlock, 0)?;
+    limit("RLIMIT_MSGQUEUE", Resource::Msgqueue, 0)?;
+    limit("RLIMIT_NICE", Resource::Nice, 0)?;
+    limit("RLIMIT_RTPRIO", Resource::Rtprio, 0)
+}
+
+pub(super) fn no_more_threads() -> Result<(), JailError> {
+    limit("RLIMIT_NPROC", Resource::Nproc, 0)
+}
+
+fn limit(name: &'static str, resource: Resource, value: u64) -> Result<(), JailError> {
+    let limit = Rlimit { current: Some(value), maximum: Some(value) };
+    setrlimit(resource, limit).map_err(JailError::at(name))
+}

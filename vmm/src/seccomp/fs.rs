@@ -1,0 +1,20 @@
+//! virtio-fs's worker: the file server.
+
+use libc::*;
+
+use super::call::{Call, call};
+
+pub(super) const CALLS: &[Call] = &[
+    call(SYS_epoll_wait, "waits for kicks"),
+    call(SYS_epoll_ctl, "a failed device's sources are no longer watched"),
+    // What it resolves is bounded by the share, which the daemon hands over as a mount of its own, read-only,
+    // without a parent: the structure with the flags lies in memory, where no filter can see it.
+    call(SYS_openat2, "a node of a share"),
+    call(SYS_fstat, "size and times of a file"),
+    call(SYS_newfstatat, "the same, by the C library"),
+    call(SYS_fgetxattr, "what the guest sees of a file"),
+    call(SYS_getdents64, "a directory's entries"),
+    call(SYS_lseek, "a directory's position; holes"),
+    call(SYS_pread64, "a symbolic link's target"),
+    call(SYS_preadv, "reads into guest memory"),
+];

@@ -1,0 +1,11 @@
+//! virtio-mem's worker. How it gives memory back is among the common calls: `madvise`, and `mmap` of anonymous
+//! memory in its place.
+
+use libc::*;
+
+use super::call::{Call, call};
+
+pub(super) const CALLS: &[Call] = &[
+    call(SYS_epoll_wait, "waits for kicks"),
+    call(SYS_epoll_ctl, "a failed device's sources are no longer watched"),
+];

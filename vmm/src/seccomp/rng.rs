@@ -1,0 +1,10 @@
+//! virtio-rng's worker. Its `getrandom` is among the common calls.
+
+use libc::*;
+
+use super::call::{Call, call};
+
+pub(super) const CALLS: &[Call] = &[
+    call(SYS_epoll_wait, "waits for kicks"),
+    call(SYS_epoll_ctl, "a failed device's sources are no longer watched"),
+];
