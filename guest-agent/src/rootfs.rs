@@ -26,7 +26,7 @@ use rustix::{
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags},
 };
 
-use crate::error::{Context, Result, internal, invalid, not_found};
+use crate::error::{Context, Result, internal, invalid};
 
 /// Where virtio-fs tags are mounted; the only place that a bind mount of a spec may come from.
 pub const SHARES: &str = "/run/bulkhead/fs";
