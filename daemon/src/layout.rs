@@ -21,8 +21,8 @@
 //!   s/ID/                       0700: one sandbox (`sandbox::dir` names what is in it)
 //!     control.sock vsock.sock   what its VMM listens on
 //!     report.json               what its VMM wrote last
-//!     console.log               the guest kernel's console
-//!     sandbox.json              what a restarted daemon needs to adopt it
+//!     identity jail.json        what a restarted daemon needs to adopt it and to clear up after it
+//!   u/UID                       a user id that a VMM has, and the sandbox's name
 //! ```
 
 use std::path::PathBuf;
@@ -120,6 +120,11 @@ impl Layout {
     /// All sandboxes. A short name: socket paths end at 107 bytes.
     pub fn sandboxes(&self) -> PathBuf {
         self.exec_root.join("s")
+    }
+
+    /// The user ids that VMMs have.
+    pub fn uids(&self) -> PathBuf {
+        self.exec_root.join("u")
     }
 
     /// A sandbox's directory.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  create: resolved ─ disk ─ recorded
-//!  run:    prepared ─ spawned ─ attached ─ greeted ─ personalised ─ created ─ started ─ connected ─ running
+//!  run:    prepared ─ spawned ─ attached ─ (restored) ─ greeted ─ personalised ─ created ─ started ─ connected ─ running
 //!          ─ exited ─ drained ─ ended ─ gone ─ removed
 //! ```
 //!
@@ -58,6 +58,8 @@ stages! {
     Spawned "spawned",
     /// The VMM answers and has the disk and the layers.
     Attached "attached",
+    /// A saved machine goes on; not of one that boots.
+    Restored "restored",
     /// The guest's kernel has booted, or was restored, and the agent has said Hello.
     Greeted "greeted",
     /// The guest has what is its own: its clock, and a clone its identity.

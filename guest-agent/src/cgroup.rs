@@ -23,7 +23,10 @@ use crate::{
 };
 
 mod freezer;
+mod memory;
 mod stats;
+
+pub use memory::{set_room, total_memory};
 
 /// Where the hierarchy is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";

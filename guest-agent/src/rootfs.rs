@@ -136,10 +136,10 @@ impl Mounted {
         self.base.join("root")
     }
 
-    /// Gives an injected file another content, for every process that sees it.
+    /// Gives an injected file another content, for every process that sees it. One that was not injected (by the
+    /// older daemon that made the container) is left out.
     pub fn rewrite(&self, file: &InjectedFile) -> Result<()> {
-        let index = self.injected.iter().position(|path| *path == file.path);
-        let index = index.ok_or_else(|| invalid(format!("{} is not an injected file", file.path)))?;
+        let Some(index) = self.injected.iter().position(|path| *path == file.path) else { return Ok(()) };
         write_file(&self.base.join("files").join(index.to_string()), file)
             .context(format_args!("write {}", file.path))
     }

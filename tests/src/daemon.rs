@@ -1,10 +1,11 @@
 //! bulkheadd with directories of its own.
 
 use std::env;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -27,6 +28,8 @@ pub struct DaemonOptions {
     pub wrapper: Vec<String>,
     /// Puts the data root on a file system of this many MiB.
     pub data_limit_mib: Option<u32>,
+    /// The guest kernel. Default: the bundle's.
+    pub kernel: Option<PathBuf>,
 }
 
 /// A daemon that runs while this lives, and, dropped or not, leaves nothing behind.
@@ -89,7 +92,9 @@ impl Daemon {
             "--pidfile".into(),
             self.pidfile(),
         ]);
-        words.extend(["--vmm".into(), file("bulkhead-vmm"), "--kernel".into(), file("vmlinux")]);
+        let kernel = self.options.kernel.as_ref();
+        let kernel = kernel.map_or_else(|| file("vmlinux"), |kernel| kernel.display().to_string());
+        words.extend(["--vmm".into(), file("bulkhead-vmm"), "--kernel".into(), kernel]);
         words.extend(["--initramfs".into(), file("initramfs.cpio"), "--debug".into()]);
         if let Some(registry) = &self.options.registry {
             words.extend(["--registry-mirror".into(), format!("http://{registry}")]);
@@ -102,6 +107,25 @@ impl Daemon {
         let answers = self.wait_until_it_answers(&mut process);
         self.process = Some(process);
         answers
+    }
+
+    /// Stops it and starts it again with another guest kernel. Containers that run go on with theirs.
+    ///
+    /// # Errors
+    /// When it does not end, or does not answer again, with its log.
+    pub fn change_kernel(&mut self, kernel: &Path) -> Result<()> {
+        self.stop()?;
+        self.options.kernel = Some(kernel.to_owned());
+        self.start_again()
+    }
+
+    /// Its resident memory in KiB.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn memory_kib(&self) -> Result<u64> {
+        let script = "grep VmRSS \"/proc/$(cat \"$1\")/status\" | tr -dc 0-9";
+        Ok(self.host.sh(script, &[&self.pidfile()])?.parse()?)
     }
 
     /// The CLI here.
@@ -167,6 +191,48 @@ impl Daemon {
         self.wait()
     }
 
+    /// Waits until a template is ready, and gives the number of those that were ever.
+    ///
+    /// # Errors
+    /// When none was made.
+    pub fn await_template(&self, count: usize) -> Result<()> {
+        let arguments = ["events", "--since", "1", "--filter", "type=daemon", "--filter", "event=template"];
+        let format =
+            ["--format", "{{index .Actor.Attributes \"status\"}} {{index .Actor.Attributes \"error\"}}"];
+        let mut events = self.docker().spawn(&[&arguments[..], &format].concat())?;
+        let lines = BufReader::new(events.stdout.take().context("stdout")?).lines();
+        let mut built = 0;
+        for line in lines {
+            let line = line?;
+            if line.starts_with("built") {
+                built += 1;
+            } else if line.starts_with("failed") {
+                bail!("a template: {line}");
+            }
+            if built == count {
+                break;
+            }
+        }
+        events.kill()?;
+        events.wait()?;
+        Ok(())
+    }
+
+    /// How many of the daemon's latest runs went on from a saved machine, and how many there were.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn restored_runs(&self) -> Result<(usize, usize)> {
+        let answer = self.api().request("GET", "/bulkhead/phases", &[], b"")?.success()?.json()?;
+        let timelines = answer.as_array().context("no list")?;
+        let runs: Vec<_> = timelines.iter().filter(|timeline| timeline["Kind"] == "run").collect();
+        let restored = |timeline: &&&serde_json::Value| {
+            let steps = timeline["Steps"].as_array();
+            steps.is_some_and(|steps| steps.iter().any(|step| step["Stage"] == "restored"))
+        };
+        Ok((runs.iter().filter(restored).count(), runs.len()))
+    }
+
     /// What is left of containers: VMM processes, sandbox and container directories, unfinished downloads. Each a
     /// line.
     ///
@@ -182,6 +248,21 @@ impl Daemon {
               find "$d" -mindepth 1 -maxdepth 1
             done"#;
         self.host.sh(script, &[&self.exec_root, &self.data_root()])
+    }
+
+    /// [`Daemon::leftovers`], once a template that is being made is made.
+    ///
+    /// # Errors
+    /// When the host is gone.
+    pub fn settled_leftovers(&self) -> Result<String> {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        loop {
+            let left = self.leftovers()?;
+            if left.is_empty() || Instant::now() > deadline {
+                return Ok(left);
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
     }
 
     fn wait_until_it_answers(&self, process: &mut Child) -> Result<()> {
@@ -224,7 +305,7 @@ pub fn with_daemon(options: DaemonOptions, test: impl FnOnce(&mut Daemon) -> Res
     if let Err(error) = test(&mut daemon) {
         return Err(error.context(daemon.log_tail()));
     }
-    let left = daemon.leftovers()?;
+    let left = daemon.settled_leftovers()?;
     if !left.is_empty() {
         bail!("left behind:\n{left}\n{}", daemon.log_tail());
     }

@@ -111,7 +111,7 @@ impl SuiteOwner {
     /// # Errors
     /// When something is left, by name.
     pub fn finish(mut self) -> Result<()> {
-        let left = self.daemon.leftovers()?;
+        let left = self.daemon.settled_leftovers()?;
         self.daemon.stop()?;
         if !left.is_empty() {
             bail!("left behind after all tests:\n{left}");

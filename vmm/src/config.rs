@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     fs::File,
     io::{self, Read},
+    ops::Range,
     os::{
         fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::net::UnixListener,
@@ -14,7 +15,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FdNumber, FsConfig, Jail, NetConfig, Start, VERSION, VmConfig,
+    BlockConfig, DeviceConfig, FdNumber, FsConfig, Jail, MEMORY_BLOCK_MIB, NetConfig, Start, VERSION,
+    VmConfig,
 };
 use rustix::{
     fs::{FileType, OFlags, fcntl_getfl, fstat},
@@ -22,18 +24,20 @@ use rustix::{
     net::{AddressFamily, SocketType, sockopt},
 };
 
+use crate::arch::x86_64::layout;
+
 /// The longest configuration in bytes.
 const MAX_SIZE: u64 = 64 * 1024;
 const MAX_NAME: usize = 64;
 const MAX_VCPUS: u8 = 64;
 const MIN_MEMORY_MIB: u32 = 32;
-/// A guest may have this much; more would reach into the addresses kept for shared windows on processors
-/// with 40 address bits.
+/// A guest may boot with this much, and have as much plugged; more would reach beyond what processors with 40
+/// address bits have.
 const MAX_MEMORY_MIB: u32 = 512 * 1024;
 const MAX_BLOCK_ID: usize = 20;
 const MAX_TAG: usize = 36;
 /// Context ids 0 to 2 have meanings of their own; all ones is "any" (virtio 1.3, 5.10.4).
-const CIDS: std::ops::Range<u64> = 3..0xffff_ffff;
+const CIDS: Range<u64> = 3..0xffff_ffff;
 /// Below this IPv4 does not work (RFC 791).
 
 /// Why a configuration is refused.
@@ -122,6 +126,10 @@ pub struct Devices {
     pub net: Vec<NetConfig>,
     /// [`DeviceConfig::rng`].
     pub rng: bool,
+    /// [`DeviceConfig::balloon`].
+    pub balloon: bool,
+    /// The guest addresses at which virtio-mem plugs memory, where there is one.
+    pub region: Option<Range<u64>>,
 }
 
 /// The file descriptors that the process was started with, each to be taken once.
@@ -241,16 +249,17 @@ pub fn check(config: VmConfig, inherited: &mut Inherited) -> Result<Config, Conf
     }
     let start = take_start(config.start, inherited)?;
     let console = config.console.map(|number| take_console(number, inherited)).transpose()?;
+    let memory = u64::from(config.memory_mib) << 20;
     Ok(Config {
         name: config.name,
         vcpus: config.vcpus,
-        memory: u64::from(config.memory_mib) << 20,
+        memory,
         start,
         control: inherited.take_listener("control", config.control, SocketType::SEQPACKET)?,
         kvm: take_kvm(config.kvm, inherited)?,
         jail: config.jail,
         console,
-        devices: check_devices(config.devices, inherited)?,
+        devices: check_devices(config.devices, memory, inherited)?,
     })
 }
 
@@ -290,7 +299,11 @@ fn writable(fd: BorrowedFd<'_>) -> bool {
     fcntl_getfl(fd).is_ok_and(|flags| flags.intersects(OFlags::WRONLY | OFlags::RDWR))
 }
 
-fn check_devices(config: DeviceConfig, inherited: &mut Inherited) -> Result<Devices, ConfigError> {
+fn check_devices(
+    config: DeviceConfig,
+    memory: u64,
+    inherited: &mut Inherited,
+) -> Result<Devices, ConfigError> {
     check_names("block", config.block.iter().map(|block| block.id.as_str()), MAX_BLOCK_ID)?;
     check_names("fs", config.fs.iter().map(|fs| fs.tag.as_str()), MAX_TAG)?;
     check_names("net", config.net.iter().map(|net| net.id.as_str()), MAX_NAME)?;
@@ -304,7 +317,18 @@ fn check_devices(config: DeviceConfig, inherited: &mut Inherited) -> Result<Devi
         }
         None => None,
     };
-    Ok(Devices { block: config.block, fs: config.fs, vsock, net: config.net, rng: config.rng })
+    let region = config.memory.map(|device| check_region(memory, device.region_mib)).transpose()?;
+    let (block, fs, rng, balloon) = (config.block, config.fs, config.rng, config.balloon);
+    Ok(Devices { block, fs, vsock, net: config.net, rng, balloon, region })
+}
+
+fn check_region(memory: u64, mib: u32) -> Result<Range<u64>, ConfigError> {
+    if !(MEMORY_BLOCK_MIB..=MAX_MEMORY_MIB).contains(&mib) || !mib.is_multiple_of(MEMORY_BLOCK_MIB) {
+        let message =
+            format!("{mib} is not {MEMORY_BLOCK_MIB} to {MAX_MEMORY_MIB} in steps of {MEMORY_BLOCK_MIB}");
+        return Err(value_error("memory.region_mib", message));
+    }
+    Ok(layout::hotplug_range(memory, u64::from(mib) << 20))
 }
 
 /// Names address devices in requests: each is there once and has 1 to `limit` bytes.

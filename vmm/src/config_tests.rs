@@ -1,6 +1,6 @@
 use std::{io::Write, os::fd::IntoRawFd};
 
-use bulkhead_vmm_api::VsockConfig;
+use bulkhead_vmm_api::{MemoryDeviceConfig, VsockConfig};
 use rustix::net::{SocketAddrUnix, bind, listen, socket};
 
 use super::*;
@@ -43,6 +43,8 @@ fn valid() -> VmConfig {
             vsock: Some(VsockConfig { cid: 3, listener: listener(SocketType::STREAM) }),
             net: vec![NetConfig { id: "net0".to_owned() }],
             rng: true,
+            balloon: true,
+            memory: Some(MemoryDeviceConfig { region_mib: 1024 }),
         },
     }
 }
@@ -78,6 +80,9 @@ fn a_valid_configuration_is_taken() {
 fn values_outside_the_contract_are_refused() {
     for (field, change) in [
         ("version", (|c| c.version = VERSION + 1) as fn(&mut VmConfig)),
+        ("memory.region_mib", |c| c.devices.memory = Some(MemoryDeviceConfig { region_mib: 0 })),
+        ("memory.region_mib", |c| c.devices.memory = Some(MemoryDeviceConfig { region_mib: 129 })),
+        ("memory.region_mib", |c| c.devices.memory = Some(MemoryDeviceConfig { region_mib: u32::MAX - 1 })),
         ("name", |c| c.name = "x".repeat(65)),
         ("vcpus", |c| c.vcpus = 0),
         ("vcpus", |c| c.vcpus = 65),

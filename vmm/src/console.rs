@@ -126,13 +126,15 @@ impl State {
     }
 }
 
-/// A line's panic message: it begins the line, after the timestamp that the kernel may put before it.
+/// A line's panic message: it begins the line, after the timestamp that the kernel may put before it. It is shown to
+/// people, on terminals too, so the control characters that a guest may have put into it are replaced.
 fn panic_message(line: &str) -> Option<String> {
     let text = match line.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
         Some((stamp, text)) if stamp.chars().all(|c| c.is_ascii_digit() || c == '.' || c == ' ') => text,
         _ => line,
     };
-    text.starts_with(PANIC).then(|| text.trim_end().to_owned())
+    let printable = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
+    text.starts_with(PANIC).then(|| text.trim_end().chars().map(printable).collect())
 }
 
 #[cfg(test)]
@@ -180,6 +182,13 @@ mod tests {
         let console = Console::default();
         console.write(b"Kernel panic - unfinished");
         assert_eq!(console.panic().as_deref(), Some("Kernel panic - unfinished"));
+    }
+
+    #[test]
+    fn a_panic_cannot_speak_to_a_terminal() {
+        let console = Console::default();
+        console.write(b"Kernel panic - \x1b[2Jgone\x07\n");
+        assert_eq!(console.panic().as_deref(), Some("Kernel panic - \u{fffd}[2Jgone\u{fffd}"));
     }
 
     #[test]

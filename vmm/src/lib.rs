@@ -6,6 +6,9 @@ pub mod bus;
 pub mod config;
 pub mod console;
 pub mod devices;
+pub mod entropy;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod jail;
 pub mod machine;
 pub mod process;

@@ -11,7 +11,7 @@ use crate::kernel;
 use crate::sh;
 use crate::tree::Tree;
 
-const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
+const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 #[derive(Args)]
 pub(crate) struct BuildArgs {
@@ -76,23 +76,15 @@ pub(crate) fn build(tree: &Tree, profile: &str) -> Result<Bundle> {
     let bundle = Bundle { dir: tree.target().join("bulkhead") };
     fs::create_dir_all(bundle.dir())?;
     let mut programs = cargo(tree);
-    programs.args([
-        "build",
-        "--profile",
-        profile,
-        "-p",
-        "bulkhead-daemon",
-        "-p",
-        "bulkhead-vmm",
-        "-p",
-        "bulkhead-rootfs",
-    ]);
+    programs.args(["build", "--profile", profile, "-p", "bulkhead-daemon", "-p", "bulkhead-rootfs"]);
     sh::run(&mut programs)?;
-    let agent = build_agent(tree)?;
+    let vmm = build_static(tree, "bulkhead-vmm", profile)?;
+    let agent = build_static(tree, "bulkhead-agent", "agent")?;
     let built = tree.target().join(profile);
-    for program in ["bulkheadd", "bulkhead", "bulkhead-vmm", "bulkhead-rootfs"] {
+    for program in ["bulkheadd", "bulkhead", "bulkhead-rootfs"] {
         place(&built.join(program), &bundle.dir().join(program))?;
     }
+    place(&vmm, &bundle.vmm())?;
     sh::run(
         Command::new(built.join("bulkhead-rootfs"))
             .args(["initramfs", "--agent"])
@@ -104,24 +96,25 @@ pub(crate) fn build(tree: &Tree, profile: &str) -> Result<Bundle> {
     Ok(bundle)
 }
 
-/// A static executable with no interpreter: it is the only file in its initramfs. `--target` is what makes the
-/// flag apply to the agent and not to the programs that build it.
-fn build_agent(tree: &Tree) -> Result<PathBuf> {
-    let mut agent = cargo(tree);
-    agent.args(["build", "--profile", "agent", "--target", AGENT_TARGET, "-p", "bulkhead-agent"]);
-    agent.args(["--config", &format!("target.{AGENT_TARGET}.rustflags=['-Ctarget-feature=+crt-static']")]);
-    sh::run(&mut agent)?;
-    Ok(tree.target().join(AGENT_TARGET).join("agent/bulkhead-agent"))
+/// A static executable with no interpreter. The agent must be one, as the only file in its initramfs; for the
+/// VMM, of which one is started for every container, linking at each start would be a third of what it takes
+/// to be ready. `--target` is what makes the flag apply to the program and not to what builds it.
+fn build_static(tree: &Tree, program: &str, profile: &str) -> Result<PathBuf> {
+    let mut build = cargo(tree);
+    build.args(["build", "--profile", profile, "--target", STATIC_TARGET, "-p", program, "--bin", program]);
+    build.args(["--config", &format!("target.{STATIC_TARGET}.rustflags=['-Ctarget-feature=+crt-static']")]);
+    sh::run(&mut build)?;
+    Ok(tree.target().join(STATIC_TARGET).join(profile).join(program))
 }
 
 /// The guest that attacks its VMM, as an image that a VMM boots in place of a kernel. Its profile is the agent's, since
 /// there is nobody to unwind a panic to.
 pub(crate) fn build_hostile_guest(tree: &Tree) -> Result<PathBuf> {
     let mut guest = cargo(tree);
-    guest.args(["build", "--quiet", "--profile", "agent", "--target", AGENT_TARGET]);
+    guest.args(["build", "--quiet", "--profile", "agent", "--target", STATIC_TARGET]);
     guest.args(["-p", "bulkhead-hostile-guest", "--features", "image", "--bin", "hostile-guest"]);
     sh::run(&mut guest)?;
-    Ok(tree.target().join(AGENT_TARGET).join("agent/hostile-guest"))
+    Ok(tree.target().join(STATIC_TARGET).join("agent/hostile-guest"))
 }
 
 /// Puts a file into the bundle under a new inode, so that one that runs, or is mapped, stays as it was.

@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod demo;
 mod deps;
+mod fuzz;
 mod host;
 mod install;
 mod kernel;
@@ -38,6 +39,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Every check and test: lints, unit tests, end-to-end tests.
     Test(test::TestArgs),
+    /// Fuzz one target with libFuzzer, for as long as is wanted. Needs a C++ compiler.
+    Fuzz(fuzz::FuzzArgs),
     /// Measure beside dockerd and QEMU; writes target/bench/results.json.
     Bench(bench::BenchArgs),
     /// What CI runs: packages, then every check and test.
@@ -85,6 +88,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Demo(args) => demo::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
         Command::Test(args) => test::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
+        Command::Fuzz(args) => fuzz::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&tree()?, &args).map(|()| ExitCode::SUCCESS),
         Command::BenchProbe(args) => bench::probe::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Ci => test::run(&tree()?, &test::TestArgs::default()).map(|()| ExitCode::SUCCESS),

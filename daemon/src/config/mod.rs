@@ -6,6 +6,7 @@
 //!  daemon.json  ─▶ Options ─┘  and so is a key that is none
 //! ```
 
+mod confinement;
 mod host;
 mod options;
 
@@ -19,7 +20,9 @@ pub use options::Options;
 
 use ipnet::IpNet;
 
-use crate::{api::types::container::Ulimit, engine::network::ipam::PoolSpec, layout::Layout};
+use crate::{
+    api::types::container::Ulimit, engine::network::ipam::PoolSpec, layout::Layout, sandbox::Confinement,
+};
 
 /// The daemon's settings, valid and complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,10 +93,14 @@ pub struct VmDefaults {
     pub initramfs: PathBuf,
     /// KVM's device.
     pub kvm: PathBuf,
+    /// How VMMs are confined.
+    pub confinement: Confinement,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Number of vCPUs.
     pub vcpus: u8,
+    /// How much of the host's memory, in percent, must be available for guests to keep their page cache.
+    pub reclaim_below_percent: u8,
     /// Size of the writable layer in GiB.
     pub disk_gib: u32,
     /// Whether microVMs are clones of saved ones where they can be.
@@ -166,9 +173,10 @@ impl Config {
 
     fn from_options(options: Options) -> Result<Self, String> {
         let layout = Layout {
-            data_root: absolute("data-root", options.data_root, "/var/lib/bulkhead")?,
-            exec_root: absolute("exec-root", options.exec_root, "/run/bulkhead")?,
+            data_root: absolute("data-root", options.data_root.clone(), "/var/lib/bulkhead")?,
+            exec_root: absolute("exec-root", options.exec_root.clone(), "/run/bulkhead")?,
         };
+        let confinement = confinement::from(&options, &layout)?;
         let tls = tls(options.tls, options.tlsverify, options.tlscacert, options.tlscert, options.tlskey);
         let hosts = hosts(&options.hosts, &tls)?;
         let debug = options.debug.unwrap_or(false);
@@ -224,10 +232,19 @@ impl Config {
                 kernel: options.kernel.unwrap_or_else(|| "/usr/lib/bulkhead/vmlinux".into()),
                 initramfs: options.initramfs.unwrap_or_else(|| "/usr/lib/bulkhead/initramfs.cpio".into()),
                 kvm: "/dev/kvm".into(),
+                confinement,
                 memory_mib: range("default-memory-mib", options.default_memory_mib, 512, 64..=1 << 20)?,
                 vcpus: range("default-vcpus", options.default_vcpus.map(u32::from), default_vcpus(), 1..=64)?
                     .try_into()
                     .unwrap_or(1),
+                reclaim_below_percent: range(
+                    "reclaim-below-percent",
+                    options.reclaim_below_percent.map(u32::from),
+                    10,
+                    0..=100,
+                )?
+                .try_into()
+                .unwrap_or(10),
                 disk_gib: range("default-disk-gib", options.default_disk_gib, 10, 1..=16 << 10)?,
                 templates: options.templates.unwrap_or(true),
                 template_domain_label: domain_label(options.template_domain_label)?,

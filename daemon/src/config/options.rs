@@ -111,12 +111,24 @@ pub struct Options {
     /// The guest's initramfs
     #[arg(long, value_name = "FILE")]
     pub initramfs: Option<PathBuf>,
+    /// Control group below which each microVM gets its own
+    #[arg(long, value_name = "PATH")]
+    pub cgroup_parent: Option<String>,
+    /// Jail each microVM's process; =false leaves it to the daemon's user and namespaces
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub jail: Option<bool>,
+    /// User and group ids for microVMs' processes, FIRST:COUNT
+    #[arg(long, value_name = "RANGE")]
+    pub jail_uids: Option<String>,
     /// Memory of a microVM whose container has no limit, in MiB
     #[arg(long, value_name = "MIB")]
     pub default_memory_mib: Option<u32>,
     /// vCPUs of a microVM whose container has no limit
     #[arg(long, value_name = "N")]
     pub default_vcpus: Option<u8>,
+    /// Guests give up page cache when less than so many percent of the host's memory are available; 0: never
+    #[arg(long, value_name = "PERCENT")]
+    pub reclaim_below_percent: Option<u8>,
     /// Size of containers' writable layer, in GiB
     #[arg(long, value_name = "GIB")]
     pub default_disk_gib: Option<u32>,
@@ -129,12 +141,15 @@ pub struct Options {
 }
 
 /// The options' names in the file that are ours alone.
-const OURS: [&str; 8] = [
+const OURS: [&str; 11] = [
     "vmm",
     "kernel",
     "initramfs",
+    "jail",
+    "jail-uids",
     "default-memory-mib",
     "default-vcpus",
+    "reclaim-below-percent",
     "default-disk-gib",
     "templates",
     "template-domain-label",

@@ -34,6 +34,7 @@ fn nothing_said_is_all_defaults() {
     assert_eq!(config.log_driver, "json-file");
     assert_eq!(config.group, ("docker".into(), false));
     assert_eq!((config.vm.memory_mib, config.vm.vcpus, config.vm.disk_gib), (512, 1, 10));
+    assert_eq!(config.vm.reclaim_below_percent, 10);
     assert_eq!(config.shm_size, 64 << 20);
     assert_eq!(load(&[], "{}").unwrap(), config);
 }

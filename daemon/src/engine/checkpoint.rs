@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Engine, Error, Name, Result, Shared,
-    container::{Command, Container, names, record::Record, start::Resumption, state::State},
+    container::{Command, Container, names, record::Record, resume::Resumption, state::State},
     logs::Log,
 };
 use crate::sandbox::{self, Leave, SaveOptions, SavedMachine};
@@ -73,7 +73,7 @@ impl Engine {
         let container = self.shared.registry.find(name)?;
         let failed = |error: String| Error::internal(format!("Cannot checkpoint container {name}: {error}"));
         let view = container.view();
-        let workload = Arc::clone(view.running()?);
+        let workload = Arc::clone(view.awake("its checkpoint")?);
         super::container::network::check_order(&view.record)?;
         let State::Running(running) = &view.record.life.state else {
             return Err(Error::conflict(format!("container {} is not running", view.record.id)));

@@ -7,7 +7,7 @@
 //! The clones' memory is the parent's saved memory, copied on write; the file has no name, and its room is given
 //! back when the last clone ends. All clones come up, or none is left.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{collections::VecDeque, io, path::PathBuf, sync::Arc};
 
 use bulkhead_agent_api::{ContainerIdentity, KnownOutput};
 use bulkhead_rootfs::disk;
@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use super::{
     Engine, Error, Name, Result, Shared,
     container::{
-        Actor, Command, names, network::check_order, record::Record, start::Resumption, state::Lifecycle,
+        Actor, Command, names, network::check_order, record::Record, resume::Resumption, state::Lifecycle,
     },
     network::record::Attachment,
     store,
@@ -70,10 +70,10 @@ impl Engine {
         if names.is_empty() || names.len() > MAX_CLONES {
             return Err(Error::invalid(format!("the number of clones must be between 1 and {MAX_CLONES}")));
         }
-        let reserved = Reserved::new(&self.shared, names)?;
+        let mut reserved = Reserved::new(&self.shared, names)?;
         let parent = self.save_parent(name).await?;
         let mut clones = Clones { shared: Arc::clone(&self.shared), made: Vec::new() };
-        for (id, name) in reserved.take() {
+        while let Some((id, name)) = reserved.names.pop_front() {
             clones.make(&parent, id, name).await?;
         }
         clones.start(&parent).await?;
@@ -86,7 +86,7 @@ impl Engine {
         let failed =
             |error: &dyn std::fmt::Display| Error::internal(format!("cannot fork container {name}: {error}"));
         let view = self.shared.registry.find(name)?.view();
-        let workload = Arc::clone(view.running()?);
+        let workload = Arc::clone(view.awake("its fork")?);
         check_order(&view.record)?;
         let Ok(_saving) = workload.saving.try_lock() else {
             return Err(Error::conflict(format!("cannot fork container {name}: it is being saved already")));
@@ -109,28 +109,24 @@ impl Engine {
     }
 }
 
-/// Ids and names of clones to come; given back unless taken.
+/// Ids and names of clones to come; those that are not taken are given back.
 struct Reserved<'a> {
     shared: &'a Shared,
-    names: Vec<(String, String)>,
+    names: VecDeque<(String, String)>,
 }
 
 impl<'a> Reserved<'a> {
     fn new(shared: &'a Shared, names: &[String]) -> Result<Self> {
-        let mut reserved = Self { shared, names: Vec::new() };
+        let mut reserved = Self { shared, names: VecDeque::new() };
         for name in names {
             let id = names::new_id();
             let name = match name.as_str() {
                 "" => shared.registry.reserve_any(&id)?,
                 name => shared.registry.reserve(name, &id)?,
             };
-            reserved.names.push((id, name));
+            reserved.names.push_back((id, name));
         }
         Ok(reserved)
-    }
-
-    fn take(mut self) -> Vec<(String, String)> {
-        std::mem::take(&mut self.names)
     }
 }
 

@@ -15,6 +15,7 @@ pub(crate) mod limits;
 pub mod logs;
 pub mod network;
 mod open;
+mod pressure;
 pub mod spec;
 pub mod store;
 

@@ -25,7 +25,7 @@ use super::{
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
     network::Networks,
-    store,
+    pressure, store,
 };
 use crate::{
     config::Config,
@@ -61,7 +61,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
     let sandboxes = shared.layout().sandboxes();
-    sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN)
+    sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN, &shared.config.vm.confinement)
         .await
         .map_err(|error| failed("look through", &sandboxes, &error))?;
 
@@ -77,6 +77,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     for actor in actors {
         tokio::spawn(actor.run(true));
     }
+    tokio::spawn(pressure::watch(Arc::downgrade(&shared), shared.config.vm.reclaim_below_percent));
     Ok(shared)
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `control.sock` | the VMM's control socket, listening |
 //! | `vsock.sock` | the VMM's vsock socket, listening |
+//! | `jail.json` | what the host gave the VMM to be confined by, see [`super::vmm::jail`] |
 //! | `identity` | which process the VMM is, see [`super::vmm::process::Identity`] |
 //! | `report.json` | the VMM's last words |
 //! | `vmm.log` | the VMM's standard error |
@@ -26,6 +27,7 @@ use rustix::{
 
 pub(super) const CONTROL: &str = "control.sock";
 pub(super) const VSOCK: &str = "vsock.sock";
+pub(super) const JAIL: &str = "jail.json";
 pub(super) const IDENTITY: &str = "identity";
 pub(super) const REPORT: &str = "report.json";
 pub(super) const LOG: &str = "vmm.log";
@@ -98,7 +100,8 @@ impl SandboxDir {
         std::fs::remove_file(self.path.join(SAVING))
     }
 
-    /// Removes it and what is in it; that it is gone already is no error.
+    /// Removes it, what is in it, and what was given to its VMM, which has ended; that it is gone already is no
+    /// error.
     pub(super) fn remove(&self) -> io::Result<()> {
         remove(&self.path)
     }
@@ -108,8 +111,10 @@ impl SandboxDir {
     }
 }
 
-/// Removes a sandbox directory; that it is gone already is no error.
+/// Removes a sandbox directory and gives back what it says was given to its VMM; that it is gone already is no
+/// error.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
+    super::vmm::jail::release(path)?;
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -1,6 +1,8 @@
 //! A microVM for tests: a process that sleeps in the VMM's place, its sockets and its agent driven by hand.
 
 use std::{
+    io::IoSliceMut,
+    mem::MaybeUninit,
     os::fd::OwnedFd,
     path::Path,
     process::{Child, Command},
@@ -9,8 +11,9 @@ use std::{
 use bulkhead_agent_api::{
     AgentError, Answer, Event, FromAgent, Hello, StreamOpen, StreamReady, ToAgent, VERSION, frame,
 };
+use bulkhead_vmm_api::{MAX_MESSAGE, Request, Response};
 use bytes::{Buf, BytesMut};
-use rustix::net::SocketType;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketType};
 use serde::Serialize;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -27,7 +30,7 @@ use super::{
 /// A sandbox's directory, with sockets and a process of its identity.
 pub(crate) struct FakeMachine {
     vsock: UnixListener,
-    _control: OwnedFd,
+    control: OwnedFd,
     pub(crate) process: Child,
 }
 
@@ -41,7 +44,39 @@ impl FakeMachine {
         std::fs::write(dir.path().join(IDENTITY), format!("{}\n{stat}", boot_id().unwrap())).unwrap();
         let vsock = std::os::unix::net::UnixListener::from(vsock);
         vsock.set_nonblocking(true).unwrap();
-        Self { vsock: UnixListener::from_std(vsock).unwrap(), _control: control, process }
+        Self { vsock: UnixListener::from_std(vsock).unwrap(), control, process }
+    }
+
+    /// Answers one request after the other; gives what was asked. `with` sees each request's descriptors.
+    pub(crate) fn control(
+        &self,
+        answers: Vec<Response>,
+        with: impl Fn(&Request, Vec<OwnedFd>) + Send + 'static,
+    ) -> std::thread::JoinHandle<Vec<Request>> {
+        let listener = self.control.try_clone().unwrap();
+        std::thread::spawn(move || {
+            let connection = rustix::net::accept(&listener).unwrap();
+            let mut asked = Vec::new();
+            for answer in answers {
+                let mut message = vec![0; MAX_MESSAGE];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+                let mut control = RecvAncillaryBuffer::new(&mut space);
+                let mut buffers = [IoSliceMut::new(&mut message)];
+                let flags = RecvFlags::empty();
+                let received = rustix::net::recvmsg(&connection, &mut buffers, &mut control, flags).unwrap();
+                let given = control.drain().flat_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+                    _ => Vec::new(),
+                });
+                let given = given.collect();
+                let request: Request = serde_json::from_slice(&message[..received.bytes]).unwrap();
+                with(&request, given);
+                asked.push(request);
+                let answer = serde_json::to_vec(&answer).unwrap();
+                rustix::net::send(&connection, &answer, SendFlags::empty()).unwrap();
+            }
+            asked
+        })
     }
 
     /// Takes the next connection to the vsock socket and answers its first line.

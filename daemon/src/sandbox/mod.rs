@@ -16,6 +16,7 @@ mod agent;
 mod dir;
 #[cfg(test)]
 pub(crate) mod fake;
+mod memory;
 mod plan;
 mod save;
 pub(crate) mod saved;
@@ -37,10 +38,11 @@ use std::{
 use bulkhead_agent_api::{
     Answer, Call, ContainerIdentity, Event, Hello, NAMES_PORT, ProcessId, StreamKind, StreamOpen,
 };
-use bulkhead_vmm_api::{RateLimits, Request, Response};
+use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
 pub use agent::{CallError, ConnectError};
+pub use memory::{Memory, region_mib};
 pub use save::{Leave, SaveError, SaveOptions};
 pub(crate) use saved::Check;
 pub use saved::{Digests, MachineSpec, OpenMachine, SavedError, SavedMachine, Shape};
@@ -49,6 +51,8 @@ pub use vmm::{
     Death,
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
+    jail::{Confinement, JailError},
+    uids::Uids,
 };
 
 use crate::phases::Timeline;
@@ -101,8 +105,8 @@ pub struct SandboxSpec {
     pub program: PathBuf,
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// Guest memory in MiB.
-    pub memory_mib: u32,
+    /// Guest memory.
+    pub memory: Memory,
     /// The guest kernel, an uncompressed ELF.
     pub kernel: PathBuf,
     /// The initramfs with the agent.
@@ -123,6 +127,8 @@ pub struct SandboxSpec {
     pub limits: HostLimits,
     /// Where its machine comes from.
     pub origin: Origin,
+    /// How VMMs are confined here.
+    pub confinement: Confinement,
 }
 
 /// Where a sandbox's machine comes from.
@@ -152,9 +158,10 @@ impl SandboxSpec {
             initramfs: self.initramfs.clone(),
             cmdline: self.cmdline.clone(),
             vcpus: self.vcpus,
-            memory_mib: self.memory_mib,
+            memory_mib: self.memory.base_mib,
             devices: plan::devices(),
             kvm: self.kvm.clone(),
+            confinement: self.confinement.clone(),
         }
     }
 }
@@ -187,6 +194,9 @@ pub enum BootError {
         /// What the host said.
         source: io::Error,
     },
+    /// The VMM cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The VMM refused a request.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -210,6 +220,23 @@ impl BootError {
     }
 }
 
+/// Why a sandbox's memory is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The VMM refused it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The guest did not follow.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The host refused it.
+    #[error(transparent)]
+    Host(#[from] CgroupError),
+    /// The VMM answered something else.
+    #[error("the VMM's answer is not valid")]
+    Unexpected,
+}
+
 /// Why a running sandbox could not be taken over.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
@@ -229,6 +256,7 @@ pub struct Sandbox {
     process: Arc<Process>,
     control: Control,
     agent: Agent,
+    cgroup: Option<Cgroup>,
 }
 
 impl Sandbox {
@@ -278,8 +306,9 @@ impl Sandbox {
         };
         match connected {
             Ok(Ok((agent, events))) => {
+                let cgroup = vmm::jail::adopt_cgroup(&path);
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                Ok((Self { id: id.to_owned(), dir, process, control, agent }, events))
+                Ok((Self { id: id.to_owned(), dir, process, control, agent, cgroup }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
             Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
@@ -320,6 +349,11 @@ impl Sandbox {
         Ok(())
     }
 
+    /// The VMM's control group on the host; None where it has none.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
+    }
+
     /// What its agent said of itself.
     pub fn hello(&self) -> &Hello {
         self.agent.hello()
@@ -347,7 +381,7 @@ impl Sandbox {
     /// # Errors
     /// [`CgroupError`].
     pub fn limit_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
-        match Cgroup::of_process(self.pid(), &self.id) {
+        match &self.cgroup {
             Some(group) => group.update_cpus(limits),
             None => {
                 tracing::debug!(sandbox = self.id, "a VMM has no control group to be limited by");
@@ -386,6 +420,60 @@ impl Sandbox {
     /// [`ControlError`].
     pub async fn unplug(&self, slot: u8) -> Result<(), ControlError> {
         self.control(&Request::DetachTap { id: nic(slot) }).await.map(drop)
+    }
+
+    /// How much memory it has been given.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub async fn memory(&self) -> Result<Memory, ResizeError> {
+        let status = self.memory_status().await?;
+        Ok(Memory { base_mib: status.base_mib, plugged_mib: status.requested_mib })
+    }
+
+    async fn memory_status(&self) -> Result<MemoryStatus, ResizeError> {
+        match self.control(&Request::Status).await? {
+            Response::Status(Status { memory, .. }) => Ok(memory),
+            _ => Err(ResizeError::Unexpected),
+        }
+    }
+
+    /// Gives it more memory, or takes some away. More is there when this returns; what is to be taken away goes
+    /// when the guest can spare it.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub async fn set_memory(&self, memory: Memory) -> Result<(), ResizeError> {
+        self.control(&Request::SetMemory { plugged_mib: memory.plugged_mib }).await?;
+        // Before the guest uses it, or after it has given up what it could at once.
+        self.limit_memory().await?;
+        self.memory_is_there(memory).await
+    }
+
+    /// Limits what its VMM gets of the host's memory: all that the guest has, or is to have, and what the VMM
+    /// itself needs.
+    ///
+    /// # Errors
+    /// [`ResizeError`].
+    pub async fn limit_memory(&self) -> Result<(), ResizeError> {
+        let status = self.memory_status().await?;
+        let plugged_mib = status.plugged_mib.max(status.requested_mib);
+        let memory = Memory { base_mib: status.base_mib, plugged_mib };
+        if let Some(group) = &self.cgroup {
+            group.update_memory(memory.host_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the guest has taken the memory into use that it was given.
+    ///
+    /// # Errors
+    /// [`ResizeError::Call`].
+    pub async fn memory_is_there(&self, memory: Memory) -> Result<(), ResizeError> {
+        if memory.plugged_mib > 0 {
+            self.agent.call(Call::AwaitMemory { plugged_mib: memory.plugged_mib }).await?;
+        }
+        Ok(())
     }
 
     /// Opens a process's output from byte `from`, or from the oldest that the agent still holds; an earlier connection to the same stream ends.
@@ -475,8 +563,13 @@ pub async fn discard(parent: &Path, id: &str) {
 /// ended. A guest that answers is powered off in order, so that its disk is whole; all within `grace`.
 ///
 /// # Errors
-/// When the directory cannot be read.
-pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io::Result<()> {
+/// When the directory, or that of the user ids in use, cannot be read.
+pub async fn sweep(
+    parent: &Path,
+    keep: &HashSet<String>,
+    grace: Duration,
+    confinement: &Confinement,
+) -> io::Result<()> {
     let mut tasks = tokio::task::JoinSet::new();
     for entry in std::fs::read_dir(parent)? {
         let name = entry?.file_name();
@@ -495,7 +588,7 @@ pub async fn sweep(parent: &Path, keep: &HashSet<String>, grace: Duration) -> io
         });
     }
     tasks.join_all().await;
-    Ok(())
+    vmm::jail::sweep(confinement, parent)
 }
 
 #[cfg(test)]

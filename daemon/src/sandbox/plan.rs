@@ -4,17 +4,18 @@
 //! ```text
 //!    cold                                    restored: a template's clone, or a saved machine
 //!  1 directory                               directory              undo: remove it
-//!  2 spawn the VMM                           spawn the VMM          undo: kill it
-//!  3 attach disk, taps, layers (as it boots) attach disk, taps, layers, resume
-//!  4 wait for Hello                          connect to the agent   or hear of the VMM's death
-//!  5 personalize                             personalize, thaw
+//!  2 user id, control group                  user id, control group undo: given back with the directory
+//!  3 spawn the VMM                           spawn the VMM          undo: kill it, and wait
+//!  4 attach disk, taps, layers (as it boots) attach all, resume
+//!  5 wait for Hello                          connect to the agent   or hear of the VMM's death
+//!  6 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
 //! ```
 //! A clone that does not come up is no failure of the sandbox: its template is discarded, and the kernel is
 //! booted.
 
 use std::{
     fs::File,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -22,20 +23,24 @@ use std::{
 
 use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, LimitedDevice, NetConfig, Request, ShareKind, VsockConfig,
+    BlockConfig, DeviceConfig, FsConfig, LimitedDevice, MemoryDeviceConfig, NetConfig, Request, ShareKind,
+    VsockConfig,
 };
 use tokio::sync::mpsc;
 
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, ConnectError, ControlError, DISK, NICS, Nic, Origin, Rates, Sandbox, SandboxSpec,
-    TAG,
+    BootError, CallError, Confinement, ConnectError, ControlError, DISK, NICS, Nic, Origin, Rates, Sandbox,
+    SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
+    memory::region_mib,
     vmm::{
         Death,
+        cgroup::Cgroup,
         control::{ANSWER_WITHIN, Control},
+        jail::{self, Cell},
         process::Process,
         spawn::{Launch, StartFiles, spawn},
     },
@@ -91,6 +96,10 @@ async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
         vmm.attach(spec, false).await?;
         let (agent, events) = Agent::awaited(&vmm.dir).await?;
         spec.timeline.mark(Stage::Greeted);
+        // Only now: the agent knows how much there was without it.
+        if let Some(growth) = growth(spec) {
+            vmm.control.call(&vmm.dir, &growth, &[], ANSWER_WITHIN).await?;
+        }
         personalize(&agent, Vec::new()).await?;
         spec.timeline.mark(Stage::Personalised);
         Ok((agent, events))
@@ -120,6 +129,7 @@ struct Vmm {
     dir: Arc<SandboxDir>,
     process: Arc<Process>,
     control: Control,
+    cgroup: Option<Cgroup>,
     undo: Undo,
 }
 
@@ -137,14 +147,16 @@ impl Vmm {
                 }
             }
         });
+        let cell = Cell::make(&spec.confinement, &dir, &spec.id, &spec.limits)?;
         let launch = Launch {
             program: &spec.program,
             name: &spec.id,
             vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
+            memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
             devices: devices(),
+            cell: &cell,
         };
         let process = spawn(&dir, launch)
             .map_err(|e| BootError::io(&format!("cannot start the VMM {}", spec.program.display()), e))?;
@@ -153,19 +165,20 @@ impl Vmm {
             let process = Arc::clone(&process);
             move || {
                 process.kill();
-                // Somebody must stay to reap it.
+                // Somebody must stay to reap it; its control group is busy until it has ended.
                 tokio::spawn(async move { process.ended().await });
             }
         });
         spec.timeline.mark(Stage::Spawned);
-        Ok(Self { id: spec.id.clone(), dir, process, control: Control::default(), undo })
+        let (control, cgroup) = (Control::default(), cell.cgroup);
+        Ok(Self { id: spec.id.clone(), dir, process, control, cgroup, undo })
     }
 
     /// Attaches what is the sandbox's own, and lets a restored machine run.
     async fn attach(&self, spec: &SandboxSpec, resume: bool) -> Result<(), BootError> {
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (name, path) in &spec.layers {
-            layers.push((name, open("the layer", path)?));
+            layers.push((name, open_layer(path, &spec.confinement)?));
         }
         let disk = spec
             .disk
@@ -176,11 +189,15 @@ impl Vmm {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
         });
-        let resume = resume.then_some((Request::Resume, None));
+        let growth = growth(spec).filter(|_| resume).map(|growth| (growth, None));
+        let goes_on = resume.then_some((Request::Resume, None));
         let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
-            disk.chain(nics).chain(layers).chain(resume).collect();
+            disk.chain(nics).chain(layers).chain(goes_on).chain(growth).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
+        if resume {
+            spec.timeline.mark(Stage::Restored);
+        }
         Ok(())
     }
 
@@ -233,9 +250,9 @@ impl Vmm {
                 Err(_) => return Err(BootError::Silent(console(&self.control, &dir).await)),
             },
         };
-        let Self { id, dir, process, control, undo, .. } = self;
+        let Self { id, dir, process, control, cgroup, undo } = self;
         undo.disarm();
-        Ok((Sandbox { id, dir, process, control, agent }, events))
+        Ok((Sandbox { id, dir, process, control, agent, cgroup }, events))
     }
 }
 
@@ -247,7 +264,15 @@ pub(super) fn devices() -> DeviceConfig {
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: (0..NICS).map(|slot| NetConfig { id: super::nic(slot) }).collect(),
         rng: true,
+        balloon: true,
+        memory: Some(MemoryDeviceConfig { region_mib: region_mib() }),
     }
+}
+
+/// Lets the guest begin to take what is more than its base; see [`Sandbox::memory_is_there`].
+fn growth(spec: &SandboxSpec) -> Option<Request> {
+    let plugged_mib = spec.memory.plugged_mib;
+    (plugged_mib > 0).then_some(Request::SetMemory { plugged_mib })
 }
 
 fn open(what: &str, path: &Path) -> Result<File, BootError> {
@@ -267,6 +292,14 @@ pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates)
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
     }
     Ok(())
+}
+
+/// A VMM in a jail gets a layer as a mount that has no parent: an open directory would lead it to the host's.
+fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootError> {
+    if confinement.uids.is_none() {
+        return open("the layer", path).map(OwnedFd::from);
+    }
+    jail::detached(path).map_err(|e| BootError::io(&format!("cannot mount the layer {}", path.display()), e))
 }
 
 /// A network slot's tap as a request.
@@ -363,7 +396,7 @@ mod tests {
     use super::*;
     use crate::{
         phases::{Timeline, TimelineKind},
-        sandbox::{HostLimits, dir::IDENTITY, vmm::process::read_identity},
+        sandbox::{HostLimits, Memory, dir::IDENTITY, vmm::process::read_identity},
     };
 
     fn spec(base: &Path, program: &str) -> SandboxSpec {
@@ -375,7 +408,7 @@ mod tests {
             parent: base.to_owned(),
             program: file,
             vcpus: 1,
-            memory_mib: 128,
+            memory: Memory { base_mib: 128, plugged_mib: 0 },
             kernel: "/dev/null".into(),
             initramfs: "/dev/null".into(),
             cmdline: String::new(),
@@ -386,6 +419,7 @@ mod tests {
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),
             origin: Origin::Cold,
+            confinement: Confinement::default(),
         }
     }
 

@@ -3,22 +3,26 @@
 //! ```text
 //!   agent      VMM                       caller
 //!   Quiesce ─▶ Pause ─▶ Snapshot ──────▶ [files]
-//!                  └──▶ meanwhile ─────▶ [disk copy]     both done
+//!                                        [disk copy]
 //!              Resume ◀──────────────────────┘
 //!   Thaw ◀────────┘                      unless it is to stay frozen
 //! ```
-//! Containers stand still from Quiesce to Thaw, the whole machine from Pause to Resume: so memory, devices and
-//! disk are of one moment. Whatever fails, the machine runs on as before.
+//! Containers stand still from Quiesce to Thaw, the whole machine from Pause to Resume. The disk is copied after the
+//! snapshot, never beside it: a write that the snapshot counts as done is then on the copy, and one that it has
+//! still in its queue is done again by whoever goes on from it. Whatever fails, the machine runs on as before.
 
 use std::{io, os::fd::AsFd, path::PathBuf, time::Duration};
 
-use bulkhead_agent_api::Call;
+use bulkhead_agent_api::{Call, ErrorKind};
 use bulkhead_vmm_api::Request;
 
 use super::{CallError, ControlError, Sandbox, saved::Writing};
 
 /// How long a guest may take to freeze its containers and flush its disk.
 const QUIESCE_WITHIN: Duration = Duration::from_secs(120);
+
+/// How soon a guest in which a process is being started is asked again.
+const STARTING: Duration = Duration::from_millis(20);
 
 /// How long a VMM may take to write a machine's memory: 64 GiB to a slow disk.
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(1200);
@@ -61,19 +65,19 @@ pub struct SaveOptions {
 }
 
 impl Sandbox {
-    /// Saves the machine. `meanwhile` is done while it is paused, in a thread that may block.
+    /// Saves the machine. `copy` is done while it is still paused, in a thread that may block.
     ///
     /// # Errors
     /// [`SaveError`]; the machine runs on.
     pub(crate) async fn save<T: Send + 'static>(
         &self,
         options: SaveOptions,
-        meanwhile: impl FnOnce() -> io::Result<T> + Send + 'static,
+        copy: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<(Writing, T), SaveError> {
         self.dir.mark_saving()?;
-        let quiet = tokio::time::timeout(QUIESCE_WITHIN, self.call(Call::Quiesce)).await;
+        let quiet = tokio::time::timeout(QUIESCE_WITHIN, self.quiesce()).await;
         let saved = match quiet {
-            Ok(Ok(_)) => self.save_quiet(&options, meanwhile).await,
+            Ok(Ok(())) => self.save_quiet(&options, copy).await,
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(SaveError::Silent),
         };
@@ -91,22 +95,35 @@ impl Sandbox {
         saved
     }
 
+    /// A process that is just being started is waited for.
+    async fn quiesce(&self) -> Result<(), CallError> {
+        loop {
+            match self.call(Call::Quiesce).await {
+                Err(CallError::Agent(error)) if error.kind == ErrorKind::Conflict => {
+                    tokio::time::sleep(STARTING).await;
+                }
+                other => return other.map(drop),
+            }
+        }
+    }
+
     async fn save_quiet<T: Send + 'static>(
         &self,
         options: &SaveOptions,
-        meanwhile: impl FnOnce() -> io::Result<T> + Send + 'static,
+        copy: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<(Writing, T), SaveError> {
         let writing = Writing::create(options.into.clone())?;
         self.control(&Request::Pause).await?;
-        let copy = tokio::task::spawn_blocking(meanwhile);
-        let files = [writing.state.as_fd(), writing.memory.as_fd()];
-        let snapshot = self.control.call(&self.dir, &Request::Snapshot, &files, SNAPSHOT_WITHIN).await;
-        let copied = copy.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-        let failed = snapshot.is_err() || copied.is_err();
-        if options.leave != Leave::Paused || failed {
+        let saved = async {
+            let files = [writing.state.as_fd(), writing.memory.as_fd()];
+            self.control.call(&self.dir, &Request::Snapshot, &files, SNAPSHOT_WITHIN).await?;
+            let copied = tokio::task::spawn_blocking(copy).await;
+            Ok::<T, SaveError>(copied.unwrap_or_else(|error| Err(io::Error::other(error)))?)
+        };
+        let saved = saved.await;
+        if options.leave != Leave::Paused || saved.is_err() {
             self.control(&Request::Resume).await?;
         }
-        snapshot?;
-        Ok((writing, copied?))
+        Ok((writing, saved?))
     }
 }

@@ -215,6 +215,20 @@ pub enum Call {
         /// The container's id.
         container: String,
     },
+    /// Waits until this much memory, in MiB, has been plugged and is in use: 30 s at most.
+    /// Answer: [`Answer::Done`], or an error of kind [`ErrorKind::Internal`].
+    AwaitMemory {
+        /// Beyond what the agent found when it began.
+        plugged_mib: u32,
+    },
+    /// Frees page cache of a container that it does not need at the moment; its own memory is left alone.
+    /// Answer: [`Answer::Reclaimed`].
+    Reclaim {
+        /// The container's id.
+        container: String,
+        /// Which part of it, in percent: 1 to 100.
+        percent: u8,
+    },
     /// Forgets an ended exec, or with `exec: None` a whole container whose first process has ended: kills
     /// what is left of it, unmounts its root and flushes its disk.
     Delete {
@@ -302,7 +316,7 @@ pub struct ContainerIdentity {
     /// Its new host name. Empty, or without a UTS namespace of its own: as it is.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub hostname: String,
-    /// New contents of [`Create::files`], by path; a path that was not injected is refused.
+    /// New contents of [`Create::files`], by path; those that were not injected are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<InjectedFile>,
     /// Whether its execs are killed: who asked for them has no connection to the copy.
@@ -443,6 +457,11 @@ pub enum Answer {
     },
     /// To [`Call::Stats`].
     Stats(Box<Stats>),
+    /// To [`Call::Reclaim`].
+    Reclaimed {
+        /// How many bytes the container uses less.
+        bytes: u64,
+    },
 }
 
 /// What a container uses, by its cgroup in the guest. Times are microseconds of guest processors, sizes are

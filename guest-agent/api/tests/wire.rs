@@ -171,6 +171,12 @@ fn pausing_and_stats(wire: &mut Wire) {
     }
 }
 
+fn memory(wire: &mut Wire) {
+    wire.message(&ToAgent { id: 10, call: Call::AwaitMemory { plugged_mib: 64 } });
+    wire.message(&ToAgent { id: 11, call: Call::Reclaim { container: "c1".into(), percent: 25 } });
+    wire.message(&FromAgent::Answer { id: 11, result: Ok(Answer::Reclaimed { bytes: 4096 }) });
+}
+
 #[test]
 fn every_message_is_as_it_was() {
     let mut wire = Wire::default();
@@ -194,6 +200,7 @@ fn every_message_is_as_it_was() {
     for call in saving() {
         wire.message(&ToAgent { id: 9, call });
     }
+    memory(&mut wire);
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);
     }

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use bulkhead_agent_api::{CpuStats, IoStats, MemoryStats, NetworkStats, Stats};
 use nix::unistd::{SysconfVar, sysconf};
 
-use super::{Cgroup, counter};
+use super::{Cgroup, counter, memory::total_memory};
 
 /// Bounds of what is told, whatever the kernel lists.
 const MAX_LINES: usize = 128;
@@ -65,11 +65,6 @@ fn cpu(stat: &str) -> CpuStats {
             .and_then(|count| u32::try_from(count).ok())
             .unwrap_or(1),
     }
-}
-
-fn total_memory() -> u64 {
-    let info = rustix::system::sysinfo();
-    u64::from(info.mem_unit).saturating_mul(info.totalram)
 }
 
 /// A line of `io.stat`: `254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.

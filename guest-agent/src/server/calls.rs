@@ -74,6 +74,12 @@ impl Server {
                 true => Outcome::Answer(Answer::Done),
                 false => Outcome::Later,
             }),
+            Call::AwaitMemory { plugged_mib } => {
+                self.await_memory(epoch, id, plugged_mib).map(|done| match done {
+                    true => Outcome::Answer(Answer::Done),
+                    false => Outcome::Later,
+                })
+            }
             Call::Personalize(identity) => self.personalize(epoch, &identity).map(Outcome::Answer),
             Call::Quiesce => self.quiesce(epoch).map(Outcome::Answer),
             Call::Thaw => self.thaw().map(Outcome::Answer),
@@ -135,9 +141,14 @@ impl Server {
                 let init = container.init.as_ref().map(|init| init.pid);
                 return Ok(Answer::Stats(Box::new(container.cgroup.stats(init))));
             }
+            Call::Reclaim { container, percent } => {
+                let container = self.containers.get(&container).ok_or_else(no_container)?;
+                return Ok(Answer::Reclaimed { bytes: container.cgroup.reclaim(percent)? });
+            }
             Call::Delete { process } => self.delete(&process)?,
             Call::SetClock { unix_ns } => set_clock(unix_ns)?,
-            Call::Create(_)
+            Call::AwaitMemory { .. }
+            | Call::Create(_)
             | Call::Start { .. }
             | Call::Exec { .. }
             | Call::Pause { .. }

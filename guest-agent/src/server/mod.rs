@@ -17,6 +17,7 @@
 
 mod calls;
 mod control;
+mod growth;
 mod openings;
 mod pause;
 mod saving;
@@ -45,6 +46,7 @@ use rustix::{
 use self::{
     calls::PendingCreate,
     control::{Control, Epoch},
+    growth::Growth,
     openings::Openings,
     pause::Freeze,
     saving::Stillness,
@@ -120,6 +122,7 @@ pub struct Server {
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
+    growth: Growth,
     starts: BTreeMap<i32, StartCall>,
     /// Every process that has not been reaped.
     pids: BTreeMap<i32, Rc<ProcessId>>,
@@ -167,6 +170,7 @@ impl Server {
             uevents,
             containers: BTreeMap::new(),
             pending: Vec::new(),
+            growth: Growth::new(),
             starts: BTreeMap::new(),
             pids: BTreeMap::new(),
             unreaped: false,
@@ -184,6 +188,7 @@ impl Server {
         loop {
             self.control.tick(self.transport.as_ref());
             self.retry_creates();
+            self.look_at_memory();
             if self.unreaped {
                 self.wait_for_children();
             }
@@ -205,8 +210,10 @@ impl Server {
         let now = Instant::now();
         let dying = (!self.dying.is_empty()).then(|| now + DYING);
         let freezing = (!self.freezing.is_empty()).then(|| now + pause::STEP);
+        let growing = self.growth.awaited().then(|| now + growth::STEP);
         let pending = self.pending.iter().map(PendingCreate::next_try).min();
-        let next = [self.control.deadline(), dying, freezing, pending].into_iter().flatten().min()?;
+        let next =
+            [self.control.deadline(), dying, freezing, growing, pending].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(now))
     }
 
@@ -386,6 +393,7 @@ impl Server {
         for pending in &mut self.pending {
             pending.look_now();
         }
+        self.growth.look();
     }
 }
 

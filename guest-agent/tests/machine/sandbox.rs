@@ -124,6 +124,8 @@ impl Vmm {
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],
                 rng: true,
+                balloon: false,
+                memory: None,
             },
         };
         let config_path = directory.join("config");
@@ -204,7 +206,8 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         if !self.ended {
             if std::thread::panicking() {
-                eprintln!("--- console\n{}---", self.console());
+                let report = fs::read_to_string(self.directory.join("report")).unwrap_or_default();
+                eprintln!("--- console\n{}--- report\n{report}\n---", self.console());
             }
             let _ = self.process.kill();
             let _ = self.process.wait();

@@ -48,7 +48,7 @@ const MAGIC: u32 = 0x7472_6976;
 /// The most devices that a machine has.
 const MOST: usize = 19;
 /// The most queues that a device has.
-pub const MOST_QUEUES: usize = 3;
+pub const MOST_QUEUES: usize = 4;
 
 /// What a device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

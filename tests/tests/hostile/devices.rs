@@ -68,3 +68,13 @@ fn net_headers_that_lie_about_segments() -> Test {
 fn greed_for_entropy_does_not_reach_the_neighbour() -> Test {
     Hostile::new("rng_greed")?.with_neighbour().run(RUNNER)?.completed()
 }
+
+#[test]
+fn pages_for_the_balloon_that_are_nowhere() -> Test {
+    completes("balloon_lies:1")
+}
+
+#[test]
+fn memory_that_was_never_offered_is_not_had() -> Test {
+    completes("mem_lies:1")
+}

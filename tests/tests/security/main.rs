@@ -3,6 +3,8 @@
 use bulkhead_tests::image::{Image, Layer, LayerBuilder};
 use bulkhead_tests::{Daemon, Host, Suite, with_daemon};
 
+mod hostile_guest;
+
 /// An error fails the test, with its whole story.
 type Test = anyhow::Result<()>;
 
@@ -113,6 +115,25 @@ fn the_socket_and_the_data_root_are_not_for_everybody() -> Test {
         assert_eq!(mode(&daemon.inner_socket())?, "660");
         let data_root = mode(&daemon.data_root())?;
         assert!(["700", "710", "711"].contains(&data_root.as_str()), "{data_root}");
+        Ok(())
+    })
+}
+
+/// CVE-2026-24054: an image without layers must not be given anything else as its root.
+#[test]
+fn an_image_without_layers_gets_nothing_of_the_hosts() -> Test {
+    with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
+        let docker = daemon.docker();
+        let image = Image::new(vec![], serde_json::json!({"Cmd": ["/bin/sh", "-c", "cat /etc/hostname"]}));
+        let loaded = docker.run_with(&["load"], image.archive("empty:latest")?)?;
+        if loaded.code == 0 {
+            let ran = docker.run(&["run", "--rm", "empty:latest"])?;
+            // There is no program in it: what docker says of that, and nothing else.
+            assert!(ran.code >= 125, "{} {}", ran.code, ran.text());
+            assert!(!ran.stderr.is_empty() && ran.text().is_empty(), "{} {}", ran.stderr, ran.text());
+        } else {
+            assert!(!loaded.stderr.trim().is_empty());
+        }
         Ok(())
     })
 }

@@ -109,6 +109,13 @@ pub struct DeviceConfig {
     pub net: Vec<NetConfig>,
     /// Whether there is a virtio-rng fed by the host's getrandom.
     pub rng: bool,
+    /// Whether there is a virtio-balloon: it gives what the guest frees back to the host by itself, and can be
+    /// inflated with [`Request::SetBalloon`].
+    #[serde(default)]
+    pub balloon: bool,
+    /// virtio-mem: memory that is added to [`VmConfig::memory_mib`] and taken away while the machine runs.
+    #[serde(default)]
+    pub memory: Option<MemoryDeviceConfig>,
 }
 
 /// A virtio-blk slot: a device whose medium is attached later (capacity 0 until then).
@@ -145,6 +152,18 @@ pub struct NetConfig {
     /// Names the slot in requests.
     pub id: String,
 }
+
+/// The virtio-mem device. All of its memory is absent when the machine boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryDeviceConfig {
+    /// How far memory can grow, in MiB: a multiple of [`MEMORY_BLOCK_MIB`]. What is not plugged costs address
+    /// space alone.
+    pub region_mib: u32,
+}
+
+/// The unit in which virtio-mem is plugged, in MiB.
+pub const MEMORY_BLOCK_MIB: u32 = 2;
 
 /// The first line that a client writes to the vsock socket, and the answer.
 ///
@@ -212,6 +231,18 @@ pub enum Request {
     DetachTap {
         /// [`NetConfig::id`].
         id: String,
+    },
+    /// How much memory the guest is to have beyond its base. It follows at its own pace (see
+    /// [`MemoryStatus::plugged_mib`]); one that cannot free what is to be taken away keeps it, and goes on trying.
+    SetMemory {
+        /// A multiple of [`MEMORY_BLOCK_MIB`], at most [`MemoryDeviceConfig::region_mib`].
+        plugged_mib: u32,
+    },
+    /// How much memory the guest is to hand over and not use. It follows at its own pace, and takes memory
+    /// back by itself before it kills a process for want of it.
+    SetBalloon {
+        /// 0 gives everything back to the guest.
+        mib: u32,
     },
     /// Limits what a device moves, from now on; every limit that is absent is lifted. The buckets begin full.
     SetRateLimit {
@@ -345,6 +376,47 @@ pub struct Status {
     /// The virtio devices in bus order.
     #[serde(default)]
     pub devices: Vec<DeviceFigures>,
+    /// The guest's memory.
+    #[serde(default)]
+    pub memory: MemoryStatus,
+}
+
+/// A guest's memory. What the guest tells of itself is not to be relied upon.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryStatus {
+    /// [`VmConfig::memory_mib`].
+    pub base_mib: u32,
+    /// What [`Request::SetMemory`] asked for.
+    pub requested_mib: u32,
+    /// What the guest has plugged.
+    pub plugged_mib: u32,
+    /// What [`Request::SetBalloon`] asked for.
+    pub balloon_target_mib: u32,
+    /// What the guest says is in the balloon.
+    pub balloon_mib: u32,
+    /// Bytes given back to the host so far: reported as free, put into the balloon, or unplugged.
+    pub returned_bytes: u64,
+    /// What the guest's kernel told last; every [`Request::Status`] asks it to tell again.
+    pub guest: Option<GuestMemoryFigures>,
+}
+
+/// A guest kernel's own view of its memory, in bytes (virtio 1.3, 5.5.6.3).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestMemoryFigures {
+    /// Memory that the kernel manages.
+    pub total: u64,
+    /// Unused.
+    pub free: u64,
+    /// What could be had without swapping.
+    pub available: u64,
+    /// Page cache and the like.
+    pub caches: u64,
+    /// Major page faults.
+    pub major_faults: u64,
+    /// How often the OOM killer struck.
+    pub oom_kills: u64,
 }
 
 /// What a virtio device has done so far. Counters begin at 0 with the process and never go back.

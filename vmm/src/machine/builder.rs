@@ -8,6 +8,7 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::fd::{FromRawFd, IntoRawFd, OwnedFd},
     sync::Arc,
     time::Instant,
@@ -21,13 +22,15 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{
     KvmError, Machine,
     devices::{DeviceSet, DeviceSetError},
+    elastic::Elastic,
     end::End,
+    hotplug::Hotplug,
     memory::{self, MemoryError},
     phases::Phases,
     snapshot::{
         SavedMachine, SavedState,
         format::FormatError,
-        image::{Image, ImageError},
+        image::{Image, ImageError, SavedRegion},
     },
     vcpu::{Shared, Vcpus},
 };
@@ -131,16 +134,22 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     let processor = cpuids.first().map(cpuid::fingerprint).unwrap_or_default();
     phases.end("kvm");
 
+    let plugged = config.devices.region.clone();
     let ranges = layout::memory_ranges(config.memory);
     let memory = match &start {
-        Origin::Kernel { .. } => memory::map(&ranges)?,
+        Origin::Kernel { .. } => memory::map(&[ranges, plugged.iter().cloned().collect()].concat())?,
         Origin::Saved { state, memory } => {
             check_machine(state, config.vcpus, processor)?;
-            let image = Image::new(memory, state.machine.id, &state.machine.memory, &ranges)?;
-            memory::restore(&image)?
+            let saved = &state.machine.memory;
+            let wanted = with_plugged(ranges, plugged.as_ref(), saved);
+            let image = Image::new(memory, state.machine.id, saved, &wanted)?;
+            memory::restore(&image, plugged.as_ref())?
         }
     };
-    memory::register(&vm, &memory)?;
+    let base = memory::without(&memory, plugged.as_ref())?;
+    memory::register(&vm, &base)?;
+    let hotplug = plugged.map(|plugged| Hotplug::new(&memory, plugged)).transpose()?;
+    let elastic = Elastic::new(config.memory, hotplug);
     phases.end("memory");
 
     create_interrupt_controllers(&vm)?;
@@ -153,9 +162,9 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     match start {
         Origin::Kernel { mut kernel, mut initramfs, cmdline } => {
             let cmdline = format!("{cmdline}{}", devices.kernel_parameters());
-            let entry = boot::load(&memory, &mut kernel, initramfs.as_mut(), cmdline.trim())?;
-            mptable::write(&memory, config.vcpus)?;
-            registers::write_tables(&memory)?;
+            let entry = boot::load(&base, &mut kernel, initramfs.as_mut(), cmdline.trim())?;
+            mptable::write(&base, config.vcpus)?;
+            registers::write_tables(&base)?;
             phases.end("kernel");
             vcpus.iter().zip(0..).try_for_each(|(vcpu, index)| power_on(vcpu, index, entry))?;
         }
@@ -167,6 +176,7 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
             phases.end("state");
             // Last, since they raise the interrupts that were pending.
             devices.restore(&state.devices)?;
+            elastic.restore(&vm, &devices)?;
         }
     }
     let gate = Arc::default();
@@ -175,7 +185,34 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     let vcpus = Vcpus::start(shared, vcpus, &gate)?;
     gate.wait()?;
     phases.end("ready");
-    Ok(Machine { name: config.name, console, end, vcpus, devices, serial, memory, processor, phases, vm })
+    Ok(Machine {
+        name: config.name,
+        console,
+        end,
+        vcpus,
+        devices,
+        serial,
+        memory,
+        elastic,
+        processor,
+        phases,
+        vm,
+    })
+}
+
+/// `ranges`, and what a saved machine has of the region in which memory is plugged: as much as was usable.
+fn with_plugged(
+    mut ranges: Vec<Range<u64>>,
+    plugged: Option<&Range<u64>>,
+    saved: &[SavedRegion],
+) -> Vec<Range<u64>> {
+    if let (Some(plugged), Some(last)) = (plugged, saved.get(ranges.len()))
+        && last.addresses.start == plugged.start
+        && last.addresses.end <= plugged.end
+    {
+        ranges.push(last.addresses.clone());
+    }
+    ranges
 }
 
 /// [`StartFiles`], with a saved state read.

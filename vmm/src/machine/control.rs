@@ -20,7 +20,9 @@ use rustix::{
     },
 };
 
-use super::{Machine, devices::AttachError, signals::Signals, snapshot::SnapshotError};
+use super::{
+    Machine, devices::AttachError, elastic::ElasticError, signals::Signals, snapshot::SnapshotError,
+};
 use crate::{devices::virtio::net::NetIdentity, recorder::Rare};
 
 /// Clients at a time; more wait in the socket's backlog.
@@ -137,6 +139,8 @@ enum RequestError {
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error(transparent)]
+    Elastic(#[from] ElasticError),
 }
 
 /// Performs a request, and records it if it is one that changes something.
@@ -189,6 +193,8 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
             machine.attach_tap(&id, fds.next().ok_or(error)?, NetIdentity { mac, mtu })?;
         }
         Request::DetachTap { id } => machine.detach_tap(&id)?,
+        Request::SetMemory { plugged_mib } => machine.set_memory(plugged_mib)?,
+        Request::SetBalloon { mib } => machine.set_balloon(mib)?,
         Request::SetRateLimit { device, limits } => machine.set_rate_limit(&device, limits)?,
         Request::ConsolePart { from } => {
             let (text, next) = machine.console().part(from);

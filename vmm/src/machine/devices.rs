@@ -29,9 +29,11 @@ use crate::{
     bus::{Bus, BusDevice, RangeError},
     config::Devices,
     devices::virtio::{
+        balloon::Balloon,
         block::Block,
         device::{GuestMemory, Interrupt, VirtioDevice},
         fs::Fs,
+        mem::Mem,
         mmio::{self, MmioTransport, register},
         net::{Net, NetIdentity},
         rng::Rng,
@@ -122,11 +124,20 @@ struct Slot<D> {
     port: Arc<Port>,
 }
 
+impl<D> Slot<D> {
+    /// The device; its worker lets it go first.
+    fn lock(&self) -> MutexGuard<'_, D> {
+        self.port.before_the_worker(&self.device)
+    }
+}
+
 /// All virtio devices of a machine. Their workers end when it is dropped.
 pub struct DeviceSet {
     block: Named<Block>,
     fs: Named<Fs>,
     net: Named<Net>,
+    balloon: Option<Slot<Balloon>>,
+    mem: Option<Slot<Mem>>,
     /// In bus order.
     members: Vec<Member>,
     workers: Vec<Worker>,
@@ -202,7 +213,21 @@ impl DeviceSet {
             let device = Rng::new().map_err(DeviceSetError::device(name))?;
             assembly.add(name, "", device)?;
         }
-        Ok(Self { block, fs, net, members: assembly.members, workers: Vec::new() })
+        let balloon = if config.balloon {
+            let name = "balloon";
+            let device = Balloon::new().map_err(DeviceSetError::device(name))?;
+            Some(assembly.add(name, "", device)?)
+        } else {
+            None
+        };
+        let mem = if let Some(region) = config.region {
+            let name = "mem";
+            let device = Mem::new(region.start, region.end - region.start);
+            Some(assembly.add(name, "", device.map_err(DeviceSetError::device(name))?)?)
+        } else {
+            None
+        };
+        Ok(Self { block, fs, net, balloon, mem, members: assembly.members, workers: Vec::new() })
     }
 
     /// What tells the guest's kernel of the devices: ` virtio_mmio.device=<size>@<address>:<irq>` each.
@@ -258,6 +283,16 @@ impl DeviceSet {
         } else {
             Err(AttachError::Refused(format!("net device {id:?} has no tap")))
         }
+    }
+
+    /// The balloon, where there is one.
+    pub(super) fn balloon(&self) -> Option<MutexGuard<'_, Balloon>> {
+        self.balloon.as_ref().map(Slot::lock)
+    }
+
+    /// The memory device, where there is one.
+    pub(super) fn mem(&self) -> Option<MutexGuard<'_, Mem>> {
+        self.mem.as_ref().map(Slot::lock)
     }
 
     /// See [`super::Machine::set_rate_limit`].
@@ -330,7 +365,7 @@ fn find<'a, D>(
     name: &str,
 ) -> Result<MutexGuard<'a, D>, AttachError> {
     let slot = devices.get(name).ok_or_else(|| AttachError::Unknown { kind, name: name.to_owned() })?;
-    Ok(slot.port.before_the_worker(&slot.device))
+    Ok(slot.lock())
 }
 
 /// Devices on their way to the bus.

@@ -52,15 +52,21 @@ pub fn map(ranges: &[Range<u64>]) -> Result<GuestMemory, MemoryError> {
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
 }
 
-/// Maps guest memory as a snapshot has it.
+/// Maps guest memory as a snapshot has it. `plugged` is the region in which memory is plugged: the snapshot has
+/// as much of it as was usable.
 ///
 /// # Errors
 /// See [`MemoryError`].
-pub fn restore(image: &Image<'_>) -> Result<GuestMemory, MemoryError> {
+pub fn restore(image: &Image<'_>, plugged: Option<&Range<u64>>) -> Result<GuestMemory, MemoryError> {
+    let is_plugged = |range: &Range<u64>| plugged.is_some_and(|plugged| plugged.start == range.start);
     let mut regions = Vec::new();
     let mut base = 0;
     for saved in image.regions {
-        let region = region(&saved.addresses, Advice::LinuxNoHugepage)?;
+        let (range, huge) = match plugged {
+            Some(plugged) if is_plugged(&saved.addresses) => (plugged, Advice::LinuxHugepage),
+            _ => (&saved.addresses, Advice::LinuxNoHugepage),
+        };
+        let region = region(range, huge)?;
         for run in &saved.runs {
             let size = run.end - run.start;
             let error = |source| MemoryError::Map { size, source };
@@ -73,10 +79,27 @@ pub fn restore(image: &Image<'_>) -> Result<GuestMemory, MemoryError> {
             }
             map_file(target, bytes, image.file, base + run.start).map_err(error)?;
         }
-        base += region.len();
+        base += saved.size();
         regions.push(region);
     }
+    if let Some(plugged) = plugged
+        && !image.regions.iter().any(|saved| is_plugged(&saved.addresses))
+    {
+        regions.push(region(plugged, Advice::LinuxHugepage)?);
+    }
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+/// The memory without the region in which more is plugged: what a guest boots with.
+///
+/// # Errors
+/// There is no such region.
+pub fn without(memory: &GuestMemory, plugged: Option<&Range<u64>>) -> Result<GuestMemory, MemoryError> {
+    let Some(Range { start, end }) = plugged else { return Ok(memory.clone()) };
+    memory
+        .remove_region(GuestAddress(*start), end - start)
+        .map(|(rest, _)| rest)
+        .map_err(|error| MemoryError::Layout(error.to_string()))
 }
 
 fn region(range: &Range<u64>, huge: Advice) -> Result<GuestRegionMmap, MemoryError> {

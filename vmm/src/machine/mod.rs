@@ -15,7 +15,9 @@ use kvm_ioctls::VmFd;
 pub mod builder;
 pub mod control;
 pub mod devices;
+pub mod elastic;
 pub mod end;
+pub mod hotplug;
 pub mod memory;
 pub mod phases;
 pub mod signals;
@@ -23,6 +25,7 @@ pub mod snapshot;
 pub mod vcpu;
 
 use devices::{AttachError, DeviceSet};
+use elastic::{Elastic, ElasticError};
 use end::End;
 use phases::Phases;
 use snapshot::SnapshotError;
@@ -58,6 +61,7 @@ pub struct Machine {
     end: Arc<End>,
     vcpus: Vcpus,
     devices: DeviceSet,
+    elastic: Elastic,
     serial: Arc<SerialPort>,
     memory: GuestMemory,
     /// [`crate::arch::x86_64::cpuid::fingerprint`].
@@ -90,6 +94,7 @@ impl Machine {
             phases: self.phases.list(),
             exits: shared.exits.by_frequency(),
             devices: self.devices.figures(),
+            memory: self.elastic.status(&self.devices),
         }
     }
 
@@ -157,6 +162,22 @@ impl Machine {
     /// There is no such slot, or it has no tap.
     pub fn detach_tap(&self, id: &str) -> Result<(), AttachError> {
         self.devices.detach_tap(id)
+    }
+
+    /// Asks the guest to have this much memory, in MiB, beyond what the machine was built with.
+    ///
+    /// # Errors
+    /// It is not possible; nothing is changed.
+    pub fn set_memory(&self, plugged_mib: u32) -> Result<(), ElasticError> {
+        self.elastic.set_memory(&self.vm, &self.devices, plugged_mib)
+    }
+
+    /// Asks the guest to hand this much memory over, in MiB.
+    ///
+    /// # Errors
+    /// It is not possible; nothing is changed.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), ElasticError> {
+        self.elastic.set_balloon(&self.devices, mib)
     }
 
     /// Limits what a device moves, from now on.

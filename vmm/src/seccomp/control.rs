@@ -11,6 +11,7 @@ const KICK: i32 = 34;
 pub(super) const CALLS: &[Call] = &[
     // ---- the socket
     call(SYS_poll, "waits for requests, signals and the machine's end"),
+    call(SYS_ppoll, "the same, where rustix asks the kernel itself"),
     call(SYS_accept4, "a daemon connects"),
     call(SYS_recvmsg, "a request with its descriptors"),
     call(SYS_sendmsg, "its answer"),
@@ -38,6 +39,11 @@ pub(super) const CALLS: &[Call] = &[
         SYS_ioctl,
         &[&[request(TUNGETIFF as u32)], &[request(TUNSETVNETHDRSZ as u32)], &[request(TUNSETOFFLOAD as u32)]],
         "a tap is made ready",
+    ),
+    call_if(
+        SYS_ioctl,
+        &[&[request(KVM_SET_USER_MEMORY_REGION)]],
+        "more of the region in which memory is plugged becomes usable",
     ),
     // ---- a rate limit is set
     call(SYS_timerfd_create, "its timer"),

@@ -1,5 +1,4 @@
-//! virtio-mem's worker. How it gives memory back is among the common calls: `madvise`, and `mmap` of anonymous
-//! memory in its place.
+//! virtio-mem's worker. How it gives memory back, `madvise`, is among the common calls.
 
 use libc::*;
 

@@ -26,6 +26,7 @@ pub(super) const CALLS: &[Call] = &[
     ),
     call_if(SYS_ioctl, &[&[request(TUNSETOFFLOAD as u32)]], "virtio-net is activated"),
     call(SYS_poll, "whether the console's pipe has room"),
+    call(SYS_ppoll, "the same, where rustix asks the kernel itself"),
     call(SYS_timerfd_settime, "a device with a rate limit is reset"),
     call(SYS_epoll_ctl, "virtio-vsock is reset: its clients are no longer watched"),
     call(SYS_shutdown, "virtio-vsock is reset: its connections end"),

@@ -1,4 +1,7 @@
 //! The figures that need daemons: ours, ours without templates, and Docker's with runc.
+//!
+//! Ours clones microVMs of a template, which it makes in the background at the first start: it is waited for, since
+//! a daemon makes one once in its life. The other one of ours boots every kernel.
 
 use std::time::Instant;
 
@@ -11,6 +14,7 @@ use super::dockerd::Dockerd;
 use super::figures::{Aim, Figure, Samples, Unit};
 
 const PEER: &str = "dockerd-runc";
+const COLD: &str = "bulkhead-cold";
 
 /// What each container figure's name begins with.
 const NAMES: [&str; 5] = ["docker-run-api", "docker-run-cli", "start-", "idle-", "containers-held"];
@@ -32,27 +36,32 @@ impl Bench<'_> {
             anyhow::Ok(daemon)
         };
         let ours = start(&[])?;
+        let cold = start(&["--templates=false"])?;
         let theirs = Dockerd::start(self.host, registry.address())?;
         theirs.docker().ok(&["pull", "-q", "busybox"])?;
         let socket = |name: &str, socket: &str| format!("{name}={socket}");
         let bulkhead = socket("bulkhead", &ours.inner_socket());
+        let cold = socket(COLD, &cold.inner_socket());
         let runc = socket(PEER, &theirs.inner_socket());
+        self.probe(&["warm", "--daemon", &bulkhead])?;
         let mut figures = Vec::new();
 
         if self.wants("docker-run-api") {
             let rounds = self.args.rounds.to_string();
-            let samples =
-                self.probe(&["run", "--daemon", &bulkhead, "--daemon", &runc, "--rounds", &rounds])?;
-            let samples = Samples::parse(&samples)?;
-            figures.push(run_figure("docker-run-api", &samples)?);
-            notes.push(self.phases(&bulkhead)?);
+            let mut command = vec!["run", "--rounds", &rounds];
+            [&bulkhead, &cold, &runc].iter().for_each(|daemon| command.extend(["--daemon", daemon]));
+            let samples = Samples::parse(&self.probe(&command)?)?;
+            figures.push(run_figure("docker-run-api", &samples, "bulkhead")?.aim(Aim::Ratio(0.25)));
+            figures.push(run_figure("docker-run-api-cold", &samples, COLD)?);
+            notes.push(self.phases("docker-run-api", &bulkhead)?);
+            notes.push(self.phases("docker-run-api-cold", &cold)?);
         }
         if self.wants("docker-run-cli") {
             let samples = self.by_cli(&[("bulkhead", ours.docker()), (PEER, theirs.docker())])?;
-            figures.push(run_figure("docker-run-cli", &samples)?);
+            figures.push(run_figure("docker-run-cli", &samples, "bulkhead")?.aim(Aim::Ratio(0.25)));
         }
         if self.wants_any(&["start-", "idle-"]) {
-            figures.extend(self.bursts(&[&bulkhead, &runc])?);
+            figures.extend(self.bursts(&[&bulkhead, &cold, &runc])?);
         }
         if self.wants("containers-held") {
             let seconds = self.args.fill_seconds.to_string();
@@ -74,15 +83,18 @@ impl Bench<'_> {
         let samples = Samples::parse(&self.probe(&command)?)?;
         let mut figures = Vec::new();
         for count in &self.args.counts {
-            let both = |name: &str, unit, part: &str| {
-                let (ours, theirs) = (format!("bulkhead {count}{part}"), format!("{PEER} {count}{part}"));
-                Figure::beside(name, unit, &samples, &ours, (PEER, &theirs))
-            };
-            figures.push(both(&format!("start-{count}-at-once"), Unit::Milliseconds, "")?);
-            let idle = both(&format!("idle-{count}-private"), Unit::Mebibytes, " memory")?;
-            figures.push(idle.aim(Aim::AtMost(8.0)));
-            figures.push(both(&format!("idle-{count}-vmm"), Unit::Mebibytes, " own")?);
-            figures.push(both(&format!("idle-{count}-host"), Unit::Mebibytes, " host")?);
+            for (who, suffix) in [("bulkhead", ""), (COLD, "-cold")] {
+                let both = |name: &str, unit, part: &str| {
+                    let (ours, theirs) = (format!("{who} {count}{part}"), format!("{PEER} {count}{part}"));
+                    let name = format!("{}{suffix}", name.replace('N', &count.to_string()));
+                    Figure::beside(&name, unit, &samples, &ours, (PEER, &theirs))
+                };
+                figures.push(both("start-N-at-once", Unit::Milliseconds, "")?);
+                let idle = both("idle-N-private", Unit::Mebibytes, " memory")?;
+                figures.push(if who == COLD { idle } else { idle.aim(Aim::AtMost(8.0)) });
+                figures.push(both("idle-N-vmm", Unit::Mebibytes, " own")?.aim(Aim::AtMost(3.0)));
+                figures.push(both("idle-N-host", Unit::Mebibytes, " host")?);
+            }
         }
         Ok(figures)
     }
@@ -103,7 +115,7 @@ impl Bench<'_> {
     }
 
     /// Where our daemon's time went, as it recorded it: the medians of the stages.
-    fn phases(&self, daemon: &str) -> Result<String> {
+    fn phases(&self, figure: &str, daemon: &str) -> Result<String> {
         let output = self.probe(&["phases", "--daemon", daemon])?;
         let text = String::from_utf8_lossy(&output);
         let (order, samples) = text.split_once('\n').context("phases")?;
@@ -111,11 +123,10 @@ impl Bench<'_> {
         let samples = Samples::parse(samples.trim().as_bytes())?;
         let steps = order.iter().map(|stage| Ok(format!("{stage} {:.1}", samples.median_ms(stage)?)));
         let steps = steps.collect::<Result<Vec<_>>>()?.join(" · ");
-        Ok(format!("where docker-run-api goes, median ms to each stage from the one before: {steps}"))
+        Ok(format!("where {figure} goes, median ms to each stage from the one before: {steps}"))
     }
 }
 
-fn run_figure(name: &str, samples: &Samples) -> Result<Figure> {
-    let figure = Figure::beside(name, Unit::Milliseconds, samples, "bulkhead", (PEER, PEER))?;
-    Ok(figure.aim(Aim::Ratio(0.25)))
+fn run_figure(name: &str, samples: &Samples, ours: &str) -> Result<Figure> {
+    Figure::beside(name, Unit::Milliseconds, samples, ours, (PEER, PEER))
 }

@@ -50,6 +50,11 @@ enum What {
         #[arg(last = true)]
         more: Vec<String>,
     },
+    /// Wait until a daemon of ours clones.
+    Warm {
+        #[command(flatten)]
+        daemons: Daemons,
+    },
     /// Run containers one after the other.
     Run {
         #[command(flatten)]
@@ -112,6 +117,7 @@ pub(crate) fn run(args: &ProbeArgs) -> Result<()> {
             boot::agent(bundle, *rounds, firecracker.as_deref(), !cold_only)?
         }
         What::Show { bundle, agent, more } => return boot::show(bundle, &more.join(" "), *agent),
+        What::Warm { daemons } => return containers::warm(daemons.first()?),
         What::Run { daemons, rounds } => containers::run(&daemons.daemons, *rounds)?,
         What::Burst { daemons, rounds, counts } => containers::burst(&daemons.daemons, *rounds, counts)?,
         What::Fill { daemons, seconds } => containers::fill(daemons.first()?, Duration::from_secs(*seconds))?,

@@ -1,4 +1,4 @@
-//! `/containers/{name}/checkpoints` as Docker has it, and `/containers/{name}/fork`, which is our own.
+//! `/containers/{name}/checkpoints` as Docker has it, and forks, which are our own.
 
 use http::{Response, StatusCode};
 
@@ -16,7 +16,7 @@ pub(super) const ROUTES: &[Route] = table! {
     GET "/containers/{name}/checkpoints" since 25 => list,
     POST "/containers/{name}/checkpoints" since 25 => create,
     DELETE "/containers/{name}/checkpoints/{checkpoint}" since 25 => delete,
-    POST "/containers/{name}/fork" => fork,
+    POST "/bulkhead/containers/{name}/fork" => fork,
 };
 
 async fn list(call: Call) -> Result<Response<Body>> {

@@ -164,11 +164,11 @@ pub(crate) fn path(segments: &[&str]) -> String {
     path
 }
 
-/// What a guest says, without what would move the reader's terminal: control characters but line ends and
-/// tabs become dots.
-pub(crate) fn printable(bytes: &[u8]) -> Vec<u8> {
-    let harmless = |byte: u8| !byte.is_ascii_control() || matches!(byte, b'\n' | b'\r' | b'\t');
-    bytes.iter().map(|byte| if harmless(*byte) { *byte } else { b'.' }).collect()
+/// What a guest says, without what would move the reader's terminal: control characters, those beyond ASCII
+/// too, but line ends and tabs become dots.
+pub(crate) fn printable(bytes: &[u8]) -> String {
+    let harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\r' | '\t');
+    String::from_utf8_lossy(bytes).chars().map(|c| if harmless(c) { c } else { '.' }).collect()
 }
 
 #[cfg(test)]
@@ -191,7 +191,8 @@ mod tests {
 
     #[test]
     fn a_guest_does_not_move_the_terminal() {
-        assert_eq!(printable(b"a\x1b[2Jb\r\n\tc\x07\x7f"), b"a.[2Jb\r\n\tc..");
+        assert_eq!(printable("a\u{1b}[2Jb\r\n\tc\u{7}\u{7f}\u{9b}2Jé".as_bytes()), "a.[2Jb\r\n\tc...2Jé");
+        assert_eq!(printable(b"a\xffb"), "a\u{fffd}b");
     }
 
     #[test]

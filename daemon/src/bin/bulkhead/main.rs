@@ -6,9 +6,10 @@ mod vmm;
 
 use std::{io::Write, process::ExitCode};
 
-use bulkhead_daemon::api::version;
+use bulkhead_daemon::api::{types::container::ForkedContainer, version};
 use clap::Parser;
 use client::{Client, ClientError};
+use http::Method;
 
 /// Looks into the microVMs of Bulkhead's containers.
 #[derive(Parser)]
@@ -38,6 +39,14 @@ enum Command {
         follow: bool,
         /// Name or id
         container: String,
+    },
+    /// Make running clones of a running container, which share its memory until they change it, and print their
+    /// names
+    Fork {
+        /// Name or id
+        container: String,
+        /// A clone for each; without any, one whose name is made up
+        names: Vec<String>,
     },
     /// Show the figures of the container's microVM, and what happened in it last
     Vmm {
@@ -76,8 +85,16 @@ async fn run(flags: &Flags) -> Result<(), ClientError> {
             let query = if *follow { "?follow=1" } else { "" };
             let mut body = client.get(&format!("{path}{query}")).await?;
             while let Some(piece) = body.next().await? {
-                out.write_all(&client::printable(&piece))?;
+                out.write_all(client::printable(&piece).as_bytes())?;
                 out.flush()?;
+            }
+        }
+        Command::Fork { container, names } => {
+            let path = client::path(&["bulkhead", "containers", container, "fork"]);
+            let body = serde_json::json!({ "Names": names }).to_string().into();
+            let text = client.request(Method::POST, &path, body).await?.text().await?;
+            for clone in client::parse::<Vec<ForkedContainer>>(&text)? {
+                writeln!(out, "{}", clone.name)?;
             }
         }
         Command::Vmm { json, container } => {

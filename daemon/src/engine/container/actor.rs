@@ -15,8 +15,10 @@ use super::{
     hub::{Hub, Kind},
     machine,
     record::Record,
-    restrain, signal,
-    start::{self, Found, Resumption, Started},
+    restrain,
+    resume::Resumption,
+    signal,
+    start::{self, Found, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
     wiring,
     workload::{self, Watch, Workload},
@@ -652,7 +654,7 @@ impl Actor {
             let (workload, shared, record) =
                 (Arc::clone(&workload), Arc::clone(&self.shared), self.record.clone());
             tokio::spawn(async move {
-                restrain::catch_up(&workload, &record, &shared.layout().data_root).await;
+                restrain::catch_up(&shared, &workload, &record).await;
             });
         }
         self.reached(Stage::Running);

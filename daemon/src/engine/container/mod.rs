@@ -13,6 +13,7 @@ pub(crate) mod hub;
 mod inspect;
 mod list;
 mod machine;
+pub(crate) mod memory;
 pub(crate) mod names;
 pub(crate) mod network;
 mod ops;
@@ -21,6 +22,7 @@ pub(crate) mod pump;
 pub mod record;
 pub(crate) mod registry;
 mod restrain;
+pub(crate) mod resume;
 pub(crate) mod signal;
 pub(crate) mod start;
 pub mod state;
@@ -47,7 +49,7 @@ use crate::{
 };
 use hub::Hub;
 use record::Record;
-use start::Resumption;
+use resume::Resumption;
 use state::State;
 use workload::Workload;
 

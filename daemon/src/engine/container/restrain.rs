@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   start:   boot ─▶ create ─▶ before_start ─▶ the workload runs
-//!   update:  merge ─▶ restrain ─▶ record ─▶ answer
+//!   update:  merge ─▶ restrain ─▶ record ─▶ answer      memory is plugged before the guest's limit rises
 //!                        └ refused ─▶ the old limits again ─▶ error
 //! ```
 //! Before the workload nothing is held back: a boot is to be quick, and the guest's own mounts are not the
@@ -12,10 +12,10 @@ use std::path::Path;
 
 use bulkhead_agent_api::Call;
 
-use super::{Container, record::Record, state::State, workload::Workload};
+use super::{Container, memory, record::Record, state::State, workload::Workload};
 use crate::{
     api::types::container::{HostConfig, UpdateResponse},
-    engine::{Engine, Error, Name, Result, limits, spec},
+    engine::{Engine, Error, Name, Result, Shared, limits, spec},
     sandbox::{HostLimits, Rates, Sandbox},
 };
 
@@ -36,20 +36,21 @@ pub(super) async fn before_start(sandbox: &Sandbox, record: &Record, data_root: 
 }
 
 /// Holds a workload to limits that were changed while it was being started.
-pub(super) async fn catch_up(workload: &Workload, record: &Record, data_root: &Path) {
-    if let Err(error) = restrain(workload, record, &record.host_config, data_root).await {
+pub(super) async fn catch_up(shared: &Shared, workload: &Workload, record: &Record) {
+    if let Err(error) = restrain(shared, workload, record, &record.host_config).await {
         tracing::error!(container = record.id, %error, "limits changed during the start do not hold yet");
     }
 }
 
 /// Holds a running workload to limits.
-async fn restrain(workload: &Workload, record: &Record, host: &HostConfig, data_root: &Path) -> Result<()> {
+async fn restrain(shared: &Shared, workload: &Workload, record: &Record, host: &HostConfig) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| Error::internal(error.to_string());
     let resources = Box::new(spec::updated_resources(host)?);
-    let call = Call::Update { container: record.id.clone(), resources };
-    workload.sandbox.call(call).await.map_err(|error| failed(&error))?;
+    let call = Call::Update { container: workload.guest().to_owned(), resources };
+    let limit = async { workload.sandbox.call(call).await.map(drop).map_err(|error| failed(&error)) };
+    memory::resize(&workload.sandbox, host, &shared.config.vm, limit).await?;
     workload.sandbox.limit_cpus(&limits::host_limits(host)).map_err(|error| failed(&error))?;
-    let rates = limits::rates(&record.config, host, data_root);
+    let rates = limits::rates(&record.config, host, &shared.layout().data_root);
     workload.sandbox.set_rates(rates).await.map_err(|error| failed(&error))
 }
 
@@ -70,17 +71,12 @@ impl Engine {
         };
         // One at a time: the last to be answered is the last to be in force.
         let _turn = container.updates().lock().await;
-        let vcpus = self.update(&container, &request, data_root).await.map_err(cannot)?;
+        let vcpus = self.update(&container, &request).await.map_err(cannot)?;
         warnings.extend(vcpus);
         Ok(UpdateResponse { warnings: Some(warnings).filter(|warnings| !warnings.is_empty()) })
     }
 
-    async fn update(
-        &self,
-        container: &Container,
-        request: &HostConfig,
-        data_root: &Path,
-    ) -> Result<Option<String>> {
+    async fn update(&self, container: &Container, request: &HostConfig) -> Result<Option<String>> {
         let view = container.view();
         let record = &view.record;
         if matches!(record.life.state, State::Removing(_) | State::Dead(_)) {
@@ -88,10 +84,10 @@ impl Engine {
         }
         let next = limits::merge(&record.host_config, request)?;
         if let Some(workload) = &view.workload
-            && let Err(error) = restrain(workload, record, &next, data_root).await
+            && let Err(error) = restrain(&self.shared, workload, record, &next).await
         {
             // What was changed of it is taken back as far as it can be.
-            if let Err(error) = restrain(workload, record, &record.host_config, data_root).await {
+            if let Err(error) = restrain(&self.shared, workload, record, &record.host_config).await {
                 tracing::warn!(container = record.id, %error, "old limits were not put back");
             }
             return Err(error);

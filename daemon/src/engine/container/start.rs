@@ -1,39 +1,34 @@
 //! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
 //! And takes one over that an earlier daemon started.
 
-use std::{
-    fs::OpenOptions,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs::OpenOptions, path::Path, sync::Arc, time::Duration};
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerIdentity, ContainerState, Create, Disk, ErrorKind, Event,
-    Exit as AgentExit, ProcessState, Rootfs, Stdio, StreamKind,
+    AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
+    ProcessState, Rootfs, Stdio, StreamKind,
 };
 use jiff::Timestamp;
 use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    machine, network, pump,
+    machine, memory, network, pump,
     record::Record,
     restrain,
+    resume::{self, Resumption, Run},
     state::{Failure, Running},
-    wiring,
     workload::{Watch, Workload},
 };
 use crate::{
     engine::{
         Error, Shared, limits,
         logs::{Durable, Log, Stream},
-        network::{Joined, record::Endpoint, resolver::Resolver},
+        network::{record::Endpoint, resolver::Resolver},
     },
-    phases::{Stage, Timeline, TimelineKind},
+    phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, MachineSpec, OpenMachine, Origin, Sandbox,
-        SandboxSpec, Shape, TAG, template::TemplateUse,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, ResizeError, Sandbox, SandboxSpec,
+        TAG, template::TemplateUse,
     },
 };
 
@@ -43,9 +38,6 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdi
 /// How long a running guest may take to tell a restarted daemon of its container and open the streams.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
 
-/// MiB of guest memory beyond a container's limit: for the guest's kernel, its page tables and the agent.
-const OVERHEAD_MIB: u32 = 64;
-
 /// A workload that runs, and what its watch needs.
 pub(crate) struct Started {
     pub(crate) workload: Arc<Workload>,
@@ -54,19 +46,6 @@ pub(crate) struct Started {
     pub(crate) at: Timestamp,
     /// What it has in its networks.
     pub(crate) endpoints: Vec<(String, Endpoint)>,
-}
-
-/// A saved machine that a container goes on from.
-pub(crate) struct Resumption {
-    pub(crate) machine: OpenMachine,
-    /// What the machine is made of.
-    pub(crate) shape: Shape,
-    /// The container's name in it.
-    pub(crate) guest: String,
-    /// What becomes of the container.
-    pub(crate) identity: ContainerIdentity,
-    /// The disk that belongs to it, of which the container gets a clone; None: the container's own is that.
-    pub(crate) disk: Option<PathBuf>,
 }
 
 /// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves
@@ -92,7 +71,8 @@ pub(crate) async fn start(
     let mut joined = shared.networks.join(record).await.map_err(internal)?;
     let record = &network::with_endpoints(record, &joined);
     if let Some(resumption) = resumption {
-        return resume(shared, record, hub, timeline, resumption, (log, log_start), (joined, booted)).await;
+        let run = Run { shared, record, hub, timeline, log, log_start, joined };
+        return resume::resume(run, resumption, booted).await;
     }
     let create = create_call(shared, record).map_err(internal)?;
     let origin = match &shared.templates {
@@ -107,6 +87,7 @@ pub(crate) async fn start(
     let nics = joined.iter_mut().filter_map(network::nic).collect();
     let spec =
         SandboxSpec { nics, ..sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)? };
+    let memory = spec.memory;
     timeline.mark(Stage::Prepared);
     // The rules, which take a while, are made while the guest boots.
     let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, &mut joined));
@@ -124,10 +105,11 @@ pub(crate) async fn start(
     for request in network::calls(shared, record, &joined) {
         call(&sandbox, request).await?;
     }
-    let resolver = resolver(shared, record, &sandbox)
-        .await
-        .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })?;
-    call(&sandbox, Call::Create(Box::new(create))).await?;
+    let resolver = resolver(shared, record, &sandbox).await?;
+
+    // The workload is to find all of its memory: it may size itself by it.
+    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
     timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
@@ -147,118 +129,18 @@ pub(crate) async fn start(
 }
 
 /// The resolver of a container that is in a network.
-async fn resolver(
+pub(super) async fn resolver(
     shared: &Arc<Shared>,
     record: &Record,
     sandbox: &Arc<Sandbox>,
-) -> std::io::Result<Option<Resolver>> {
+) -> Result<Option<Resolver>, Failure> {
     if !shared.networks.facts(record).connected {
         return Ok(None);
     }
-    Resolver::start(Arc::clone(shared), Arc::clone(sandbox), record.id.clone()).await.map(Some)
-}
-
-/// Lets a container go on from a saved machine.
-async fn resume(
-    shared: &Arc<Shared>,
-    record: &Record,
-    hub: &Arc<Hub>,
-    timeline: &Arc<Timeline>,
-    resumption: Resumption,
-    (log, log_start): (Log, u64),
-    (mut joined, booted): (Vec<Joined>, &mut Option<Arc<Sandbox>>),
-) -> Result<Started, Failure> {
-    let internal = |error: Error| Failure { code: 128, error: error.message };
-    let Resumption { machine, shape, guest, identity, disk } = resumption;
-    let disk = RestoredDisk::prepare(shared, record, disk).await.map_err(internal)?;
-    let origin = Origin::Saved { machine, containers: vec![identity] };
-    let mut spec = sandbox_spec(shared, record, disk.path(), origin, timeline).map_err(internal)?;
-    // What the container's settings have become since changes the next machine, not this one.
-    (spec.vcpus, spec.memory_mib) = (shape.vcpus(), shape.memory_mib());
-    let here = shared.shape(spec.machine()).await.map_err(internal)?;
-    if let Some(what) = shape.difference(&here) {
-        let error = format!("the saved machine cannot go on here: {what} is another");
-        return Err(Failure { code: 128, error });
-    }
-    spec.nics = joined.iter_mut().filter_map(network::nic).collect();
-    timeline.mark(Stage::Prepared);
-    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, &mut joined));
-    let (sandbox, events) = booting.map_err(|error| boot_failure(&error))?;
-    let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
-    admitted.map_err(internal)?;
-    // Its interfaces are those of its former life until now, and what they send goes nowhere.
-    for request in network::calls(shared, record, &joined) {
-        call(&sandbox, request).await?;
-    }
-    if !joined.is_empty() {
-        call(&sandbox, wiring::files(shared, record, &guest).map_err(internal)?).await?;
-    }
-    let resolver = resolver(shared, record, &sandbox)
-        .await
-        .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })?;
-    let state = container_state(&sandbox, &guest).await.map_err(internal)?;
-    let exit = first_exit(&state).map_err(internal)?;
-    let at = Timestamp::now();
-    let workload = Arc::new(Workload::new(sandbox, Arc::new(log), &guest));
-    let watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
-        .await
-        .map(|watch| Watch { resolver, ..watch })
-        .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
-    timeline.mark(Stage::Connected);
-    crate::engine::exec::take_over(&workload, state.execs);
-    disk.keep().map_err(|error| internal(error.into()))?;
-    Ok(Started { workload, watch, log_start, at, endpoints: network::endpoints(joined) })
-}
-
-/// The disk of a container that goes on from a checkpoint: beside the container's own until it runs on.
-struct RestoredDisk {
-    own: PathBuf,
-    /// A clone of the checkpoint's; None: the container's own is used.
-    clone: Option<PathBuf>,
-}
-
-impl RestoredDisk {
-    async fn prepare(shared: &Shared, record: &Record, source: Option<PathBuf>) -> Result<Self, Error> {
-        let own = shared.layout().container_disk(&record.id);
-        let Some(source) = source else { return Ok(Self { own, clone: None }) };
-        let clone = own.with_extension("restored");
-        let target = clone.clone();
-        let cloned = tokio::task::spawn_blocking(move || {
-            match std::fs::remove_file(&target) {
-                // Of a start that a daemon did not live to end.
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            bulkhead_rootfs::disk::clone(&source, &target).map(drop).map_err(std::io::Error::other)
-        });
-        cloned
-            .await
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|error| Error::internal(format!("the checkpoint's disk cannot be cloned: {error}")))?;
-        Ok(Self { own, clone: Some(clone) })
-    }
-
-    fn path(&self) -> &Path {
-        self.clone.as_ref().unwrap_or(&self.own)
-    }
-
-    /// It is the container's from now on.
-    fn keep(mut self) -> std::io::Result<()> {
-        match self.clone.take() {
-            Some(clone) => std::fs::rename(clone, &self.own),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for RestoredDisk {
-    fn drop(&mut self) {
-        if let Some(clone) = &self.clone
-            && let Err(error) = std::fs::remove_file(clone)
-        {
-            tracing::error!(path = %clone.display(), %error, "a disk that is not needed stays behind");
-        }
-    }
+    let started = Resolver::start(Arc::clone(shared), Arc::clone(sandbox), record.id.clone()).await;
+    started
+        .map(Some)
+        .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })
 }
 
 /// Whose templates are good for a container.
@@ -267,27 +149,8 @@ fn domain(shared: &Shared, record: &Record) -> Option<String> {
     Some(record.config.labels.as_ref().and_then(|labels| labels.get(label)).cloned().unwrap_or_default())
 }
 
-impl Shared {
-    /// What a machine is made of, by the contents of its files.
-    pub(crate) async fn shape(&self, machine: MachineSpec) -> Result<Shape, Error> {
-        let digests = Arc::clone(&self.digests);
-        let read = tokio::task::spawn_blocking(move || Shape::read(&machine, &digests)).await;
-        read.unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|error| Error::internal(format!("the machine's files cannot be read: {error}")))
-    }
-
-    /// What a running sandbox's machine is made of. Its VMM may be of an older daemon's.
-    pub(crate) async fn shape_of(&self, sandbox: &Sandbox, record: &Record) -> Result<Shape, Error> {
-        let disk = self.layout().container_disk(&record.id);
-        let nobody = Timeline::begin(&record.id, TimelineKind::Run);
-        let mut machine = sandbox_spec(self, record, &disk, Origin::Cold, &nobody)?.machine();
-        machine.program = sandbox.program(machine.program);
-        self.shape(machine).await
-    }
-}
-
 /// The exit of a container's first process, if it has ended.
-fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
+pub(super) fn first_exit(state: &ContainerState) -> Result<Option<AgentExit>, Error> {
     match state.init {
         Some(ProcessState::Exited(exit)) => Ok(Some(exit)),
         Some(ProcessState::Running { .. }) => Ok(None),
@@ -335,8 +198,8 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Runni
         crate::engine::exec::take_over(&workload, state.execs);
         shared.networks.adopt(record).await;
         let resolver = resolver(shared, record, &workload.sandbox).await;
-        let resolver = resolver.unwrap_or_else(|error| {
-            tracing::error!(container = record.id, %error, "a container has no resolver any more");
+        let resolver = resolver.unwrap_or_else(|failure| {
+            tracing::error!(container = record.id, error = failure.error, "it has no resolver any more");
             None
         });
         let watch = Watch { resolver, ..watch };
@@ -350,7 +213,7 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Runni
     }
 }
 
-async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, Error> {
+pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<ContainerState, Error> {
     match sandbox.call(Call::State).await {
         Ok(Answer::State { containers }) => containers
             .into_iter()
@@ -376,7 +239,7 @@ fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     })
 }
 
-fn sandbox_spec(
+pub(super) fn sandbox_spec(
     shared: &Shared,
     record: &Record,
     disk: &Path,
@@ -390,12 +253,13 @@ fn sandbox_spec(
         .open(disk)
         .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
     let layers = shared.layers();
+    let memory = memory::of(&record.host_config, vm);
     Ok(SandboxSpec {
         id: sandbox::new_id(),
         parent: shared.layout().sandboxes(),
         program: vm.vmm.clone(),
         vcpus: limits::vcpus(&record.host_config, vm.vcpus),
-        memory_mib: memory_mib(record.host_config.memory, vm.memory_mib),
+        memory,
         kernel: vm.kernel.clone(),
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
@@ -405,32 +269,13 @@ fn sandbox_spec(
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         // The CPUs' come when it is up: a boot is to be quick.
-        limits: HostLimits::default(),
+        limits: HostLimits { memory_bytes: Some(memory.host_bytes()), ..HostLimits::default() },
         origin,
+        confinement: vm.confinement.clone(),
     })
 }
 
-trait DivCeil {
-    fn div_ceil_positive(self, by: Self) -> Self;
-}
-
-impl DivCeil for i64 {
-    /// For positive numbers.
-    fn div_ceil_positive(self, by: Self) -> Self {
-        self / by + Self::from(self % by != 0)
-    }
-}
-
-/// The limit with what the guest itself needs; the default without a limit.
-fn memory_mib(limit: i64, default: u32) -> u32 {
-    if limit <= 0 {
-        return default;
-    }
-    let limit = limit.div_ceil_positive(1 << 20);
-    u32::try_from(limit).unwrap_or(u32::MAX / 2).saturating_add(OVERHEAD_MIB).max(2 * OVERHEAD_MIB)
-}
-
-fn stdio(record: &Record) -> Stdio {
+pub(super) fn stdio(record: &Record) -> Stdio {
     let config = &record.config;
     let [rows, columns] = record.host_config.console_size;
     let size = u16::try_from(rows).ok().zip(u16::try_from(columns).ok()).filter(|size| *size != (0, 0));
@@ -444,12 +289,12 @@ fn stdio(record: &Record) -> Stdio {
 }
 
 /// What the log has; None when the log keeps nothing.
-fn kept(record: &Record, durable: Durable) -> Option<Durable> {
+pub(super) fn kept(record: &Record, durable: Durable) -> Option<Durable> {
     (record.host_config.log_config.kind != "none").then_some(durable)
 }
 
 /// Opens the streams and starts their pumps.
-async fn connect(
+pub(super) async fn connect(
     workload: &Arc<Workload>,
     stdio: Stdio,
     kept: Option<Durable>,
@@ -488,7 +333,7 @@ async fn connect(
     Ok(Watch { events, outputs, inputs, exit, timeline: None, resolver: None })
 }
 
-async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
+pub(super) async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
     let answered = tokio::select! {
         biased;
         answer = sandbox.call(call) => answer,
@@ -511,7 +356,11 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
     }
 }
 
-fn boot_failure(error: &BootError) -> Failure {
+fn memory_failure(error: &ResizeError) -> Failure {
+    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
+}
+
+pub(super) fn boot_failure(error: &BootError) -> Failure {
     Failure { code: 128, error: format!("failed to create task for container: {error}") }
 }
 
@@ -542,14 +391,6 @@ pub(crate) fn exec_failure_code(error: &AgentError) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_the_limit_and_what_the_guest_needs() {
-        assert_eq!(memory_mib(0, 512), 512);
-        assert_eq!(memory_mib(6 << 20, 512), 128);
-        assert_eq!(memory_mib((256 << 20) + 1, 512), 257 + 64);
-        assert!(memory_mib(i64::MAX, 512) > 1 << 20);
-    }
 
     #[test]
     fn failures_have_the_codes_that_clients_derive_from_their_words() {

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::digest::Digests;
+use crate::sandbox::Confinement;
 
 /// The programs and numbers that a machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub struct MachineSpec {
     pub devices: DeviceConfig,
     /// `/dev/kvm`.
     pub kvm: PathBuf,
+    /// How the VMM that makes it is confined; no part of the shape.
+    pub confinement: Confinement,
 }
 
 /// Everything that must be equal for a machine to go on from a saved one: contents, not paths.
@@ -155,6 +158,7 @@ pub(crate) fn sample(vcpus: u8) -> Shape {
         memory_mib: 128,
         devices: DeviceConfig::default(),
         kvm: "/dev/kvm".into(),
+        confinement: Confinement::default(),
     };
     Shape::of(&spec, ["a".into(), "b".into(), "c".into()], "cpu".into())
 }

@@ -8,8 +8,8 @@ use std::{
 use crate::phases::{Timeline, TimelineKind};
 
 use super::super::{
-    BootError, HostLimits, Leave, MachineSpec, Origin, SandboxSpec, SaveError, SaveOptions, new_id, plan,
-    saved::Writing,
+    BootError, HostLimits, Leave, MachineSpec, Memory, Origin, SandboxSpec, SaveError, SaveOptions, new_id,
+    plan, saved::Writing,
 };
 
 /// Why a template was not made. Nothing of it is left.
@@ -37,7 +37,7 @@ pub(super) async fn build(
         parent: sandboxes.to_owned(),
         program: machine.program.clone(),
         vcpus: machine.vcpus,
-        memory_mib: machine.memory_mib,
+        memory: Memory { base_mib: machine.memory_mib, plugged_mib: 0 },
         kernel: machine.kernel.clone(),
         initramfs: machine.initramfs.clone(),
         cmdline: machine.cmdline.clone(),
@@ -46,6 +46,7 @@ pub(super) async fn build(
         nics: Vec::new(),
         kvm: machine.kvm.clone(),
         limits: HostLimits::default(),
+        confinement: machine.confinement.clone(),
         timeline: Timeline::begin("", TimelineKind::Run),
         origin: Origin::Cold,
     };

@@ -11,8 +11,7 @@
 //! sandbox's directory, which is made before it and names it, so none is left behind by a daemon that died.
 
 use std::{
-    fs::{self, File},
-    io,
+    fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -40,6 +39,12 @@ pub struct HostLimits {
 }
 
 impl HostLimits {
+    /// Whether its CPUs are limited.
+    pub(crate) fn has_cpu_limits(&self) -> bool {
+        let bounds = Self { memory_bytes: self.memory_bytes, pids: self.pids, ..Self::default() };
+        *self != bounds
+    }
+
     /// The files that say it, and which controller each belongs to. A limit that is not there is written as the
     /// kernel's word for none.
     fn files(&self) -> [(&'static str, &'static str, String, bool); 7] {
@@ -172,18 +177,6 @@ impl Cgroup {
         }
     }
 
-    /// The group of its own that process `pid` is in, which is one named `name`; None where it is in another.
-    pub fn of_process(pid: i32, name: &str) -> Option<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-        // Version 2 has one line: `0::/path`.
-        let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        let path = Path::new("/sys/fs/cgroup").join(path);
-        if path.file_name().is_none_or(|last| last != name) {
-            return None;
-        }
-        Self::open(path).ok()
-    }
-
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -205,6 +198,15 @@ impl Cgroup {
     /// The first limit that cannot be had. Those before it hold.
     pub fn update_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
         self.update_some(limits, |controller| matches!(controller, "cpu" | "cpuset"))
+    }
+
+    /// Sets the limit of memory alone.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub fn update_memory(&self, bytes: u64) -> Result<(), CgroupError> {
+        let limits = HostLimits { memory_bytes: Some(bytes), ..HostLimits::default() };
+        self.update_some(&limits, |controller| controller == "memory")
     }
 
     fn update_some(&self, limits: &HostLimits, which: fn(&str) -> bool) -> Result<(), CgroupError> {
@@ -312,30 +314,33 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes `parent` and lets it give its children every controller that it can. Controllers that it lacks are
-/// missed when a limit needs them.
+/// Makes `parent` and lets it, as those above it, give its children every controller that it can. Controllers
+/// that it lacks are missed when a limit needs them.
 ///
 /// # Errors
 /// `parent` is on no cgroup v2, or cannot be made.
 pub(crate) fn prepare(parent: &Path) -> io::Result<()> {
-    let mount = parent.parent().unwrap_or(parent);
-    if !parent.is_dir() {
-        File::open(mount.join("cgroup.controllers"))?;
-        match fs::create_dir(parent) {
+    let above = parent.ancestors().skip(1);
+    let mount = above.take_while(|path| path.join(GIVEN).is_file() || !path.exists()).last();
+    let mount = mount.filter(|mount| mount.exists()).ok_or(io::ErrorKind::NotFound)?;
+    let path: Vec<_> = parent.ancestors().take_while(|path| path.starts_with(mount)).collect();
+    // From the top: a group can hand on only what it has itself.
+    for group in path.into_iter().rev() {
+        match fs::create_dir(group) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-    }
-    // From the top: a group can hand on only what it has itself.
-    for group in [mount, parent] {
-        let given = fs::read_to_string(group.join("cgroup.subtree_control"))?;
+        let given = fs::read_to_string(group.join(GIVEN))?;
         for controller in missing(&given) {
             // Refused where it is not there, or where processes are in the group.
-            let _ = fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
+            let _ = fs::write(group.join(GIVEN), format!("+{controller}"));
         }
     }
     Ok(())
 }
+
+/// What a group gives its children.
+const GIVEN: &str = "cgroup.subtree_control";
 
 /// Which of [`CONTROLLERS`] a list of controllers lacks.
 pub(crate) fn missing(list: &str) -> Vec<&'static str> {

@@ -1,9 +1,12 @@
 //! The VMM process of one sandbox: spawn it, know it again, ask it, hear of its end.
 
 pub(super) mod cgroup;
+mod child;
 pub(super) mod control;
+pub(super) mod jail;
 pub(super) mod process;
 pub(super) mod spawn;
+pub(super) mod uids;
 
 use std::{
     fs::File,

@@ -56,10 +56,9 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// The process of this pid, which must be an unreaped child of ours.
-    pub(crate) fn of_child(pid: u32) -> io::Result<Self> {
-        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        Self::from_pid(pid.ok_or_else(|| io::Error::other("not a pid"))?)
+    /// A child of ours, by its descriptor.
+    pub(crate) fn of_child(pid: i32, pidfd: OwnedFd) -> io::Result<Self> {
+        Ok(Self { pid, pidfd: watch(pidfd, Interest::READABLE)?, status: OnceLock::new() })
     }
 
     /// The process of this identity, or None when it is no more.
@@ -83,11 +82,7 @@ impl Process {
 
     fn from_pid(pid: Pid) -> io::Result<Self> {
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?;
-        Ok(Self {
-            pid: pid.as_raw_nonzero().get(),
-            pidfd: watch(pidfd, Interest::READABLE)?,
-            status: OnceLock::new(),
-        })
+        Self::of_child(pid.as_raw_nonzero().get(), pidfd)
     }
 
     /// Its number, for logs.

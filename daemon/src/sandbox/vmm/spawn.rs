@@ -1,14 +1,11 @@
 //! Starts a VMM: its whole configuration in a sealed memory file, every resource an inherited descriptor.
 
 use std::{
+    ffi::CString,
     fs::File,
-    io::{self, Read, Seek, Write},
-    os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
-        unix::process::CommandExt,
-    },
+    io::{self, Seek, Write},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::Path,
-    process::{Command, Stdio},
 };
 
 use bulkhead_vmm_api::{DeviceConfig, Jail, Start, VERSION, VmConfig};
@@ -17,7 +14,11 @@ use rustix::{
     net::SocketType,
 };
 
-use super::process::{Identity, Process, boot_id};
+use super::{
+    child::{self, Program},
+    jail::Cell,
+    process::{Process, boot_id},
+};
 use crate::sandbox::dir::{CONTROL, IDENTITY, LOG, REPORT, SandboxDir, VSOCK};
 
 /// What a new VMM gets.
@@ -33,6 +34,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) kvm: File,
     /// With the listener's number still to be filled in.
     pub(crate) devices: DeviceConfig,
+    /// What it is confined by.
+    pub(crate) cell: &'a Cell,
 }
 
 /// Where a new VMM's machine begins: [`Start`], with the files themselves.
@@ -63,15 +66,14 @@ impl StartFiles {
 /// Spawns a VMM whose sockets and files are in `dir`. It is in a session of its own, so that signals meant
 /// for the daemon's group or terminal do not reach it, and it outlives the daemon.
 ///
-/// Before it executes the VMM the child itself writes down who it is, so that there is no moment at which a
-/// daemon could die and leave a VMM that its successor cannot find.
+/// It begins only when it is written down who it is, so that there is no moment at which a daemon could die and
+/// leave a VMM that its successor cannot find.
 pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process> {
     let control = dir.listen(CONTROL, SocketType::SEQPACKET)?;
     let vsock = dir.listen(VSOCK, SocketType::STREAM)?;
     let report = dir.new_file(REPORT)?;
     let log = dir.new_file(LOG)?;
-    let mut identity = dir.new_file(IDENTITY)?;
-    writeln!(identity, "{}", boot_id()?)?;
+    let boot_id = boot_id()?;
 
     let mut devices = launch.devices;
     if let Some(device) = &mut devices.vsock {
@@ -87,72 +89,39 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
         kvm: launch.kvm.as_raw_fd(),
-        jail: Jail::Process,
+        jail: if launch.cell.uid.is_some() { Jail::Full } else { Jail::Process },
         console: None,
         devices,
     };
     let config = memory_file(&serde_json::to_vec(&config)?)?;
 
-    let mut command = Command::new(launch.program);
-    command.arg("--config-fd").arg(config.as_raw_fd().to_string());
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).env_clear();
-    let inherited = [
-        config.as_raw_fd(),
-        first,
-        second,
-        launch.kvm.as_raw_fd(),
-        control.as_raw_fd(),
-        report.as_raw_fd(),
-        vsock.as_raw_fd(),
-    ];
-    let identity_fd = identity.as_raw_fd();
-    // SAFETY: between fork and exec the closure makes only async-signal-safe system calls (see
-    // `in_the_child`), allocates nothing and takes no lock; the descriptors it names are open in this
-    // function until the spawn has returned.
-    unsafe { command.pre_exec(move || in_the_child(identity_fd, &inherited)) };
-    let mut child = command.spawn()?;
-    let held = hold(child.id(), &mut identity);
-    if held.is_err() {
-        // One that we have no hold of must not run on.
-        child.kill()?;
-        child.wait()?;
-    }
-    held
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    let program = Program {
+        path: launch.program,
+        arguments: vec![c"bulkhead-vmm".into(), c"--config-fd".into(), number(config.as_raw_fd())],
+        streams: [null.as_fd(), null.as_fd(), log.as_fd()],
+        inherited: vec![
+            config.as_raw_fd(),
+            first,
+            second,
+            launch.kvm.as_raw_fd(),
+            control.as_raw_fd(),
+            report.as_raw_fd(),
+            vsock.as_raw_fd(),
+        ],
+        uid: launch.cell.uid,
+        cgroup: launch.cell.cgroup.as_ref().map(AsFd::as_fd),
+    };
+    let (pid, pidfd) = child::start(&program, |pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        dir.new_file(IDENTITY)?.write_all(format!("{boot_id}\n{stat}").as_bytes())
+    })?;
+    Process::of_child(pid, pidfd)
 }
 
-fn hold(child: u32, identity: &mut File) -> io::Result<Process> {
-    let process = Process::of_child(child)?;
-    identity.rewind()?;
-    let mut text = String::new();
-    identity.read_to_string(&mut text)?;
-    if Identity::parse(&text).is_none_or(|identity| identity.pid != process.pid()) {
-        return Err(io::Error::other("the VMM's identity was not written"));
-    }
-    Ok(process)
-}
-
-/// Runs in the forked child, where only async-signal-safe calls may be made: leaves the daemon's session,
-/// writes down its identity, and lets the descriptors of the configuration survive the exec.
-fn in_the_child(identity: RawFd, inherited: &[RawFd]) -> io::Result<()> {
-    rustix::process::setsid()?;
-    // SAFETY: `open`, `read`, `write`, `close` and `fcntl` are async-signal-safe. The path is a
-    // NUL-terminated literal, the buffer is ours and as long as said, the descriptors are open.
-    unsafe {
-        let stat = libc::open(c"/proc/self/stat".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
-        let mut line = [0u8; 1024];
-        let length = libc::read(stat, line.as_mut_ptr().cast(), line.len());
-        libc::close(stat);
-        let Ok(length @ 1..) = usize::try_from(length) else { return Err(io::Error::last_os_error()) };
-        if usize::try_from(libc::write(identity, line.as_ptr().cast(), length)) != Ok(length) {
-            return Err(io::Error::last_os_error());
-        }
-        for &fd in inherited {
-            if libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-    }
-    Ok(())
+/// A descriptor's number as an argument.
+fn number(fd: RawFd) -> CString {
+    CString::new(fd.to_string()).unwrap_or_default()
 }
 
 /// A memory file with this content that nobody can change any more.
@@ -204,6 +173,7 @@ exit 3
                 vsock: Some(VsockConfig { cid: 3, listener: -1 }),
                 ..DeviceConfig::default()
             },
+            cell: &Cell::default(),
         };
         let process = spawn(&dir, launch).unwrap();
         let identity = read_identity(&dir.path().join(IDENTITY)).unwrap();
@@ -243,6 +213,7 @@ exit 3
             start: StartFiles::Boot { kernel: empty(), initramfs: empty(), cmdline: String::new() },
             kvm: empty(),
             devices: DeviceConfig::default(),
+            cell: &Cell::default(),
         };
         assert_eq!(spawn(&dir, launch).unwrap_err().kind(), io::ErrorKind::NotFound);
     }

@@ -4,6 +4,7 @@ use crate::virtio::{Desc, Device, Driver, Kind, Machine, Ring, buffer};
 
 mod block;
 mod chains;
+mod elastic;
 mod fs;
 mod net;
 mod platform;
@@ -56,6 +57,8 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("vsock_agent", vsock::agent),
     ("net_headers", net::headers),
     ("rng_greed", rng::greed),
+    ("balloon_lies", elastic::balloon_lies),
+    ("mem_lies", elastic::mem_lies),
     ("ports", platform::ports),
     ("holes", platform::holes),
     ("console_flood", platform::console_flood),
@@ -86,7 +89,9 @@ fn use_it(device: Device) {
         Kind::Vsock => vsock::works(&mut device.up()),
         Kind::Net => net::works(&mut device.up()),
         Kind::Rng => rng::works(&mut device.up()),
-        Kind::Balloon | Kind::Mem | Kind::Other => drop(device.up()),
+        Kind::Balloon => elastic::balloon_works(&mut device.up()),
+        Kind::Mem => elastic::mem_works(&mut device.up()),
+        Kind::Other => drop(device.up()),
     }
 }
 

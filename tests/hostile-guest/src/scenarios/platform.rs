@@ -50,7 +50,7 @@ pub(super) fn holes(machine: &Machine, _: u64) {
         0xfffb_d000,
         0xffff_fff8,
     ];
-    for place in places.into_iter().chain([0x1_0000_0000, 0x1_ffff_fff0]) {
+    for place in places.into_iter().chain([0x1_0000_0000, 0x1_ffff_ff00]) {
         for offset in 0..12 {
             for width in [1, 2, 4, 8, 16] {
                 let _ = cpu::load(place + offset, width);
@@ -66,14 +66,14 @@ pub(super) fn holes(machine: &Machine, _: u64) {
     machine.devices().for_each(use_it);
 }
 
-/// Eight megabytes of anything on the console.
+/// More of anything on the console than anybody keeps in memory.
 pub(super) fn console_flood(_: &Machine, _: u64) {
     for byte in 0..0x4000u64 {
         memory::write(scratch() + byte, (byte % 251) as u8);
     }
     // SAFETY: the buffer was just filled, and nothing else writes to it.
     let text = unsafe { core::slice::from_raw_parts(scratch() as *const u8, 0x4000) };
-    for _ in 0..512 {
+    for _ in 0..8 {
         cpu::out_string(console::PORT, text);
     }
     cpu::out8(console::PORT, b'\n');
@@ -82,7 +82,7 @@ pub(super) fn console_flood(_: &Machine, _: u64) {
 /// A panic that no kernel has had, with control characters and no end, and then the reset line.
 pub(super) fn false_panic(_: &Machine, _: u64) {
     cpu::out_string(console::PORT, b"\nKernel panic - \x1b[31m\x07");
-    for _ in 0..0x1000 {
+    for _ in 0..0x200 {
         cpu::out_string(console::PORT, b"\xff\"\\\x00x");
     }
     cpu::power_off();

@@ -11,8 +11,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::hostile::{MEMORY_MIB, Plan};
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, Jail, MAX_MESSAGE, NetConfig, Report, Request, Response, ShareKind,
-    Start, VERSION, VmConfig, VsockConfig,
+    BlockConfig, DeviceConfig, FsConfig, Jail, MAX_MESSAGE, MemoryDeviceConfig, NetConfig, Report, Request,
+    Response, ShareKind, Start, VERSION, VmConfig, VsockConfig,
 };
 use nix::libc;
 use rustix::net::{
@@ -74,6 +74,8 @@ impl Machine {
                 vsock: Some(VsockConfig { cid: 3, listener: inherit(&vsock)? }),
                 net: vec![NetConfig { id: NIC.into() }],
                 rng: true,
+                balloon: true,
+                memory: Some(MemoryDeviceConfig { region_mib: 1024 }),
             },
         };
         let mut config_file = tempfile::tempfile()?;

@@ -3,7 +3,7 @@
 
 use kvm_bindings::{
     kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msrs, kvm_pit_state2,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 
 /// Guest code.
@@ -41,11 +41,19 @@ pub const KVM_GET_CLOCK: u32 = read::<kvm_clock_data>(0x7c);
 /// The timer.
 pub const KVM_GET_PIT2: u32 = read::<kvm_pit_state2>(0x9f);
 
+/// A slot of guest memory.
+pub const KVM_SET_USER_MEMORY_REGION: u32 = write::<kvm_userspace_memory_region>(0x46);
+
 const KVMIO: u32 = 0xae;
 
 /// `_IO`
 const fn none(number: u32) -> u32 {
     KVMIO << 8 | number
+}
+
+/// `_IOW`
+const fn write<T>(number: u32) -> u32 {
+    1 << 30 | size::<T>() << 16 | none(number)
 }
 
 /// `_IOR`
@@ -77,5 +85,6 @@ mod tests {
         assert_eq!(KVM_GET_XSAVE, 0x9000_aea4);
         assert_eq!(KVM_GET_IRQCHIP, 0xc208_ae62);
         assert_eq!(KVM_GET_CLOCK, 0x8030_ae7c);
+        assert_eq!(KVM_SET_USER_MEMORY_REGION, 0x4020_ae46);
     }
 }

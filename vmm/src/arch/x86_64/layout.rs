@@ -28,7 +28,9 @@ pub const TSS: usize = 0xfffb_d000;
 /// Interrupt lines of virtio devices: pins of the I/O APIC that no other device has.
 pub const VIRTIO_IRQS: Range<u32> = 5..24;
 
-const DAX_ALIGNMENT: u64 = 1 << 30;
+/// What regions above memory begin at multiples of: far more than the largest block in which Linux adds memory
+/// to a machine of this size.
+const REGION_ALIGNMENT: u64 = 1 << 30;
 
 /// Address of the window of virtio device `index`.
 #[must_use]
@@ -44,12 +46,23 @@ pub fn memory_ranges(size: u64) -> Vec<Range<u64>> {
     std::iter::once(0..low).chain(high).collect()
 }
 
-/// Where windows of shared memory (DAX) begin, for a guest of `size` bytes of memory: above everything else,
-/// so that they can be added without moving anything.
+/// Where `region` bytes of memory can be plugged, for a guest of `size` bytes of memory: above all of it.
 #[must_use]
-pub fn dax_base(size: u64) -> u64 {
+pub fn hotplug_range(size: u64, region: u64) -> Range<u64> {
+    let start = above_memory(size);
+    start..start + region
+}
+
+/// Where windows of shared memory (DAX) begin, for a guest of `size` bytes of memory and `region` that can be
+/// plugged: above everything else, so that they can be added without moving anything.
+#[must_use]
+pub fn dax_base(size: u64, region: u64) -> u64 {
+    hotplug_range(size, region).end.next_multiple_of(REGION_ALIGNMENT)
+}
+
+fn above_memory(size: u64) -> u64 {
     let top = memory_ranges(size).last().map_or(0, |range| range.end);
-    top.max(MMIO_GAP.end).next_multiple_of(DAX_ALIGNMENT)
+    top.max(MMIO_GAP.end).next_multiple_of(REGION_ALIGNMENT)
 }
 
 #[cfg(test)]
@@ -60,14 +73,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn memory_adds_up_and_stays_out_of_the_gap(mib in 32u64..(1 << 20)) {
-            let size = mib << 20;
+        fn memory_adds_up_and_stays_out_of_the_gap(mib in 32u64..(1 << 20), more in 0u64..(1 << 20)) {
+            let (size, region) = (mib << 20, more << 20);
             let ranges = memory_ranges(size);
             prop_assert_eq!(ranges.iter().map(|range| range.end - range.start).sum::<u64>(), size);
             for range in &ranges {
                 prop_assert!(range.end <= MMIO_GAP.start || range.start >= MMIO_GAP.end);
-                prop_assert!(range.end <= dax_base(size));
+                prop_assert!(range.end <= hotplug_range(size, region).start);
             }
+            prop_assert!(hotplug_range(size, region).end <= dax_base(size, region));
         }
     }
 

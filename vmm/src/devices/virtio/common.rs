@@ -124,7 +124,15 @@ where
 /// # Errors
 /// It has not.
 pub fn require_queues(activation: &Activation) -> Result<(), DeviceError> {
-    match activation.queues.iter().position(|queue| !queue.ready()) {
+    require_first_queues(activation, activation.queues.len())
+}
+
+/// Checks that the driver has set up the first `count` queues.
+///
+/// # Errors
+/// It has not.
+pub fn require_first_queues(activation: &Activation, count: usize) -> Result<(), DeviceError> {
+    match activation.queues.iter().take(count).position(|queue| !queue.ready()) {
         Some(queue) => Err(DeviceError::Queue { queue, message: "not set up by the driver".to_owned() }),
         None => Ok(()),
     }
@@ -220,7 +228,7 @@ pub fn restore<T: DeserializeOwned>(
             }
             let queues = SavedQueue::restore_all(&queues, device.queue_max_sizes(), &resources.memory)?;
             let activation = Activation { features, queues, resources };
-            require_queues(&activation)?;
+            require_first_queues(&activation, device.required_queues(features))?;
             Some(activation)
         }
     };

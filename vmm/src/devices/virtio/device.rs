@@ -70,6 +70,13 @@ pub trait VirtioDevice: Send {
     /// The largest size of each queue; powers of two.
     fn queue_max_sizes(&self) -> &[u16];
 
+    /// How many of the queues, from the first on, a driver with these features must have set up. All of them
+    /// unless the device says otherwise.
+    fn required_queues(&self, features: u64) -> usize {
+        let _ = features;
+        self.queue_max_sizes().len()
+    }
+
     /// Features offered, [`VIRTIO_F_VERSION_1`] included.
     fn features(&self) -> u64;
 

@@ -416,8 +416,8 @@ impl MmioTransport {
         self.config_generation = saved.config_generation.wrapping_add(1);
         port.replace_status(saved.status);
         port.interrupt().restore(saved.interrupt_status);
-        for queue in 0..port.kicks().len() {
-            port.kick(queue);
+        if saved.status & status::DRIVER_OK != 0 {
+            (0..port.kicks().len()).for_each(|queue| port.kick(queue));
         }
         Ok(())
     }

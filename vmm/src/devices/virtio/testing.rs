@@ -96,6 +96,14 @@ impl Driver {
         Self { memory: memory.clone(), size, descriptors: base, avail, used, seen: 0 }
     }
 
+    /// Zeroes descriptors and rings.
+    pub(crate) fn clear(&mut self) {
+        let end = self.used + 6 + 8 * u64::from(self.size);
+        let zeroes = vec![0; usize::try_from(end - self.descriptors).unwrap()];
+        self.memory.write_slice(&zeroes, GuestAddress(self.descriptors)).unwrap();
+        self.seen = 0;
+    }
+
     /// Addresses of descriptor table, available ring and used ring.
     pub(crate) fn addresses(&self) -> (u64, u64, u64) {
         (self.descriptors, self.avail, self.used)
@@ -207,6 +215,12 @@ impl<D: VirtioDevice> Bench<D> {
             .collect();
         let resources = self.resources();
         self.device.activate(Activation { features, queues, resources }).unwrap();
+    }
+
+    /// After a reset of the device: its driver comes up anew, with empty rings.
+    pub(crate) fn start_again(&mut self, features: u64) {
+        self.drivers.iter_mut().for_each(Driver::clear);
+        self.activate(features);
     }
 
     /// The driver's side of a queue.

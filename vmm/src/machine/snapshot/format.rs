@@ -290,10 +290,21 @@ fn decode<T: serde::de::DeserializeOwned>(section: Section, content: &[u8]) -> R
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
+
+    /// A file of any sections.
+    pub(in super::super) fn framed(sections: &[(Section, Vec<u8>)]) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        for (section, content) in sections {
+            encoder.0.extend((*section as u32).to_le_bytes());
+            encoder.0.extend((content.len() as u32).to_le_bytes());
+            encoder.0.extend(content);
+        }
+        encoder.finish().unwrap()
+    }
 
     fn file(devices: &[Vec<u8>]) -> Vec<u8> {
         let mut encoder = Encoder::default();

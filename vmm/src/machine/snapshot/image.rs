@@ -11,7 +11,7 @@
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::devices::virtio::device::GuestMemory;
 
@@ -74,7 +74,9 @@ pub struct SavedRegion {
 }
 
 impl SavedRegion {
-    fn size(&self) -> u64 {
+    /// In bytes, in the file too.
+    #[must_use]
+    pub fn size(&self) -> u64 {
         self.addresses.end.saturating_sub(self.addresses.start)
     }
 
@@ -152,37 +154,64 @@ fn trailer(id: SnapshotId) -> [u8; TRAILER as usize] {
     trailer
 }
 
+/// Guest addresses that are saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extent {
+    /// All of them.
+    pub addresses: Range<u64>,
+    /// Those that can have content, page-aligned, ascending, within [`Extent::addresses`]. The others are not
+    /// looked at: looking would give them pages.
+    pub content: Vec<Range<u64>>,
+}
+
+impl Extent {
+    /// One of which everything can have content.
+    #[must_use]
+    pub fn whole(addresses: Range<u64>) -> Self {
+        Self { content: vec![addresses.clone()], addresses }
+    }
+}
+
 /// Writes guest memory, which nobody changes meanwhile, to an empty file.
 ///
 /// # Errors
 /// The file takes no more, or memory cannot be read.
-pub fn write(memory: &GuestMemory, id: SnapshotId, file: &File) -> Result<Vec<SavedRegion>, ImageError> {
+pub fn write(
+    memory: &GuestMemory,
+    extents: &[Extent],
+    id: SnapshotId,
+    file: &File,
+) -> Result<Vec<SavedRegion>, ImageError> {
     let mut regions = Vec::new();
     let mut at = 0;
-    for region in memory.iter() {
-        let (start, size) = (region.start_addr().0, region.len());
-        let runs = write_region(memory, start, size, file, at)?;
-        regions.push(SavedRegion { addresses: start..start + size, runs });
-        at += size;
+    for Extent { addresses, content } in extents {
+        let mut runs = Vec::new();
+        for content in content {
+            write_range(memory, addresses.start, content, file, at, &mut runs)?;
+        }
+        at += addresses.end - addresses.start;
+        regions.push(SavedRegion { addresses: addresses.clone(), runs });
     }
     file.write_all_at(&trailer(id), at)?;
     limit_runs(&mut regions);
     Ok(regions)
 }
 
-/// Writes a region's pages to the file at `base`; the runs, in the region's offsets.
-fn write_region(
+/// Writes the pages of a range of addresses to the file, in which what begins at `start` is at `base`, and
+/// adds them to the runs, in offsets from `start`.
+fn write_range(
     memory: &GuestMemory,
     start: u64,
-    size: u64,
+    content: &Range<u64>,
     file: &File,
     base: u64,
-) -> Result<Vec<Range<u64>>, ImageError> {
-    let mut runs: Vec<Range<u64>> = Vec::new();
+    runs: &mut Vec<Range<u64>>,
+) -> Result<(), ImageError> {
     let mut buffer = vec![0; CHUNK];
-    let mut offset = 0;
-    while offset < size {
-        let length = usize::try_from(size - offset).map_or(CHUNK, |left| left.min(CHUNK));
+    let mut offset = content.start - start;
+    let end = content.end - start;
+    while offset < end {
+        let length = usize::try_from(end - offset).map_or(CHUNK, |left| left.min(CHUNK));
         let Some(buffer) = buffer.get_mut(..length) else { break };
         memory.read_slice(buffer, GuestAddress(start + offset))?;
         for run in pages_in_use(buffer) {
@@ -196,7 +225,7 @@ fn write_region(
         }
         offset += length as u64;
     }
-    Ok(runs)
+    Ok(())
 }
 
 /// The pages of a buffer that are not all zero, neighbours together.
@@ -258,12 +287,16 @@ mod tests {
         [0..size, HIGH..HIGH + size]
     }
 
+    fn extents() -> [Extent; 2] {
+        wanted().map(Extent::whole)
+    }
+
     fn written() -> (File, Vec<SavedRegion>) {
         let memory = memory();
         memory.write_obj(1u8, GuestAddress(5 * PAGE as u64 + 4095)).unwrap();
         memory.write_obj(2u8, GuestAddress(HIGH + 40 * PAGE as u64)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let regions = write(&memory, ID, &file).unwrap();
+        let regions = write(&memory, &extents(), ID, &file).unwrap();
         (file, regions)
     }
 
@@ -288,7 +321,8 @@ mod tests {
         assert!(matches!(other, Err(ImageError::Other)));
         let smaller = Image::new(&file, ID, &regions, &wanted()[..1]);
         assert!(matches!(smaller, Err(ImageError::Regions { .. })));
-        for run in [1..4096, 4096..4096, 0..(PAGES + 1) * PAGE as u64, 8192..4096] {
+        let backwards = Range { start: 8192, end: 4096 };
+        for run in [1..4096, 4096..4096, 0..(PAGES + 1) * PAGE as u64, backwards] {
             let mut damaged = regions.clone();
             damaged[0].runs = vec![run];
             assert!(matches!(Image::new(&file, ID, &damaged, &wanted()), Err(ImageError::Layout(_))));
@@ -300,6 +334,20 @@ mod tests {
         assert!(matches!(Image::new(&file, ID, &regions, &wanted()), Err(ImageError::Length { .. })));
     }
 
+    #[test]
+    fn what_cannot_have_content_is_not_looked_at() {
+        let (memory, page) = (memory(), PAGE as u64);
+        for at in [3, 10, 20] {
+            memory.write_obj(1u8, GuestAddress(HIGH + at * page)).unwrap();
+        }
+        let content = vec![HIGH + 2 * page..HIGH + 4 * page, HIGH + 20 * page..HIGH + 30 * page];
+        let extents = [Extent { addresses: HIGH..HIGH + 40 * page, content }];
+        let file = tempfile::tempfile().unwrap();
+        let regions = write(&memory, &extents, ID, &file).unwrap();
+        assert_eq!(regions[0].runs, [3 * page..4 * page, 20 * page..21 * page]);
+        Image::new(&file, ID, &regions, std::slice::from_ref(&(HIGH..HIGH + 40 * page))).unwrap();
+    }
+
     proptest! {
         #[test]
         fn every_page_in_use_is_in_a_run(pages in btree_set(0..PAGES, 0..20)) {
@@ -308,7 +356,7 @@ mod tests {
                 memory.write_obj(1u8, GuestAddress(page * PAGE as u64)).unwrap();
             }
             let file = tempfile::tempfile().unwrap();
-            let regions = write(&memory, ID, &file).unwrap();
+            let regions = write(&memory, &extents(), ID, &file).unwrap();
             for page in &pages {
                 let at = page * PAGE as u64;
                 prop_assert!(regions[0].runs.iter().any(|run| run.contains(&at)));

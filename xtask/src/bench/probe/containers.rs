@@ -88,6 +88,12 @@ impl Daemon {
         Ok(sum)
     }
 
+    /// What our daemon recorded of its recent creates and runs, oldest first.
+    fn timelines(&self) -> Result<Vec<Value>> {
+        let answer = self.api.request("GET", "/bulkhead/phases", &[], b"")?.success()?.json()?;
+        Ok(answer.as_array().cloned().unwrap_or_default())
+    }
+
     fn remove(&self, ids: &[String]) -> Result<()> {
         at_once(AT_ONCE, ids, |id| {
             let path = format!("/v1.41/containers/{id}?force=1");
@@ -106,6 +112,27 @@ fn at_once<T: Sync>(threads: usize, items: &[T], work: impl Fn(&T) -> Result<()>
             items.chunks(share).map(|items| scope.spawn(move || items.iter().try_for_each(work))).collect();
         running.into_iter().try_for_each(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?)
     })
+}
+
+/// How long a daemon may take to make its template.
+const WARM_WITHIN: Duration = Duration::from_secs(180);
+
+/// Runs containers until one was a clone: then the daemon has its template.
+pub(super) fn warm(daemon: &Daemon) -> Result<()> {
+    let deadline = Instant::now() + WARM_WITHIN;
+    loop {
+        daemon.run()?;
+        let timelines = daemon.timelines()?;
+        let last = timelines.iter().rev().find(|timeline| timeline["Kind"] == "run");
+        let steps = last.and_then(|timeline| timeline["Steps"].as_array());
+        if steps.into_iter().flatten().any(|step| step["Stage"] == "restored") {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("{}: no container was a clone within {} s", daemon.name, WARM_WITHIN.as_secs());
+        }
+        thread::sleep(Duration::from_millis(500));
+    }
 }
 
 /// One after the other: `NAME`.
@@ -188,9 +215,8 @@ pub(super) fn fill(daemon: &Daemon, within: Duration) -> Result<Samples> {
 /// Where the time of the daemon's recent creates and runs went, by its own record: `create STAGE`, `run STAGE`, in
 /// nanoseconds, and the stages' order.
 pub(super) fn phases(daemon: &Daemon) -> Result<(Samples, Vec<String>)> {
-    let timelines = daemon.api.request("GET", "/bulkhead/phases", &[], b"")?.success()?.json()?;
     let (mut samples, mut order) = (Samples::default(), Vec::new());
-    for timeline in timelines.as_array().into_iter().flatten() {
+    for timeline in daemon.timelines()? {
         let kind = timeline["Kind"].as_str().unwrap_or_default();
         for step in timeline["Steps"].as_array().into_iter().flatten() {
             let what = format!("{kind} {}", step["Stage"].as_str().unwrap_or_default());

@@ -32,7 +32,7 @@ pub struct ForkRequest {
 }
 
 /// A clone that runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct ForkedContainer {
     /// Its id, 64 digits.

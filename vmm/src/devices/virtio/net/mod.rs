@@ -167,6 +167,16 @@ impl Net {
         self.attach_link(Box::new(Tap::new(tap)?), identity)
     }
 
+    /// Gives the slot a socket for a link, each datagram of it a header with its frame.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn attach_socket(
+        &mut self,
+        socket: std::os::unix::net::UnixDatagram,
+        identity: NetIdentity,
+    ) -> Result<(), AttachError> {
+        self.attach_link(Box::new(tap::Cable(socket)), identity)
+    }
+
     fn attach_link(&mut self, mut link: Box<dyn Link>, identity: NetIdentity) -> Result<(), AttachError> {
         if !identity.is_valid() {
             return Err(AttachError::Identity);

@@ -48,6 +48,24 @@ pub(super) trait Link: AsFd + Send {
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
 }
 
+/// A socket in a tap's place: each datagram is one header with its frame.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) struct Cable(pub(super) std::os::unix::net::UnixDatagram);
+
+#[cfg(any(test, feature = "fuzzing"))]
+impl AsFd for Cable {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+impl Link for Cable {
+    fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A tap device.
 pub(super) struct Tap(OwnedFd);
 

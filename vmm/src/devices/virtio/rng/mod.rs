@@ -56,7 +56,7 @@ fn fill(chain: Chain<'_>, memory: &GuestMemory) -> u32 {
     let mut bytes = [0; MAX_REQUEST];
     let wanted = usize::try_from(buffers.writable_bytes()).map_or(MAX_REQUEST, |room| room.min(MAX_REQUEST));
     let bytes = &mut bytes[..wanted];
-    if getrandom::fill(bytes).is_err() || !copy_in(memory, &buffers.writable, 0, bytes) {
+    if crate::entropy::fill(bytes).is_err() || !copy_in(memory, &buffers.writable, 0, bytes) {
         return 0;
     }
     u32::try_from(wanted).unwrap_or(0)
