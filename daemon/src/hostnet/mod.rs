@@ -389,12 +389,15 @@ async fn blocking<T: Send + 'static>(
 fn make_bridge(name: &str, bridge: &Bridge, alias: &str) -> Result<(), HostError> {
     let failed = || HostError::link(format!("cannot make the bridge {name}"));
     let mut netlink = Netlink::open().map_err(failed())?;
-    let change = LinkChange { mtu: Some(bridge.mtu.into()), alias: Some(alias), ..LinkChange::default() };
+    let change = LinkChange { mtu: Some(bridge.mtu.into()), ..LinkChange::default() };
     let mut ours = false;
     let index = match netlink.link(name).map_err(failed())? {
-        Some(link) if link.kind == "bridge" && link.alias == alias => {
-            let mtu = LinkChange { alias: None, ..change };
-            netlink.change_link(link.index, &mtu).map_err(failed())?;
+        // One without an alias has our network's name, and a daemon that died before it could sign it.
+        Some(link)
+            if link.kind == "bridge"
+                && (link.alias == alias || (link.alias.is_empty() && name.starts_with("bh-"))) =>
+        {
+            netlink.change_link(link.index, &change).map_err(failed())?;
             link.index
         }
         Some(_) => return Err(HostError::Taken(name.to_owned())),
@@ -408,6 +411,9 @@ fn make_bridge(name: &str, bridge: &Bridge, alias: &str) -> Result<(), HostError
         }
     };
     let made = set_up_bridge(&mut netlink, index, name, bridge);
+    // The kernel takes no alias for a link that is yet to be made.
+    let signed = LinkChange { alias: Some(alias), ..LinkChange::default() };
+    let made = made.and_then(|()| netlink.change_link(index, &signed));
     // One that was there has containers, maybe.
     if made.is_err() && ours {
         let _ = netlink.delete_link(index);
