@@ -116,10 +116,16 @@ fn routed(script: &mut String, table: &str, state: &State) {
         }
     }
     line!(script, "  }}");
+    // A host that was no router before: other bridges (dockerd's, libvirt's) have seen to forwarding as this
+    // daemon has, and nobody else has.
+    line!(script, "  chain others {{");
+    if state.sole_router {
+        script.push_str("    meta iifkind \"bridge\" accept\n    meta oifkind \"bridge\" accept\n    drop\n");
+    }
+    line!(script, "  }}");
     line!(script, "  chain between {{");
     line!(script, "    type filter hook forward priority filter; policy accept;");
-    let others = if state.sole_router { "drop" } else { "accept" };
-    line!(script, "    iifname != @bridges oifname != @bridges {others}");
+    line!(script, "    iifname != @bridges oifname != @bridges goto others");
     line!(script, "    ct state established,related accept");
     for name in bridges.keys() {
         line!(script, "    iifname {name:?} oifname {name:?} accept");
