@@ -5,7 +5,7 @@
 help:
 	@echo 'make demo     see docker run a container in a microVM, from a fresh clone'
 	@echo 'make test     every check and test; what CI runs'
-	@echo 'make bench    measure beside dockerd and QEMU; writes target/bench/results.json'
+	@echo 'make bench    measure beside dockerd, and Firecracker or QEMU; writes target/bench/results.json'
 	@echo 'make install  install programs, guest kernel and systemd unit (PREFIX, DESTDIR)'
 	@echo 'cargo xtask help lists every chore'
 

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  create: resolved ─ disk ─ recorded
-//!  run:    prepared ─ spawned ─ attached ─ (restored) ─ greeted ─ personalised ─ created ─ started ─ connected ─ running
-//!          ─ exited ─ drained ─ ended ─ gone ─ removed
+//!  run:    prepared ─ spawned ─ attached ─ (restored) ─ greeted ─ personalised ─ created ─ started ─ connected
+//!          ─ running ─ exited ─ drained ─ ended ─ gone ─ removed
 //! ```
 //!
 //! Whoever reaches a stage marks it: one atomic store. The last [`KEPT`] timelines are kept, those of removed

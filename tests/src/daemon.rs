@@ -26,6 +26,8 @@ pub struct DaemonOptions {
     pub arguments: Vec<String>,
     /// A command that runs the daemon, e.g. in a mount namespace of its own.
     pub wrapper: Vec<String>,
+    /// Another VMM than the bundle's.
+    pub vmm: Option<String>,
     /// Puts the data root on a file system of this many MiB.
     pub data_limit_mib: Option<u32>,
     /// The guest kernel. Default: the bundle's.
@@ -94,7 +96,8 @@ impl Daemon {
         ]);
         let kernel = self.options.kernel.as_ref();
         let kernel = kernel.map_or_else(|| file("vmlinux"), |kernel| kernel.display().to_string());
-        words.extend(["--vmm".into(), file("bulkhead-vmm"), "--kernel".into(), kernel]);
+        let vmm = self.options.vmm.clone().unwrap_or_else(|| file("bulkhead-vmm"));
+        words.extend(["--vmm".into(), vmm, "--kernel".into(), kernel]);
         words.extend(["--initramfs".into(), file("initramfs.cpio"), "--debug".into()]);
         if let Some(registry) = &self.options.registry {
             words.extend(["--registry-mirror".into(), format!("http://{registry}")]);
@@ -150,6 +153,12 @@ impl Daemon {
     #[must_use]
     pub fn inner_socket(&self) -> String {
         format!("{}/d.sock", self.exec_root)
+    }
+
+    /// Its exec root, in the host.
+    #[must_use]
+    pub fn exec_root(&self) -> &str {
+        &self.exec_root
     }
 
     /// Its data root, in the host.
@@ -240,10 +249,10 @@ impl Daemon {
     /// When the host is gone.
     pub fn leftovers(&self) -> Result<String> {
         let script = r#"
-            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/bulkhead-vmm.*|\1|p'); do
+            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/[a-z]*-vmm.*|\1|p'); do
               if ls -l "/proc/$p/fd" 2>/dev/null | grep -qF "$1/"; then echo "process $p"; fi
             done
-            for d in "$1"/s "$2"/containers "$2"/tmp; do
+            for d in "$1"/s "$1"/u "$2"/containers "$2"/tmp; do
               [ -d "$d" ] || continue
               find "$d" -mindepth 1 -maxdepth 1
             done"#;
@@ -323,7 +332,7 @@ impl Drop for Daemon {
             let _ = process.wait();
         }
         let kill_all = r#"
-            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/bulkhead-vmm.*|\1|p'); do
+            for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/[a-z]*-vmm.*|\1|p'); do
               if ls -l "/proc/$p/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "$p"; fi
             done
             rm -rf "$1"

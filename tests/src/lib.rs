@@ -22,7 +22,7 @@ pub mod terminal;
 
 pub use bulkhead::bulkhead;
 pub use daemon::{Daemon, DaemonOptions, with_daemon};
-pub use docker::{Docker, Output};
+pub use docker::{Container, Docker, Output};
 pub use host::Host;
 pub use registry::Registry;
 pub use suite::Suite;

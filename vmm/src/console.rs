@@ -126,6 +126,9 @@ impl State {
     }
 }
 
+/// How long a panic's message may be, in characters: many times what the kernel has to say.
+const MAX_MESSAGE: usize = 512;
+
 /// A line's panic message: it begins the line, after the timestamp that the kernel may put before it. It is shown to
 /// people, on terminals too, so the control characters that a guest may have put into it are replaced.
 fn panic_message(line: &str) -> Option<String> {
@@ -134,7 +137,7 @@ fn panic_message(line: &str) -> Option<String> {
         _ => line,
     };
     let printable = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
-    text.starts_with(PANIC).then(|| text.trim_end().chars().map(printable).collect())
+    text.starts_with(PANIC).then(|| text.trim_end().chars().take(MAX_MESSAGE).map(printable).collect())
 }
 
 #[cfg(test)]

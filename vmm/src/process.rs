@@ -31,6 +31,8 @@ const USAGE: &str = "usage: bulkhead-vmm --config-fd N";
 pub fn main() -> ExitCode {
     let started = Instant::now();
     one_arena();
+    // Executed by a descriptor, it would be named after that.
+    let _ = rustix::thread::set_name(c"bulkhead-vmm");
     match begin() {
         Ok((report, config)) => run(report, config, started),
         Err(message) => {
@@ -103,9 +105,10 @@ fn machine(config: Config, started: Instant, witness: &mut Option<Witness>) -> R
     let signals = Signals::block().map_err(|error| format!("signals: {error}"))?;
     let control = config.control.try_clone().map_err(|error| format!("control: {error}"))?;
     let restored = matches!(config.start, StartFiles::Restore { .. });
+    let jail = config.jail;
     let machine = builder::build(config, started).map_err(|error| error.to_string())?;
     *witness = Some(Witness { console: Arc::clone(machine.console()), end: Arc::clone(machine.end()) });
-    jail::close().map_err(|error| error.to_string())?;
+    jail::close(jail, machine.threads()).map_err(|error| error.to_string())?;
     jail::gate::confine(seccomp::Kind::Control).map_err(|error| error.to_string())?;
     // One that is restored is to be given its disks and shares first.
     if !restored {

@@ -8,7 +8,10 @@ use std::{
 use rustix::fs::{Mode, OFlags, XattrFlags};
 
 use super::Finding;
-use crate::config::Config;
+use crate::{
+    config::Config,
+    sandbox::{self, Confinement},
+};
 
 /// Below this the data root is short of space.
 const LITTLE_SPACE: u64 = 2 << 30;
@@ -25,6 +28,8 @@ pub(super) fn findings(config: &Config) -> Vec<Finding> {
         xattrs(data_root),
         space(data_root),
         cgroup(Path::new("/sys/fs/cgroup/cgroup.controllers")),
+        jail(&vm.confinement),
+        landlock(),
     ]
 }
 
@@ -119,14 +124,59 @@ fn space(data_root: &Path) -> Finding {
 }
 
 fn cgroup(controllers: &Path) -> Finding {
-    if controllers.is_file() {
-        Finding::ok("cgroup", "version 2")
-    } else {
-        Finding::warning(
-            "cgroup",
+    const NAME: &str = "cgroup";
+    let Ok(given) = std::fs::read_to_string(controllers) else {
+        return Finding::warning(
+            NAME,
             "cgroup version 2 is not mounted at /sys/fs/cgroup: microVMs are not limited on the host",
             "Boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there.",
+        );
+    };
+    let missing = sandbox::missing_controllers(&given);
+    if missing.is_empty() {
+        Finding::ok(NAME, "version 2")
+    } else {
+        Finding::warning(
+            NAME,
+            format!("version 2 without {}: such limits are refused", missing.join(", ")),
+            "Give the daemon a cgroup with these controllers (Delegate=yes), or boot without cgroup_disable=.",
         )
+    }
+}
+
+/// Starts a program as a VMM is started.
+fn jail(confinement: &Confinement) -> Finding {
+    const NAME: &str = "jail";
+    let Some(uids) = &confinement.uids else {
+        return Finding::warning(
+            NAME,
+            "off: a VMM that its guest takes over is the daemon's user in the host's namespaces",
+            "Leave out --jail=false.",
+        );
+    };
+    match sandbox::probe_jail(uids) {
+        Ok(()) => Finding::ok(
+            NAME,
+            format!("own user id ({} and up) and namespaces for each VMM", uids.range.start),
+        ),
+        Err(error) => Finding::failed(
+            NAME,
+            format!("a process cannot be put into namespaces of its own: {error}"),
+            "Run as root outside of other containers, with a kernel that has all namespaces, and with \
+             user.max_user_namespaces over 0. Or say --jail=false and do without.",
+        ),
+    }
+}
+
+fn landlock() -> Finding {
+    const NAME: &str = "landlock";
+    match sandbox::landlock_version() {
+        Some(version) => Finding::ok(NAME, format!("version {version}")),
+        None => Finding::warning(
+            NAME,
+            "the kernel has none: one layer less around each VMM",
+            "Use Linux 5.13 or later with landlock among lsm=.",
+        ),
     }
 }
 

@@ -33,7 +33,8 @@ fn nothing_said_is_all_defaults() {
     assert_eq!(config.layout.exec_root, Path::new("/run/bulkhead"));
     assert_eq!(config.log_driver, "json-file");
     assert_eq!(config.group, ("docker".into(), false));
-    assert_eq!((config.vm.memory_mib, config.vm.vcpus, config.vm.disk_gib), (512, 1, 10));
+    let vcpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(2));
+    assert_eq!((config.vm.memory_mib, usize::from(config.vm.vcpus), config.vm.disk_gib), (512, vcpus, 10));
     assert_eq!(config.vm.reclaim_below_percent, 10);
     assert_eq!(config.shm_size, 64 << 20);
     assert_eq!(load(&[], "{}").unwrap(), config);

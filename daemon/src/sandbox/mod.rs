@@ -48,7 +48,7 @@ pub(crate) use saved::Check;
 pub use saved::{Digests, MachineSpec, OpenMachine, SavedError, SavedMachine, Shape};
 pub(crate) use stream::{InputStream, OutputStream};
 pub use vmm::{
-    Death,
+    Death, Violation,
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
     jail::{Confinement, JailError},
@@ -63,6 +63,16 @@ use vmm::{
     control::{ANSWER_WITHIN, Control},
     process::{Process, read_identity},
 };
+
+/// What a microVM tells of itself and is told, as data.
+pub(crate) mod vocabulary {
+    pub(crate) use bulkhead_vmm_api::{
+        Bucket, CONSOLE_TAIL, DeviceFigures, RECENT, RateLimit, RateLimits, Recorded, Request, Response,
+        Traffic,
+    };
+    #[cfg(test)]
+    pub(crate) use bulkhead_vmm_api::{ExitReason, Report};
+}
 
 /// The block slot of the writable layer.
 pub const DISK: &str = "root";
@@ -173,6 +183,26 @@ pub struct Rates {
     pub disk: RateLimits,
     /// Each network interface.
     pub net: RateLimits,
+}
+
+/// Which controllers a host lacks, by what its `cgroup.controllers` says.
+#[must_use]
+pub fn missing_controllers(given: &str) -> Vec<&'static str> {
+    vmm::cgroup::missing(given)
+}
+
+/// Starts a process as a VMM is started, and waits for its end.
+///
+/// # Errors
+/// What this host does not permit.
+pub fn probe_jail(uids: &Uids) -> io::Result<()> {
+    vmm::jail::probe(uids)
+}
+
+/// The kernel's version of Landlock; None where it has none.
+#[must_use]
+pub fn landlock_version() -> Option<i64> {
+    vmm::jail::landlock_version()
 }
 
 /// A new sandbox's name: 16 hexadecimal digits, never used twice.
@@ -505,16 +535,18 @@ impl Sandbox {
         self.process.kill();
     }
 
-    /// Powers the guest off in order, so that its disk is whole, and removes every trace. A guest that is not
-    /// off within `grace` is killed.
+    /// Has the guest end everything and write its disk, kills it, and removes every trace. A guest that has not
+    /// done so within `grace` is killed as it is.
     pub async fn shut_down(&self, grace: Duration) {
         let off = async {
             // What is still to be written must not wait for the rate at which a workload may write.
             let _ = self.set_rates(Rates::default()).await;
             let _ = self.limit_cpus(&HostLimits::default());
-            // The answer is the connection's end; the process's end is what counts.
-            let _ = self.agent.call(Call::Shutdown).await;
-            self.process.ended().await;
+            // An answer says that the disk is whole: the rest of the kernel's way down helps nobody. Without one
+            // the machine ends by itself.
+            if self.agent.call(Call::Shutdown).await.is_err() {
+                self.process.ended().await;
+            }
         };
         if tokio::time::timeout(grace, off).await.is_err() {
             tracing::warn!(sandbox = self.id, "a guest did not power off in time and is killed");
@@ -525,7 +557,9 @@ impl Sandbox {
     /// Kills the VMM and removes every trace. Nothing is flushed: for a guest whose disk nobody will read.
     pub async fn destroy(&self) {
         self.process.kill();
-        self.process.ended().await;
+        if let Some(violation) = self.ended().await.violation() {
+            tracing::error!(sandbox = self.id, ?violation, "a VMM made a system call that it may not");
+        }
         if let Err(error) = self.dir.remove() {
             tracing::error!(path = %self.dir.path().display(), %error, "a sandbox's directory stays behind");
         }

@@ -28,6 +28,21 @@ async fn a_running_sandbox_is_adopted_used_and_shut_down_without_a_trace() {
 }
 
 #[tokio::test]
+async fn a_guest_whose_disk_is_whole_is_killed_and_not_waited_for() {
+    let base = tempfile::tempdir().unwrap();
+    let mut machine = FakeMachine::start(base.path(), "s1");
+    let (sandbox, _events, mut agent) = machine.adopted(base.path(), "s1").await;
+    let end = async {
+        let call = agent.next_call().await.unwrap();
+        assert_eq!(call.call, Call::Shutdown);
+        assert!(machine.process.try_wait().unwrap().is_none(), "it is not killed before its word");
+        agent.answer(call.id, Ok(Answer::Done)).await;
+    };
+    tokio::join!(sandbox.shut_down(Duration::MAX), end);
+    assert!(!base.path().join("s1").exists());
+}
+
+#[tokio::test]
 async fn a_guest_that_does_not_power_off_is_killed() {
     let base = tempfile::tempdir().unwrap();
     let machine = FakeMachine::start(base.path(), "s1");

@@ -260,8 +260,9 @@ pub enum Call {
         /// By their paths.
         files: Vec<InjectedFile>,
     },
-    /// Kills everything, unmounts, flushes and powers the machine off. There is no answer but the
-    /// connection's end.
+    /// Kills everything, unmounts and flushes. The answer says that the disks are whole: whoever asked may kill
+    /// the machine then, which spares it its kernel's way down. One that is not killed powers itself off. No
+    /// answer but the connection's end is an older agent's, which powers off at once.
     Shutdown,
     /// Makes the machine one of its own: the first call to a copy of a machine, before anything of it runs on.
     /// Also good for a machine that was booted. The kernel's random generator is reseeded before the rest is

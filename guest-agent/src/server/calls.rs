@@ -9,7 +9,7 @@ use bulkhead_agent_api::{AgentError, Answer, Call, Create, ProcessId, Stdio, ToA
 use oci_spec::runtime;
 use rustix::time::{ClockId, Timespec};
 
-use super::{Server, control::Epoch};
+use super::{Asked, Server, control::Epoch};
 use crate::{
     child,
     container::{Container, Phase, Process},
@@ -58,15 +58,15 @@ enum Outcome {
 }
 
 impl Server {
-    /// Serves a call; true when it asked for a shutdown.
-    pub(super) fn call(&mut self, ToAgent { id, call }: ToAgent) -> bool {
+    /// Serves a call; one that asked for a shutdown is handed back.
+    pub(super) fn call(&mut self, ToAgent { id, call }: ToAgent) -> Option<Asked> {
         let epoch = self.control.epoch();
         if let Err(error) = self.stillness.admit(epoch, &call) {
             self.control.answer(epoch, id, Err(error));
-            return false;
+            return None;
         }
         let outcome = match call {
-            Call::Shutdown => return true,
+            Call::Shutdown => return Some((epoch, id)),
             Call::Create(create) => self.create(epoch, id, create),
             Call::Start { container, stdio } => self.start(epoch, id, container, stdio),
             Call::Exec { process, spec, stdio } => self.exec(epoch, id, process, &spec, stdio),
@@ -90,7 +90,7 @@ impl Server {
             Ok(Outcome::Later) => {}
             Err(error) => self.control.answer(epoch, id, Err(error)),
         }
-        false
+        None
     }
 
     fn simple(&mut self, call: Call) -> Result<Answer> {

@@ -104,8 +104,8 @@ pub enum Key {
     NamesClient(u64),
 }
 
-/// A start that is to be answered.
-type StartCall = (Epoch, u64);
+/// A call that is to be answered later: on which connection, and its number.
+type Asked = (Epoch, u64);
 
 /// The agent.
 pub struct Server {
@@ -123,7 +123,7 @@ pub struct Server {
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
     growth: Growth,
-    starts: BTreeMap<i32, StartCall>,
+    starts: BTreeMap<i32, Asked>,
     /// Every process that has not been reaped.
     pids: BTreeMap<i32, Rc<ProcessId>>,
     /// Children may be left to be waited for: the last round has ended with its turn.
@@ -195,8 +195,8 @@ impl Server {
             self.bury();
             self.look_at_frozen();
             for ready in self.poller.wait(self.timeout())? {
-                if self.handle(ready) {
-                    self.shut_down();
+                if let Some(asked) = self.handle(ready) {
+                    self.shut_down(asked);
                     return Ok(());
                 }
             }
@@ -217,14 +217,14 @@ impl Server {
         Some(next.saturating_duration_since(now))
     }
 
-    /// Serves one event; true when it asked for a shutdown.
-    fn handle(&mut self, ready: Ready<Key>) -> bool {
+    /// Serves one event; a call in it that asked for a shutdown is handed back.
+    fn handle(&mut self, ready: Ready<Key>) -> Option<Asked> {
         match ready.key {
             Key::Signals => self.reap(),
             Key::Listener => self.openings.accept(&self.listener, self.transport.as_ref()),
             Key::Control => {
                 let calls = self.control.ready(ready.readable, &mut self.scratch);
-                return calls.into_iter().any(|call| self.call(call));
+                return calls.into_iter().find_map(|call| self.call(call));
             }
             Key::Daemons => self.control.accept(&self.daemons, self.transport.as_ref()),
             Key::Uevents => self.drain_uevents(),
@@ -239,7 +239,7 @@ impl Server {
             Key::NamesTcp => self.names.tcp_ready(),
             Key::NamesClient(number) => self.names.client_ready(number, &mut self.scratch),
         }
-        false
+        None
     }
 
     fn find(&mut self, id: &ProcessId) -> Option<&mut Process> {

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_agent_api::Answer;
 use rustix::system::RebootCommand;
 
-use super::Server;
+use super::{Asked, Server};
 use crate::log;
 
 /// How long killed processes may take to be gone. Nothing of theirs runs any more; the kernel may still
@@ -12,6 +13,9 @@ use crate::log;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 const STEP: Duration = Duration::from_millis(1);
+
+/// How long whoever asked for the end may take to kill the machine.
+const LAST: Duration = Duration::from_secs(1);
 
 impl Server {
     /// Kills whatever is in a container and waits until it is gone.
@@ -36,8 +40,8 @@ impl Server {
         self.bury();
     }
 
-    /// Ends everything in order. Of PID 1 it does not return: the machine is gone.
-    pub(super) fn shut_down(mut self) {
+    /// Ends everything in order, and says so. Of PID 1 it does not return: the machine is gone.
+    pub(super) fn shut_down(mut self, (epoch, call): Asked) {
         let containers: Vec<String> = self.containers.keys().cloned().collect();
         for id in &containers {
             self.empty(id);
@@ -47,6 +51,10 @@ impl Server {
                 log::warn(error);
             }
         }
+        rustix::fs::sync();
+        // A short answer goes out at once.
+        self.control.answer(epoch, call, Ok(Answer::Done));
+        std::thread::sleep(LAST);
         power_off();
     }
 }

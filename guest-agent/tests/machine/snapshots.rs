@@ -175,7 +175,7 @@ fn running_container(needs: &Needs) {
     let late = exec(&mut child, "late", json!({"args": ["sh", "-c", script]}), PIPES).unwrap();
     assert_eq!(child.exit(&late).code, 0);
     let said = String::from_utf8(child.read_all(&late, StreamKind::Stdout)).unwrap();
-    assert_eq!(said, "/bin/sh\n34\n1\nmore\n");
+    assert_eq!(said, "/bin/sh\n35\n1\nmore\n");
     child.call(Call::Signal { process: process.clone(), signal: 9 }).unwrap();
     assert_eq!(child.exit(&process).code, 137);
     delete(&mut child, "c");

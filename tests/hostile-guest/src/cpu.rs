@@ -60,6 +60,7 @@ pub fn page_tables() -> u64 {
 }
 
 /// Any exception: goes on at [`RECOVER`], or pulls the reset line after a word on the console.
+// SAFETY: the body never returns; it finds its stack in RECOVER or aligns the one it was entered on.
 #[unsafe(naked)]
 extern "C" fn trap() {
     naked_asm!(

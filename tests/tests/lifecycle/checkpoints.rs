@@ -56,6 +56,7 @@ fn a_counter_goes_on_without_a_gap_after_daemon_and_vmm_were_killed() -> Test {
         let resumed = last(&container)?;
         assert!(resumed < before.len().try_into()?, "{resumed} is from before {}", before.len());
         until(&container, resumed + 10)?;
+        let file = numbers(&container.exec(&["cat", "/count"])?)?;
         container.touch("/go")?;
         assert_eq!(container.docker(&["wait"])?, "7");
         assert_eq!(docker.inspect(name, "{{.State.Status}} {{.State.ExitCode}}")?, "exited 7");
@@ -67,10 +68,7 @@ fn a_counter_goes_on_without_a_gap_after_daemon_and_vmm_were_killed() -> Test {
         let (begin, end) = (*second.first().context("empty")?, *second.last().context("empty")?);
         assert_eq!(second, (begin..=end).collect::<Vec<_>>());
         assert!((9..=at + 1).contains(&begin), "{begin} follows the checkpoint at about {at}");
-        docker.ok(&["start", name])?;
-        container.exec(&["true"])?;
-        let file = numbers(&container.exec(&["cat", "/count"])?)?;
-        assert_eq!(file[..usize::try_from(end)?], (1..=end).collect::<Vec<_>>());
+        assert_eq!(file, (1..=u32::try_from(file.len())?).collect::<Vec<_>>());
         Ok(())
     })
 }
@@ -101,7 +99,7 @@ fn a_container_from_a_checkpoint_has_its_streams_execs_and_a_daemon_to_come() ->
     with_daemon(options()?, |daemon| {
         let docker = daemon.docker();
         docker.ok(&["pull", "-q", "busybox"])?;
-        let container = docker.run_detached(&["-i", "busybox", "cat"])?;
+        let container = docker.run_detached(&["-i", "busybox", "head", "-n", "1"])?;
         let name = container.name();
         docker.ok(&["checkpoint", "create", name, "c1"])?;
         docker.ok(&["start", "--checkpoint", "c1", name])?;
@@ -110,7 +108,7 @@ fn a_container_from_a_checkpoint_has_its_streams_execs_and_a_daemon_to_come() ->
         assert_ne!(container.exec(&uuid)?, container.exec(&uuid)?);
         daemon.kill()?;
         daemon.start_again()?;
-        let attached = docker.run_with(&["attach", "--no-stdin=false", name], b"some input\n".to_vec())?;
+        let attached = docker.run_with(&["attach", name], b"some input\n".to_vec())?;
         assert_eq!((attached.code, attached.text().as_str()), (0, "some input\n"), "{}", attached.stderr);
         assert_eq!(container.docker(&["wait"])?, "0");
         Ok(())

@@ -73,7 +73,7 @@ fn what_a_workload_frees_is_the_host_s_again() -> Test {
 #[test]
 fn a_workload_finds_all_of_its_memory_when_it_starts() -> Test {
     let docker = docker()?;
-    for (limit, least) in [("64m", 64), ("300m", 300), ("1g", 1024)] {
+    for (limit, least) in [("64m", 64), ("640m", 640)] {
         // Its first instructions see it, and may use it at once.
         let script = "grep MemTotal /proc/meminfo; head -c \"$1\" /dev/zero >/scratch/file && echo filled";
         let bytes = ((least - 16) * MIB).to_string();
@@ -150,7 +150,7 @@ fn page_cache_goes_when_the_host_is_short() -> Test {
         fill(&container, held, 32)?;
         fill(&container, "/file", 128)?;
         container.exec(&["sync"])?;
-        let cached = |container: &Container| Ok(meminfo(container, "Cached")?);
+        let cached = |container: &Container| meminfo(container, "Cached");
         until("less page cache", || cached(&container), |cached: &u64| *cached < 70 * MIB)?;
         // What is no cache stays.
         assert_eq!(

@@ -24,22 +24,24 @@ fn image(scenario: &str) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// A daemon with a healthy container, then with a hostile guest as its kernel; afterwards both must be well.
-fn beside_a_healthy_container(scenario: &str, test: impl FnOnce(&Daemon) -> Test) -> Test {
-    let image = image(scenario)?;
-    let outcome = with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
+/// A daemon with a healthy container, then with a hostile guest as its kernel, one after the other; each time, and
+/// afterwards, both must be well.
+fn beside_a_healthy_container(scenarios: &[&str], test: impl Fn(&Daemon, &str) -> Test) -> Test {
+    with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
         daemon.docker().ok(&["pull", "-q", "busybox"])?;
         let healthy = daemon.docker().run_detached(&["busybox", "sleep", "10000"])?;
-        daemon.change_kernel(&image)?;
-        assert_eq!(healthy.exec(&["echo", "before"])?, "before");
-        test(daemon)?;
-        assert_eq!(healthy.exec(&["echo", "after"])?, "after");
+        for scenario in scenarios {
+            let image = image(scenario)?;
+            daemon.change_kernel(&image)?;
+            assert_eq!(healthy.exec(&["echo", "before"])?, "before");
+            test(daemon, scenario).with_context(|| (*scenario).to_owned())?;
+            assert_eq!(healthy.exec(&["echo", "after"])?, "after");
+            std::fs::remove_file(&image)?;
+        }
         let memory = daemon.memory_kib()?;
         assert!(memory < MOST_KIB, "the daemon has {memory} KiB");
         Ok(())
-    });
-    std::fs::remove_file(&image)?;
-    outcome
+    })
 }
 
 /// Runs a container that cannot start; gives what docker says of it.
@@ -53,7 +55,7 @@ fn refused(daemon: &Daemon, container: &Container) -> anyhow::Result<String> {
 
 #[test]
 fn a_guest_that_corrupts_a_queue_is_ended_and_the_reason_told() -> Test {
-    beside_a_healthy_container("index_runs:0", |daemon| {
+    beside_a_healthy_container(&["index_runs:0"], |daemon, _| {
         let container = daemon.docker().container();
         let words = refused(daemon, &container)?;
         assert!(words.contains("device block0") && words.contains("queue 0"), "{words}");
@@ -65,7 +67,7 @@ fn a_guest_that_corrupts_a_queue_is_ended_and_the_reason_told() -> Test {
 
 #[test]
 fn a_storm_does_not_keep_the_daemon_from_its_work() -> Test {
-    beside_a_healthy_container("doorbells:1000", |daemon| {
+    beside_a_healthy_container(&["doorbells:1000"], |daemon, _| {
         let docker = daemon.docker();
         let container = docker.container();
         let mut storm = docker.spawn(&["run", "--name", container.name(), "busybox", "true"])?;
@@ -81,37 +83,32 @@ fn a_storm_does_not_keep_the_daemon_from_its_work() -> Test {
 
 #[test]
 fn agents_that_speak_nonsense_are_hung_up_on() -> Test {
-    for lie in ["vsock_agent:0", "vsock_agent:1", "vsock_agent:2", "vsock_agent:3"] {
-        beside_a_healthy_container(lie, |daemon| {
-            let container = daemon.docker().container();
-            let words = refused(daemon, &container)?;
-            assert!(words.contains("agent"), "{lie}: {words}");
-            Ok(())
-        })?;
-    }
-    Ok(())
+    let lies = ["vsock_agent:0", "vsock_agent:1", "vsock_agent:2", "vsock_agent:3"];
+    beside_a_healthy_container(&lies, |daemon, _| {
+        let container = daemon.docker().container();
+        let words = refused(daemon, &container)?;
+        assert!(words.contains("agent"), "{words}");
+        Ok(())
+    })
 }
 
 #[test]
 fn an_agent_that_floods_or_falls_silent_can_be_removed() -> Test {
-    for lie in ["vsock_agent:4", "vsock_agent:5"] {
-        beside_a_healthy_container(lie, |daemon| {
-            let docker = daemon.docker();
-            let container = docker.container();
-            let mut command = docker.command(&["run", "--name", container.name(), "busybox", "true"]);
-            let mut run = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-            wait_for(|| Ok(docker.run(&["inspect", container.name()])?.code == 0))?;
-            // Let it flood for a while.
-            for _ in 0..10 {
-                docker.ok(&["ps"])?;
-                thread::sleep(Duration::from_millis(200));
-            }
-            docker.ok(&["rm", "-f", container.name()]).context("a container whose agent lies")?;
-            assert_ne!(run.wait()?.code(), Some(0));
-            Ok(())
-        })?;
-    }
-    Ok(())
+    beside_a_healthy_container(&["vsock_agent:4", "vsock_agent:5"], |daemon, _| {
+        let docker = daemon.docker();
+        let container = docker.container();
+        let mut command = docker.command(&["run", "--name", container.name(), "busybox", "true"]);
+        let mut run = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        wait_for(|| Ok(docker.run(&["inspect", container.name()])?.code == 0))?;
+        // Let it flood for a while.
+        for _ in 0..10 {
+            docker.ok(&["ps"])?;
+            thread::sleep(Duration::from_millis(200));
+        }
+        docker.ok(&["rm", "-f", container.name()]).context("a container whose agent lies")?;
+        assert_ne!(run.wait()?.code(), Some(0));
+        Ok(())
+    })
 }
 
 fn wait_for(mut what: impl FnMut() -> anyhow::Result<bool>) -> Test {

@@ -1,5 +1,7 @@
 //! Hostile images and workloads, against a daemon of the test's own.
 
+mod jail;
+
 use bulkhead_tests::image::{Image, Layer, LayerBuilder};
 use bulkhead_tests::{Daemon, Host, Suite, with_daemon};
 

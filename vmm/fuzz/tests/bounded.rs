@@ -67,5 +67,5 @@ macro_rules! bounded {
 }
 
 bounded!(
-    agent_frames block config control device_state fs fuse layer machine_state mmio net packets ports rng vsock
+    agent_frames balloon block config control device_state fs fuse layer machine_state mem mmio net packets ports rng vsock
 );

@@ -20,9 +20,11 @@ use bulkhead_vmm_api::ShareKind;
 
 use super::input::Input;
 use crate::devices::virtio::{
+    balloon::Balloon,
     block::Block,
     device::{DeviceError, VIRTIO_RING_F_EVENT_IDX, VirtioDevice},
     fs::Fs,
+    mem::{BLOCK, Mem},
     net::{Net, NetIdentity},
     rng::Rng,
     testing::{Bench, Desc, MEMORY_SIZE},
@@ -46,6 +48,19 @@ pub(super) fn fs(bytes: &[u8]) {
 
 pub(super) fn rng(bytes: &[u8]) {
     run(bytes, new_rng());
+}
+
+pub(super) fn balloon(bytes: &[u8]) {
+    let mut device = Balloon::new().expect("a balloon");
+    device.set_target(512);
+    run(bytes, device);
+}
+
+/// Its region lies over the memory in which rings and buffers are, so that what is unplugged goes from under them.
+pub(super) fn mem(bytes: &[u8]) {
+    let mut device = Mem::new(0, 64 * BLOCK).expect("a memory device");
+    device.set_requested(8 * BLOCK, 16 * BLOCK);
+    run(bytes, device);
 }
 
 pub(super) fn net(bytes: &[u8]) {

@@ -6,7 +6,7 @@
 //!
 //! | target | attacker | input |
 //! |---|---|---|
-//! | `block` `fs` `net` `rng` `vsock` | guest | descriptors, buffers, kicks and configuration accesses of a running device |
+//! | `balloon` `block` `fs` `mem` `net` `rng` `vsock` | guest | descriptors, buffers, kicks and configuration accesses of a running device |
 //! | `mmio` | guest | accesses to the registers of a device, from its reset on |
 //! | `ports` | guest | port I/O to the legacy devices |
 //! | `fuse` | guest | one FUSE request after the other, in sound chains |
@@ -26,8 +26,10 @@ pub type Target = fn(&[u8]);
 
 /// All targets by name.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("balloon", devices::balloon),
     ("block", devices::block),
     ("fs", devices::fs),
+    ("mem", devices::mem),
     ("net", devices::net),
     ("rng", devices::rng),
     ("vsock", devices::vsock),

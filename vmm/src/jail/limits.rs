@@ -19,8 +19,12 @@ pub(super) fn set() -> Result<(), JailError> {
     limit("RLIMIT_RTPRIO", Resource::Rtprio, 0)
 }
 
-pub(super) fn no_more_threads() -> Result<(), JailError> {
-    limit("RLIMIT_NPROC", Resource::Nproc, 0)
+/// The limit counts what the user id runs, which is this process alone.
+///
+/// One more than there are: KVM starts a worker of its own in the process's name when the first vCPU is first
+/// run, and answers `EAGAIN` for ever when it may not.
+pub(super) fn no_more_threads(there: usize) -> Result<(), JailError> {
+    limit("RLIMIT_NPROC", Resource::Nproc, there as u64 + 1)
 }
 
 fn limit(name: &'static str, resource: Resource, value: u64) -> Result<(), JailError> {

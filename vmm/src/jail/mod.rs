@@ -63,10 +63,14 @@ pub fn enter(jail: Jail, keep: &BTreeSet<FdNumber>) -> Result<(), JailError> {
     landlock::restrict(Files::ReadBeneath)
 }
 
-/// Lets no thread or process be made from now on, filter or not.
+/// Lets no thread or process be made from now on, filter or not, besides the `threads` that are there. Under a
+/// user id that others run under too only the filters can do that.
 ///
 /// # Errors
 /// The kernel refuses the limit.
-pub fn close() -> Result<(), JailError> {
-    limits::no_more_threads()
+pub fn close(jail: Jail, threads: usize) -> Result<(), JailError> {
+    match jail {
+        Jail::Full => limits::no_more_threads(threads),
+        Jail::Process => Ok(()),
+    }
 }

@@ -38,7 +38,7 @@ use crate::{
     arch::x86_64::{
         boot::{self, BootError},
         cpuid, layout, mptable, registers,
-        state::{Abilities, StateError},
+        state::{Abilities, StateError, restore_tscs},
     },
     bus::{Bus, RangeError},
     config::{Config, StartFiles},
@@ -169,6 +169,7 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
             vcpus.iter().zip(0..).try_for_each(|(vcpu, index)| power_on(vcpu, index, entry))?;
         }
         Origin::Saved { state, .. } => {
+            restore_tscs(&vcpus, &state.vcpus, &abilities)?;
             for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
                 saved.restore(vcpu, &abilities)?;
             }

@@ -334,6 +334,11 @@ impl DeviceSet {
         Ok(())
     }
 
+    /// How many workers were started.
+    pub(super) fn worker_count(&self) -> usize {
+        self.workers.len()
+    }
+
     /// Starts the workers, each of which has to pass the gate.
     ///
     /// # Errors

@@ -98,6 +98,12 @@ impl Machine {
         }
     }
 
+    /// How many threads the process has: the vCPUs', the devices', and its first.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.vcpus.count() + self.devices.worker_count() + 1
+    }
+
     /// The guest's console.
     #[must_use]
     pub fn console(&self) -> &Arc<Console> {

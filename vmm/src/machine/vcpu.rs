@@ -182,6 +182,12 @@ impl Vcpus {
         Ok(this)
     }
 
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
     /// Lets the vCPUs run; nothing if they do.
     pub fn resume(&self) {
         self.shared.wanted().state = State::Running;

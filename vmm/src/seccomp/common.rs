@@ -22,6 +22,8 @@ pub(super) const CALLS: &[Call] = &[
     call(SYS_read, "eventfds; the signalfd"),
     call(SYS_write, "eventfds; a panic's message"),
     call(SYS_close, "what is detached or replaced"),
+    #[cfg(debug_assertions)]
+    call_if(SYS_fcntl, &[&[int(1, F_GETFD)]], "the standard library of a debug build checks what it closes"),
     call(SYS_clock_gettime, "time, where the vDSO cannot tell it"),
     call(SYS_clock_nanosleep, "a worker lets others go first"),
     call(SYS_nanosleep, "the same, by older C libraries"),

@@ -30,5 +30,6 @@ pub(super) const CALLS: &[Call] = &[
     call(SYS_timerfd_settime, "a device with a rate limit is reset"),
     call(SYS_epoll_ctl, "virtio-vsock is reset: its clients are no longer watched"),
     call(SYS_shutdown, "virtio-vsock is reset: its connections end"),
+    call(SYS_recvfrom, "virtio-vsock is reset: what its clients had sent is thrown away"),
     call(SYS_sendto, "virtio-vsock is reset: what a client still gets"),
 ];

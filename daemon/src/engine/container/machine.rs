@@ -14,7 +14,6 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_vmm_api::{self as vmm, CONSOLE_TAIL, RECENT, Request, Response};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -23,7 +22,10 @@ use super::{View, record::Record, workload::Workload};
 use crate::{
     api::types::machine::{Device, Exits, Machine, Recorded, Traffic},
     engine::{Engine, Error, Name, Result, Shared},
-    sandbox::{ControlError, Death},
+    sandbox::{
+        ControlError, Death,
+        vocabulary::{self as vmm, CONSOLE_TAIL, RECENT, Request, Response},
+    },
 };
 
 /// How often a console that is followed is looked at.
@@ -208,9 +210,8 @@ fn cap(text: &mut String, length: usize) {
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_vmm_api::{ExitReason, Report};
-
     use super::*;
+    use crate::sandbox::vocabulary::{ExitReason, Report};
 
     fn death(console: String, recent: Vec<vmm::Recorded>) -> Death {
         let reason = ExitReason::GuestPanic { message: "x".repeat(10_000) };

@@ -14,12 +14,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bulkhead_vmm_api::{Bucket, RateLimit, RateLimits};
-
 use crate::{
     api::types::container::{Config, HostConfig, ThrottleDevice},
     engine::{Error, Result},
-    sandbox::Rates,
+    sandbox::{
+        Rates,
+        vocabulary::{Bucket, RateLimit, RateLimits},
+    },
 };
 
 /// The container's disk as the guest sees it.

@@ -246,8 +246,6 @@ fn what_cannot_be_honoured_is_refused() {
             ErrorKind::Invalid,
             "could not select device driver \"\" with capabilities: []",
         ),
-        (|r| r.host_config.memory = 1 << 20, ErrorKind::Invalid, "Minimum memory limit allowed is 6MB"),
-        (|r| r.host_config.cpu_quota = 10, ErrorKind::Invalid, "CPU cfs quota can not be less than 1ms"),
         (|r| r.host_config.shm_size = -1, ErrorKind::Invalid, "SHM size"),
         (
             |r| r.host_config.oom_score_adj = 1001,

@@ -86,7 +86,7 @@ pub(super) fn start(
     // of its own, and runs nothing but `Child::run`, which does not return.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>()) };
     match i32::try_from(pid).unwrap_or(-1) {
-        ..0 => return Err(step("clone3", io::Error::last_os_error())),
+        ..0 => return Err(step("clone3", &io::Error::last_os_error())),
         0 => Child { program, image: &image, wait: &wait, go: &go, report: &report }.run(),
         _ => {}
     }
@@ -115,10 +115,10 @@ fn map_ids(pid: i32, uid: Option<u32>) -> io::Result<()> {
     let Some(uid) = uid else { return Ok(()) };
     for map in ["uid_map", "gid_map"] {
         fs::write(format!("/proc/{pid}/{map}"), format!("{uid} {uid} 1"))
-            .map_err(|error| step(map, error))?;
+            .map_err(|error| step(map, &error))?;
     }
     // The daemon may be protected from being killed when memory is short. A VMM is not.
-    fs::write(format!("/proc/{pid}/oom_score_adj"), "0").map_err(|error| step("oom_score_adj", error))
+    fs::write(format!("/proc/{pid}/oom_score_adj"), "0").map_err(|error| step("oom_score_adj", &error))
 }
 
 /// Lets the child go on, and waits until it has executed.
@@ -129,11 +129,11 @@ fn begin(go: OwnedFd, failure: OwnedFd) -> io::Result<()> {
     let Some((at, errno)) = told.split_first() else { return Ok(()) };
     let errno = errno.try_into().map_or(libc::EIO, i32::from_ne_bytes);
     let name = STEPS.get(usize::from(*at)).copied().unwrap_or("a step");
-    Err(step(name, io::Error::from_raw_os_error(errno)))
+    Err(step(name, &io::Error::from_raw_os_error(errno)))
 }
 
 /// An error with the step's name, still of its kind.
-fn step(name: &str, error: io::Error) -> io::Error {
+fn step(name: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{name}: {error}"))
 }
 

@@ -15,11 +15,15 @@ use std::{
     sync::Once,
 };
 
-use rustix::mount::OpenTreeFlags;
+use rustix::{
+    mount::OpenTreeFlags,
+    process::{WaitId, WaitIdOptions},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
     cgroup::{self, Cgroup, CgroupError, HostLimits},
+    child::{self, Program},
     uids::{self, Uids},
 };
 use crate::sandbox::dir::{JAIL, SandboxDir};
@@ -184,6 +188,38 @@ pub(crate) fn detached(directory: &Path) -> io::Result<OwnedFd> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(mount) }
 }
 
+/// Starts this very program as a VMM is started, to say its version to nobody.
+///
+/// # Errors
+/// What this host does not permit.
+pub(crate) fn probe(uids: &Uids) -> io::Result<()> {
+    let null = fs::File::options().read(true).write(true).open("/dev/null")?;
+    let program = Program {
+        path: &std::env::current_exe()?,
+        arguments: vec![c"bulkheadd".into(), c"--version".into()],
+        streams: [null.as_fd(); 3],
+        inherited: Vec::new(),
+        uid: Some(uids.range.start),
+        cgroup: None,
+    };
+    let (_, pidfd) = child::start(&program, |_| Ok(()))?;
+    let status = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED)?;
+    match status.and_then(|status| status.exit_status()) {
+        Some(0) => Ok(()),
+        _ => Err(io::Error::other("the program does not run there")),
+    }
+}
+
+/// The kernel's version of Landlock; None where it has none.
+pub(crate) fn landlock_version() -> Option<i64> {
+    const CREATE_RULESET_VERSION: u32 = 1;
+    let (none, size) = (std::ptr::null::<u8>(), 0usize);
+    // SAFETY: with this flag nothing is read.
+    let version =
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, size, CREATE_RULESET_VERSION) };
+    (version > 0).then_some(version)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,13 +249,14 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_refused_where_there_are_no_control_groups() {
+    fn limits_of_cpus_are_refused_where_there_are_no_control_groups() {
         let base = tempfile::tempdir().unwrap();
         let dir = SandboxDir::create(base.path().join("s")).unwrap();
         let confinement = Confinement { uids: None, cgroups: Some(base.path().join("nogroups/p")) };
-        let limits = HostLimits { pids: Some(1), ..HostLimits::default() };
+        let limits = HostLimits { cpu_weight: Some(1), ..HostLimits::default() };
         assert!(matches!(Cell::make(&confinement, &dir, "s", &limits), Err(JailError::Cgroup(_))));
-        let cell = Cell::make(&confinement, &dir, "s", &HostLimits::default()).unwrap();
+        let bounds = HostLimits { memory_bytes: Some(1 << 30), ..HostLimits::default() };
+        let cell = Cell::make(&confinement, &dir, "s", &bounds).unwrap();
         assert!(cell.cgroup.is_none());
         release(dir.path()).unwrap();
     }

@@ -34,7 +34,26 @@ pub struct Death {
     pub last_words: Option<String>,
 }
 
+/// A VMM did what it never does: it has a fault, or it was not its own any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// The kind of its thread, where it could still be told.
+    pub thread: Option<String>,
+    /// The system call's number, likewise. The call was not made.
+    pub call: Option<i32>,
+}
+
 impl Death {
+    /// Whether it died because it made a system call that it may not.
+    #[must_use]
+    pub fn violation(&self) -> Option<Violation> {
+        if let Some(Report { reason: ExitReason::Violation { thread, call }, .. }) = &self.report {
+            return Some(Violation { thread: Some(thread.clone()), call: Some(*call) });
+        }
+        let by_the_kernel = self.status.as_ref().is_some_and(|status| status.contains("(SIGSYS)"));
+        by_the_kernel.then_some(Violation { thread: None, call: None })
+    }
+
     /// Reads what a dead VMM left in its directory.
     pub(super) fn read(dir: &SandboxDir, status: Option<String>) -> Self {
         let text = read_capped(dir, REPORT);

@@ -48,7 +48,7 @@ pub(super) fn queue_size(machine: &Machine, number: u64) {
 pub(super) fn ring_address(machine: &Machine, number: u64) {
     let device = device_of(machine, number);
     let end = machine.memory_end;
-    let places = [end, end - 16, WINDOWS, WINDOWS - 16, 0x1_0000_0000, u64::MAX - 15, !0xfff, 1 << 63, 1];
+    let places = [end, end - 16, WINDOWS, WINDOWS - 16, 1 << 39, u64::MAX - 15, !0xfff, 1 << 63, 1];
     let place = places[number as usize % places.len()];
     let last = device.queues() as u32 - 1;
     with_one_bad(device, last, |device, ring| {

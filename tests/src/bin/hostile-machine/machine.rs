@@ -124,10 +124,16 @@ impl Machine {
 
     /// A request that must be answered with Ok.
     pub(crate) fn done(&self, request: &Request, fd: Option<&OwnedFd>) -> Result<()> {
-        match self.ask(request, fd)? {
+        match self.ask(request, fd).with_context(|| self.last_words())? {
             Response::Ok => Ok(()),
             other => bail!("{request:?}: {other:?}"),
         }
+    }
+
+    /// What a VMM that does not answer has left.
+    fn last_words(&self) -> String {
+        let reason = self.report().map(|report| report.reason.to_string());
+        format!("the VMM reports {reason:?} and says {:?}", self.words().unwrap_or_default())
     }
 
     pub(crate) fn terminate(&self) -> Result<()> {

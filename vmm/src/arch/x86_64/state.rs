@@ -4,9 +4,14 @@
 //! The order in which a vCPU is restored is not free:
 //!
 //! ```text
-//!  CPUID ─▶ TSC rate ─▶ SREGS (APIC base) ─▶ LAPIC ─▶ MSRs, TSC_DEADLINE last ─▶ REGS ─▶ events
+//!  all: CPUID ─▶ TSC rate ─▶ TSC
+//!  each: SREGS (APIC base) ─▶ LAPIC ─▶ MSRs, TSC_DEADLINE last ─▶ REGS ─▶ events
 //!            XCRS ─▶ XSAVE (which features XSAVE may hold)      (REGS drop a pending exception)
 //! ```
+//!
+//! The TSCs were the same to the tick and are to be so again. KVM takes two writes for one moment, and gives both
+//! vCPUs one offset, when they differ by less than a second from what its own clock says: so all get the same
+//! value, one right after the other ([`restore_tscs`]).
 //!
 //! A deadline can be set only in a local APIC that is in deadline mode, and means something only once the TSC
 //! is what it was. A timer that has run out while its vCPU was parked shows up nowhere: its deadline reads as
@@ -156,12 +161,11 @@ impl VcpuState {
         Ok(state)
     }
 
-    /// Brings a fresh vCPU, whose CPUID was set, to this state.
+    /// Brings a fresh vCPU, whose CPUID and TSC were set, to this state.
     ///
     /// # Errors
     /// KVM refuses a part of it, or this host cannot go on with it.
     pub fn restore(&self, vcpu: &VcpuFd, abilities: &Abilities) -> Result<(), StateError> {
-        self.restore_tsc_rate(vcpu, abilities)?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
         if let Some(xcrs) = &self.xcrs {
@@ -170,12 +174,16 @@ impl VcpuState {
         set_xsave(vcpu, &self.xsave, abilities.xsave_tail)?;
         vcpu.set_debug_regs(&self.debug).map_err(kvm("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
-        let (last, msrs): (Vec<_>, Vec<_>) =
-            self.msrs.iter().copied().partition(|msr| msr.index == MSR_TSC_DEADLINE);
+        let msrs = self.msrs.iter().copied().filter(|msr| msr.index != MSR_TSC);
+        let (last, msrs): (Vec<_>, Vec<_>) = msrs.partition(|msr| msr.index == MSR_TSC_DEADLINE);
         set_msrs(vcpu, &msrs)?;
         set_msrs(vcpu, &last)?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn tsc(&self) -> u64 {
+        self.msrs.iter().find(|msr| msr.index == MSR_TSC).map_or(0, |msr| msr.data)
     }
 
     fn restore_tsc_rate(&self, vcpu: &VcpuFd, abilities: &Abilities) -> Result<(), StateError> {
@@ -195,13 +203,26 @@ impl VcpuState {
         if timer & LVT_MASKED != 0 || timer & LVT_TIMER_MODE != LVT_TIMER_DEADLINE {
             return;
         }
-        let now = self.msrs.iter().find(|msr| msr.index == MSR_TSC).map_or(1, |msr| msr.data.max(1));
+        let now = self.tsc().max(1);
         for msr in &mut self.msrs {
             if msr.index == MSR_TSC_DEADLINE && msr.data == 0 {
                 msr.data = now;
             }
         }
     }
+}
+
+/// Sets the time stamp counters of all vCPUs of a machine to where the latest of them was.
+///
+/// # Errors
+/// KVM refuses the value, or the host's rate is another.
+pub fn restore_tscs(vcpus: &[VcpuFd], states: &[VcpuState], abilities: &Abilities) -> Result<(), StateError> {
+    for (vcpu, state) in vcpus.iter().zip(states) {
+        state.restore_tsc_rate(vcpu, abilities)?;
+    }
+    let data = states.iter().map(VcpuState::tsc).max().unwrap_or(0);
+    let tsc = [kvm_msr_entry { index: MSR_TSC, data, ..Default::default() }];
+    vcpus.iter().try_for_each(|vcpu| set_msrs(vcpu, &tsc))
 }
 
 fn lapic_register(lapic: &kvm_lapic_state, register: usize) -> u32 {

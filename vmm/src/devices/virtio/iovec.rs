@@ -253,7 +253,13 @@ mod tests {
         os::{fd::AsFd, unix::net::UnixStream},
     };
 
-    use super::{super::testing::memory, *};
+    use proptest::{collection::vec, prelude::*};
+    use vm_memory::GuestMemoryBackend as _;
+
+    use super::{
+        super::testing::{MEMORY_SIZE, memory},
+        *,
+    };
 
     const BUFFERS: [Buffer; 3] =
         [(GuestAddress(0x1000), 3), (GuestAddress(0x5000), 0x2000), (GuestAddress(0x2000), 5)];
@@ -335,5 +341,84 @@ mod tests {
         drop(there);
         assert_eq!(vec.read(here.as_fd()).unwrap(), 0);
         assert_eq!(vec.send(here.as_fd()).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    /// Buffers in memory, across its end and behind it, of any length.
+    fn buffers() -> impl Strategy<Value = Vec<Buffer>> {
+        let end = MEMORY_SIZE as u64;
+        let address = prop_oneof![8 => 0..end, 2 => end - 64..end + 64, 1 => any::<u64>()];
+        let length = prop_oneof![8 => 0..5000u32, 1 => any::<u32>()];
+        vec((address.prop_map(GuestAddress), length), 0..12)
+    }
+
+    /// Every byte that the buffers name, as a model: its address.
+    fn bytes(buffers: &[Buffer], skip: u64, limit: u64) -> Vec<u64> {
+        let all =
+            buffers.iter().flat_map(|(address, length)| (0..u64::from(*length)).map(|at| address.0 + at));
+        all.skip(usize::try_from(skip).unwrap()).take(usize::try_from(limit).unwrap()).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+
+        /// A window of any buffers is exactly the bytes that it should be, in their order, or is refused because
+        /// one of them lies outside memory. Whatever a system call does with it, the rest is the rest.
+        #[test]
+        fn a_window_is_its_bytes_or_nothing(
+            buffers in buffers(),
+            skip in 0..20_000u64,
+            limit in 0..20_000u64,
+            steps in vec(0..3000usize, 0..8),
+        ) {
+            let memory = memory();
+            let base = memory.get_slice(GuestAddress(0), 1).unwrap().ptr_guard().as_ptr() as u64;
+            let inside = |buffer: &Buffer| {
+                buffer.0.0.checked_add(u64::from(buffer.1)).is_some_and(|end| end <= MEMORY_SIZE as u64)
+            };
+            prop_assume!(buffers.iter().all(|buffer| inside(buffer) || buffer.1 < 5000));
+            match IoVec::new(&memory, &buffers, skip, limit) {
+                Ok(mut vec) => {
+                    let mut model = bytes(&buffers, skip, limit);
+                    for step in steps {
+                        let named: Vec<u64> = vec.parts.iter()
+                            .flat_map(|part| (0..part.iov_len as u64).map(|at| part.iov_base as u64 - base + at))
+                            .collect();
+                        prop_assert_eq!(&named, &model);
+                        prop_assert_eq!((vec.len(), vec.is_empty()), (model.len(), model.is_empty()));
+                        let done = vec.transfer(|_, _| step.min(model.len()).cast_signed()).unwrap();
+                        model.drain(..done);
+                    }
+                }
+                Err(_) => prop_assert!(!buffers.iter().all(inside)),
+            }
+        }
+
+        /// What is copied into buffers comes out of them, and nothing else was written.
+        #[test]
+        fn copies_come_back_and_touch_nothing_else(
+            buffers in vec((0..0x8000u64, 0..600u32), 1..8),
+            skip in 0..800u64,
+            content in vec(1..=255u8, 0..1500),
+        ) {
+            // Apart from each other, so that the last write wins nowhere.
+            let buffers: Vec<Buffer> = (0u64..).zip(&buffers)
+                .map(|(index, (address, length))| (GuestAddress(index * 0x1_0000 + address), *length))
+                .collect();
+            let memory = memory();
+            let model = bytes(&buffers, skip, content.len() as u64);
+            let fits = copy_in(&memory, &buffers, skip, &content);
+            prop_assert_eq!(fits, model.len() == content.len());
+            let mut all = vec![0; 0x8_8000];
+            memory.read_slice(&mut all, GuestAddress(0)).unwrap();
+            prop_assert_eq!(all.iter().filter(|byte| **byte != 0).count(), model.len());
+            for (address, byte) in model.iter().zip(&content) {
+                prop_assert_eq!(all[usize::try_from(*address).unwrap()], *byte);
+            }
+            let mut back = vec![0; content.len()];
+            prop_assert_eq!(copy_out(&memory, &buffers, skip, &mut back), fits);
+            if fits {
+                prop_assert_eq!(back, content);
+            }
+        }
     }
 }

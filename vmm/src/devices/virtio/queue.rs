@@ -329,4 +329,46 @@ mod tests {
         assert!(SavedQueue { used_ring: 1 << 40, ..again }.restore(16, &memory).is_err());
         assert!(SavedQueue::restore_all(&[again], &[16, 16], &memory).is_err());
     }
+
+    proptest::proptest! {
+        /// From any index on, across its end: every chain that was offered is popped once, in its order, the used ring
+        /// says so, and an index that is further ahead than the queue is long is an error, whatever came before.
+        #[test]
+        fn indexes_wrap_and_never_run(
+            power in 0..6u32,
+            start in proptest::prelude::any::<u16>(),
+            rounds in proptest::collection::vec(0..80u16, 1..12),
+            ahead in proptest::prelude::any::<u16>(),
+        ) {
+            let (memory, size) = (memory(), 1u16 << power);
+            let mut driver = Driver::new(&memory, 0x1000, size);
+            let mut queue = driver.queue();
+            driver.set_avail_idx(start);
+            queue.set_next_avail(start);
+            for index in 0..size {
+                driver.table(index, &[Desc::readable(0x8000, u32::from(index) + 1)]);
+            }
+            let mut used = 0u16;
+            for round in rounds {
+                let offered: Vec<u16> = (0..round.min(size)).map(|chain| (chain * 3 + used) % size).collect();
+                offered.iter().for_each(|head| driver.offer(*head));
+                let mut popped = Vec::new();
+                while let Some(chain) = pop(&mut queue, 0, &memory).unwrap() {
+                    let head = chain.head_index();
+                    let buffers = Buffers::of(chain).unwrap();
+                    proptest::prop_assert_eq!(buffers.readable_bytes(), u64::from(head) + 1);
+                    complete(&mut queue, 0, &memory, head, u32::from(head)).unwrap();
+                    popped.push(head);
+                }
+                used = used.wrapping_add(round.min(size));
+                proptest::prop_assert_eq!(&popped, &offered);
+                let seen = driver.used();
+                proptest::prop_assert_eq!(seen, popped.iter().map(|head| (*head, u32::from(*head))).collect::<Vec<_>>());
+                proptest::prop_assert_eq!((queue.next_used(), queue.next_avail()), (used, start.wrapping_add(used)));
+            }
+            driver.set_avail_idx(queue.next_avail().wrapping_add(ahead));
+            let runs = ahead > size;
+            proptest::prop_assert_eq!(pop(&mut queue, 0, &memory).is_err(), runs);
+        }
+    }
 }

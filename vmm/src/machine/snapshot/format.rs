@@ -13,7 +13,7 @@
 //! or a section's kind is unknown, when anything is longer than it may be, and when the checksum differs,
 //! which is what tells a damaged file from a bug.
 
-use std::{fs::File, io::Read};
+use std::{fs::File, os::unix::fs::FileExt};
 
 use sha2::{Digest, Sha256};
 
@@ -181,13 +181,14 @@ pub struct Decoder<'a> {
 /// # Errors
 /// It cannot be read or is too long.
 pub fn read(file: &File) -> Result<Vec<u8>, FormatError> {
-    let mut bytes = Vec::new();
-    let limit = MAX_SIZE as u64;
-    if file.metadata()?.len() > limit {
+    let length = usize::try_from(file.metadata()?.len()).map_err(|_| FormatError::TooLong)?;
+    if length > MAX_SIZE {
         return Err(FormatError::TooLong);
     }
-    file.take(limit + 1).read_to_end(&mut bytes)?;
-    if bytes.len() > MAX_SIZE { Err(FormatError::TooLong) } else { Ok(bytes) }
+    let mut bytes = vec![0; length];
+    // By offset: several machines may be given one open file at once, and with it one position.
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
 }
 
 impl<'a> Decoder<'a> {

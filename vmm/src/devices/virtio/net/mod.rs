@@ -252,10 +252,10 @@ impl Net {
             return Ok(());
         }
         let layout = layout(active.features, mtu);
-        let Activation { queues, resources: Resources { memory, interrupt }, .. } = active;
+        let Activation { queues, resources, .. } = active;
         let Some(queue) = queues.get_mut(RX) else { return Ok(()) };
         let limiter = &mut self.limiter;
-        match self.receiver.receive(link.as_fd(), limiter, layout, (queue, RX), memory, interrupt)? {
+        match self.receiver.receive(link.as_fd(), limiter, layout, (queue, RX), resources)? {
             Stopped::NoFrame => self.readable = false,
             Stopped::NoBuffer => {}
             Stopped::HeldBack => self.limiter.arm(),

@@ -23,7 +23,7 @@ use super::tap::HEADER;
 use crate::{
     devices::virtio::{
         common::TURN,
-        device::{DeviceError, GuestMemory, Interrupt},
+        device::{DeviceError, GuestMemory, Resources},
         iovec::{Buffer, IoVec, copy_in},
         queue::{Buffers, complete, pop, queue_error},
     },
@@ -84,9 +84,9 @@ impl Receiver {
         limiter: &mut RateLimiter,
         layout: Layout,
         (queue, index): (&mut Queue, usize),
-        memory: &GuestMemory,
-        interrupt: &Interrupt,
+        resources: &Resources,
     ) -> Result<Stopped, DeviceError> {
+        let Resources { memory, interrupt } = resources;
         let before = queue.next_used();
         queue.disable_notification(memory).map_err(|error| queue_error(index, &error))?;
         let mut stopped = Stopped::TurnOver;
