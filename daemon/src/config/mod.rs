@@ -21,7 +21,13 @@ pub use options::Options;
 use ipnet::IpNet;
 
 use crate::{
-    api::types::container::Ulimit, engine::network::ipam::PoolSpec, layout::Layout, sandbox::Confinement,
+    api::types::container::Ulimit,
+    engine::network::{
+        egress::policy::{Policy, PolicyError},
+        ipam::PoolSpec,
+    },
+    layout::Layout,
+    sandbox::Confinement,
 };
 
 /// The daemon's settings, valid and complete.
@@ -72,6 +78,8 @@ pub struct Config {
     pub mtu: u16,
     /// Blocks that networks' subnets are cut from; empty: Docker's.
     pub address_pools: Vec<PoolSpec>,
+    /// What containers may reach that do not say; None: everything.
+    pub egress: Option<Policy>,
     /// Name servers of containers; empty: the host's.
     pub dns: Vec<String>,
     /// Options of `resolv.conf`.
@@ -218,6 +226,12 @@ impl Config {
             ulimits: options.default_ulimits.unwrap_or_default(),
             bridge: bridge(options.bridge.as_deref())?,
             bip: options.bip.as_deref().map(bip).transpose()?,
+            egress: options
+                .egress
+                .as_deref()
+                .map(str::parse)
+                .transpose()
+                .map_err(|error: PolicyError| error.to_string())?,
             mtu: range("mtu", options.mtu.map(u32::from), 1500, 68..=65_535)?.try_into().unwrap_or(1500),
             address_pools: options
                 .default_address_pools

@@ -72,6 +72,9 @@ pub struct Options {
     /// Address of the default bridge, with its network's prefix
     #[arg(long, value_name = "CIDR")]
     pub bip: Option<String>,
+    /// What containers may reach that have no label bulkhead.egress: deny, or allow:TARGET,… (docs/egress.md)
+    #[arg(long, value_name = "POLICY")]
+    pub egress: Option<String>,
     /// MTU of networks that do not say
     #[arg(long, value_name = "BYTES")]
     pub mtu: Option<u16>,

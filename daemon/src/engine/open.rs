@@ -77,6 +77,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     for actor in actors {
         tokio::spawn(actor.run(true));
     }
+    tokio::spawn(super::network::egress::watch(Arc::downgrade(&shared)));
     tokio::spawn(pressure::watch(Arc::downgrade(&shared), shared.config.vm.reclaim_below_percent));
     Ok(shared)
 }

@@ -11,7 +11,9 @@
 //! have it in their name, taps live no longer than their VMMs. So a daemon that was killed leaves nothing that
 //! its successor does not take over ([`HostNetwork::bring_up`]) or remove ([`HostNetwork::sweep`]).
 
+mod egress;
 mod forwarding;
+mod links;
 mod nft;
 mod proxy;
 mod rules;
@@ -29,9 +31,10 @@ use std::{
     },
 };
 
-use bulkhead_netlink::{Address, LinkChange, Netlink};
 use ipnet::IpNet;
 
+use egress::Proxies;
+pub use egress::{Confinement, Judge, Pin, Refused};
 use forwarding::Forwarding;
 use proxy::{Bound, Served};
 use rules::State;
@@ -143,6 +146,8 @@ pub struct HostNetwork {
     /// part would leave the rest unguarded.
     complete: AtomicBool,
     served: Mutex<HashMap<String, Vec<Served>>>,
+    /// Of confined endpoints.
+    proxies: Mutex<HashMap<String, Proxies>>,
 }
 
 impl HostNetwork {
@@ -159,6 +164,7 @@ impl HostNetwork {
             applied: tokio::sync::Mutex::new(0),
             complete: AtomicBool::new(false),
             served: Mutex::default(),
+            proxies: Mutex::default(),
         }
     }
 
@@ -171,30 +177,9 @@ impl HostNetwork {
             return Ok(Vec::new());
         }
         let alias = self.alias.clone();
-        blocking(move || {
-            let look = || {
-                let mut netlink = Netlink::open()?;
-                let own: Vec<u32> = netlink
-                    .links()?
-                    .iter()
-                    .filter(|link| link.alias == alias)
-                    .map(|link| link.index)
-                    .collect();
-                let addresses =
-                    netlink.addresses()?.into_iter().filter(|address| !own.contains(&address.index));
-                let mut used: Vec<IpNet> = addresses
-                    .filter_map(|address| IpNet::new(address.address, address.prefix).ok())
-                    .map(|net| net.trunc())
-                    .collect();
-                let routes = netlink.routes()?.into_iter().filter(|route| {
-                    route.prefix > 0 && route.index.is_none_or(|index| !own.contains(&index))
-                });
-                used.extend(routes.filter_map(|route| IpNet::new(route.destination, route.prefix).ok()));
-                Ok(used)
-            };
-            look().map_err(HostError::link("cannot look at the host's addresses"))
-        })
-        .await
+        let look =
+            move || links::used(&alias).map_err(HostError::link("cannot look at the host's addresses"));
+        blocking(look).await
     }
 
     /// Makes a bridge, or takes over the one that an earlier daemon of this data root has made.
@@ -207,7 +192,7 @@ impl HostNetwork {
             if !bridge.internal {
                 self.enable_forwarding(&bridge).map_err(HostError::link("cannot let the host forward"))?;
             }
-            blocking(move || make_bridge(&name, &bridge, &alias)).await?;
+            blocking(move || links::make_bridge(&name, &bridge, &alias)).await?;
         }
         self.change(|state| state.bridges.insert(name.to_owned(), bridge));
         let applied = self.apply().await;
@@ -239,32 +224,38 @@ impl HostNetwork {
             if dry {
                 return fs::File::open("/dev/null").map(OwnedFd::from).map_err(failed);
             }
-            make_tap(&name, &tap).map_err(failed)
+            links::make_tap(&name, &tap).map_err(failed)
         })
         .await
     }
 
-    /// Lets a tap speak, and its ports lead to it: all rules are in force before the first packet.
+    /// Makes the rules for a tap and its ports. They are in force when this returns.
     ///
     /// # Errors
     /// [`HostError`]; to be followed by [`HostNetwork::dismiss`].
-    pub async fn admit(
-        &self,
-        name: &str,
-        tap: Tap,
-        ports: Vec<(BoundPort, Forward)>,
-    ) -> Result<(), HostError> {
-        let isolated = tap.isolated;
-        let forwards = ports.iter().map(|(_, forward)| forward.clone()).collect();
+    pub async fn guard(&self, name: &str, tap: Tap, forwards: Vec<Forward>) -> Result<(), HostError> {
         self.change(|state| {
             state.taps.insert(name.to_owned(), tap);
             state.forwards.insert(name.to_owned(), forwards);
         });
-        self.apply().await?;
+        self.apply().await
+    }
+
+    /// Lets a tap that is guarded speak, and its ports lead to it.
+    ///
+    /// # Errors
+    /// [`HostError`]; to be followed by [`HostNetwork::dismiss`].
+    pub async fn raise(
+        &self,
+        name: &str,
+        isolated: bool,
+        ports: Vec<(BoundPort, Forward)>,
+    ) -> Result<(), HostError> {
         if !self.dry {
             let name = name.to_owned();
             blocking(move || {
-                raise_tap(&name, isolated).map_err(HostError::link(format!("cannot raise the tap {name}")))
+                let failed = HostError::link(format!("cannot raise the tap {name}"));
+                links::raise_tap(&name, isolated).map_err(failed)
             })
             .await?;
         }
@@ -280,18 +271,52 @@ impl HostNetwork {
         for served in served {
             served.end().await;
         }
+        // Before their rules: nothing may be left that could speak without them. (A VMM that was taken over
+        // may have kept a tap open.)
+        self.delete_taps(names.to_vec()).await;
+        let mut addresses = Vec::new();
         self.change(|state| {
             for name in names {
-                state.taps.remove(name);
+                addresses.extend(state.taps.remove(name).map(|tap| tap.addresses).unwrap_or_default());
                 state.forwards.remove(name);
             }
         });
         if let Err(error) = self.apply().await {
             tracing::error!(%error, "rules of taps that are gone stay behind for now");
         }
+        self.forget_connections(addresses).await;
     }
 
-    /// Removes this daemon's bridges that [`HostNetwork::bring_up`] was not told of, and applies the rules for
+    async fn delete_taps(&self, names: Vec<String>) {
+        if self.dry {
+            return;
+        }
+        let deleted =
+            blocking(move || links::remove_taps(&names).map_err(HostError::link("cannot remove a tap")));
+        if let Err(error) = deleted.await {
+            tracing::error!(%error, "a tap stays behind");
+        }
+    }
+
+    /// What was under way with these addresses is not for whoever gets them next: a datagram's sender who goes
+    /// on sending would be led to where they were for ever.
+    async fn forget_connections(&self, addresses: Vec<IpAddr>) {
+        if self.dry {
+            return;
+        }
+        let forgotten = blocking(move || {
+            let mut addresses = addresses.into_iter();
+            addresses
+                .try_for_each(bulkhead_netlink::forget_connections)
+                .map_err(HostError::link("cannot forget connections"))
+        });
+        if let Err(error) = forgotten.await {
+            tracing::warn!(%error, "connections of an endpoint that is gone are remembered until they time out");
+        }
+    }
+
+    /// Removes this daemon's bridges that [`HostNetwork::bring_up`] was not told of, taps of its bridges that
+    /// [`HostNetwork::guard`] was not told of, and applies the rules for
     /// the first time: from here on every change is in force when it is answered.
     ///
     /// # Errors
@@ -299,16 +324,20 @@ impl HostNetwork {
     pub async fn sweep(&self) -> Result<(), HostError> {
         if !self.dry {
             let alias = self.alias.clone();
-            let known: Vec<String> = self.state(|(_, state)| state.bridges.keys().cloned().collect());
+            let (bridges, taps): (Vec<String>, Vec<String>) = self.state(|(_, state)| {
+                (state.bridges.keys().cloned().collect(), state.taps.keys().cloned().collect())
+            });
             blocking(move || {
-                remove_bridges(&alias, |name| !known.iter().any(|known| known == name))
-                    .map_err(HostError::link("cannot remove old bridges"))
+                links::remove_bridges(&alias, |name| !bridges.iter().any(|known| known == name))
+                    .and_then(|()| links::remove_other_taps(&alias, &taps))
+                    .map_err(HostError::link("cannot remove old bridges and taps"))
             })
             .await?;
         }
         self.complete.store(true, Ordering::SeqCst);
         self.change(|_| {});
-        self.apply().await
+        self.apply().await?;
+        if self.dry { Ok(()) } else { self.release_others(false).await }
     }
 
     /// Removes every trace of this daemon's networks from the host. Its containers must be gone.
@@ -317,9 +346,10 @@ impl HostNetwork {
     /// [`HostError`].
     pub async fn purge(&self) -> Result<(), HostError> {
         nft::apply(&rules::remove(&self.table)).await?;
+        self.release_others(true).await?;
         let alias = self.alias.clone();
         blocking(move || {
-            remove_bridges(&alias, |_| true).map_err(HostError::link("cannot remove the bridges"))
+            links::remove_bridges(&alias, |_| true).map_err(HostError::link("cannot remove the bridges"))
         })
         .await
     }
@@ -330,7 +360,8 @@ impl HostNetwork {
         }
         let (alias, name) = (self.alias.clone(), name.to_owned());
         let removed = blocking(move || {
-            remove_bridges(&alias, |found| found == name).map_err(HostError::link("cannot remove a bridge"))
+            links::remove_bridges(&alias, |found| found == name)
+                .map_err(HostError::link("cannot remove a bridge"))
         });
         if let Err(error) = removed.await {
             tracing::error!(%error, "a bridge stays behind");
@@ -347,6 +378,10 @@ impl HostNetwork {
 
     fn served<R>(&self, f: impl FnOnce(&mut HashMap<String, Vec<Served>>) -> R) -> R {
         f(&mut self.served.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn proxies<R>(&self, f: impl FnOnce(&mut HashMap<String, Proxies>) -> R) -> R {
+        f(&mut self.proxies.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn change<R>(&self, f: impl FnOnce(&mut State) -> R) {
@@ -384,110 +419,4 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
         Err(HostError::Link { what: "a task of the host's network".into(), source: io::Error::other(error) })
     })
-}
-
-fn make_bridge(name: &str, bridge: &Bridge, alias: &str) -> Result<(), HostError> {
-    let failed = || HostError::link(format!("cannot make the bridge {name}"));
-    let mut netlink = Netlink::open().map_err(failed())?;
-    let change = LinkChange { mtu: Some(bridge.mtu.into()), ..LinkChange::default() };
-    let mut ours = false;
-    let index = match netlink.link(name).map_err(failed())? {
-        // One without an alias has our network's name, and a daemon that died before it could sign it.
-        Some(link)
-            if link.kind == "bridge"
-                && (link.alias == alias || (link.alias.is_empty() && name.starts_with("bh-"))) =>
-        {
-            netlink.change_link(link.index, &change).map_err(failed())?;
-            link.index
-        }
-        Some(_) => return Err(HostError::Taken(name.to_owned())),
-        None => {
-            // An address of its own, lest it take that of whichever port is the least.
-            let mac = Some(random_mac().map_err(failed())?);
-            netlink.add_bridge(name, &LinkChange { mac, ..change }).map_err(failed())?;
-            ours = true;
-            let link = netlink.link(name).map_err(failed())?;
-            link.ok_or_else(|| failed()(io::ErrorKind::NotFound.into()))?.index
-        }
-    };
-    let made = set_up_bridge(&mut netlink, index, name, bridge);
-    // The kernel takes no alias for a link that is yet to be made.
-    let signed = LinkChange { alias: Some(alias), ..LinkChange::default() };
-    let made = made.and_then(|()| netlink.change_link(index, &signed));
-    // One that was there has containers, maybe.
-    if made.is_err() && ours {
-        let _ = netlink.delete_link(index);
-    }
-    made.map_err(failed())
-}
-
-fn set_up_bridge(netlink: &mut Netlink, index: u32, name: &str, bridge: &Bridge) -> io::Result<()> {
-    let ipv6 = bridge.gateways.iter().any(|gateway| gateway.addr().is_ipv6());
-    set_ipv6(name, ipv6)?;
-    for old in netlink.addresses()? {
-        let wanted = |gateway: &IpNet| gateway.addr() == old.address && gateway.prefix_len() == old.prefix;
-        let link_local = matches!(old.address, IpAddr::V6(address) if address.is_unicast_link_local());
-        if old.index == index && !link_local && !bridge.gateways.iter().any(wanted) {
-            netlink.delete_address(&old)?;
-        }
-    }
-    for gateway in &bridge.gateways {
-        netlink.add_address(&Address { index, address: gateway.addr(), prefix: gateway.prefix_len() })?;
-    }
-    netlink.change_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })
-}
-
-/// Switches IPv6 of an interface on or off, and its ear for router advertisements off in any case. A host
-/// without IPv6 has nothing to switch off.
-fn set_ipv6(name: &str, enabled: bool) -> io::Result<()> {
-    let directory = Path::new("/proc/sys/net/ipv6/conf").join(name);
-    if !enabled && !directory.exists() {
-        return Ok(());
-    }
-    fs::write(directory.join("accept_ra"), "0")?;
-    fs::write(directory.join("disable_ipv6"), if enabled { "0" } else { "1" })
-}
-
-fn make_tap(name: &str, tap: &Tap) -> io::Result<OwnedFd> {
-    let mut netlink = Netlink::open()?;
-    let bridge = netlink.link(&tap.bridge)?.ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, format!("the bridge {} is not there", tap.bridge))
-    })?;
-    let fd = tap::open(name)?;
-    let link = netlink.link(name)?.ok_or(io::ErrorKind::NotFound)?;
-    // The host itself has nothing to say there.
-    set_ipv6(name, false)?;
-    let change =
-        LinkChange { mtu: Some(tap.mtu.into()), master: Some(bridge.index), ..LinkChange::default() };
-    netlink.change_link(link.index, &change)?;
-    Ok(fd)
-}
-
-fn raise_tap(name: &str, isolated: bool) -> io::Result<()> {
-    let mut netlink = Netlink::open()?;
-    let link = netlink.link(name)?.ok_or(io::ErrorKind::NotFound)?;
-    if isolated {
-        netlink.isolate_port(link.index, true)?;
-    }
-    netlink.change_link(link.index, &LinkChange { up: Some(true), ..LinkChange::default() })
-}
-
-/// Removes bridges of this alias whose names are `chosen`.
-fn remove_bridges(alias: &str, chosen: impl Fn(&str) -> bool) -> io::Result<()> {
-    let mut netlink = Netlink::open()?;
-    for link in netlink.links()? {
-        if link.kind == "bridge" && link.alias == alias && chosen(&link.name) {
-            tracing::info!(bridge = link.name, "a bridge is removed");
-            netlink.delete_link(link.index)?;
-        }
-    }
-    Ok(())
-}
-
-/// A locally administered address.
-fn random_mac() -> io::Result<[u8; 6]> {
-    let mut mac = [0; 6];
-    getrandom::fill(&mut mac).map_err(io::Error::other)?;
-    mac[0] = 0x02;
-    Ok(mac)
 }

@@ -11,13 +11,28 @@ const WITHIN: Duration = Duration::from_secs(60);
 
 /// Applies a script.
 pub(super) async fn apply(script: &str) -> Result<(), HostError> {
+    run(&["-f", "-"], script).await.map(drop)
+}
+
+/// Everything in a table, as JSON.
+pub(super) async fn list_table(family: &str, table: &str) -> Result<String, HostError> {
+    run(&["-j", "list", "table", family, table], "").await
+}
+
+/// The names of the tables of a family.
+pub(super) async fn tables(family: &str) -> Result<Vec<String>, HostError> {
+    let text = run(&["list", "tables", family], "").await?;
+    Ok(text.lines().filter_map(|line| line.split_whitespace().nth(2)).map(str::to_owned).collect())
+}
+
+async fn run(arguments: &[&str], script: &str) -> Result<String, HostError> {
     let failed = |message: String| HostError::Rules(message);
     let run = async {
         let mut child = Command::new("nft")
-            .args(["-f", "-"])
+            .args(arguments)
             .env("PATH", search_path())
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -33,7 +48,7 @@ pub(super) async fn apply(script: &str) -> Result<(), HostError> {
     };
     let output = tokio::time::timeout(WITHIN, run).await.map_err(|_| failed("nft hangs".into()))??;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let words = String::from_utf8_lossy(&output.stderr);
     let words: String = words.chars().take(2000).collect();

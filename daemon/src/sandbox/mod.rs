@@ -29,7 +29,7 @@ use std::{
     collections::HashSet,
     fs::File,
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -127,8 +127,6 @@ pub struct SandboxSpec {
     pub disk: Option<File>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
-    /// The taps that it has from the beginning.
-    pub nics: Vec<Nic>,
     /// Where the stages of the boot are marked.
     pub timeline: Arc<Timeline>,
     /// `/dev/kvm`.
@@ -436,12 +434,17 @@ impl Sandbox {
         vsock::connect(&self.dir, NAMES_PORT).await
     }
 
-    /// Gives a network slot its tap.
+    /// Gives network slots their taps.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn plug(&self, nic: &Nic) -> Result<(), ControlError> {
-        plan::plug(&self.control, &self.dir, nic).await
+    pub async fn plug(&self, nics: &[Nic]) -> Result<(), ControlError> {
+        let request = |nic: &Nic| Request::AttachTap { id: self::nic(nic.slot), mac: nic.mac, mtu: nic.mtu };
+        let requests: Vec<_> = nics.iter().map(|nic| (request(nic), Some(nic.tap.as_fd()))).collect();
+        if requests.is_empty() {
+            return Ok(());
+        }
+        self.control.call_all(&self.dir, &requests).await
     }
 
     /// Takes a network slot's tap away.

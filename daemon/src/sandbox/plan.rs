@@ -6,7 +6,7 @@
 //!  1 directory                               directory              undo: remove it
 //!  2 user id, control group                  user id, control group undo: given back with the directory
 //!  3 spawn the VMM                           spawn the VMM          undo: kill it, and wait
-//!  4 attach disk, taps, layers (as it boots) attach all, resume
+//!  4 attach disk, layers (as it boots)       attach all, resume
 //!  5 wait for Hello                          connect to the agent   or hear of the VMM's death
 //!  6 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
 //! ```
@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, Confinement, ConnectError, ControlError, DISK, NICS, Nic, Origin, Rates, Sandbox,
+    BootError, CallError, Confinement, ConnectError, ControlError, DISK, NICS, Origin, Rates, Sandbox,
     SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
@@ -184,7 +184,6 @@ impl Vmm {
             .disk
             .iter()
             .map(|disk| (Request::AttachDisk { id: DISK.into(), read_only: false }, Some(disk.as_fd())));
-        let nics = spec.nics.iter().map(attach_tap);
         let layers = layers.iter().map(|(name, layer)| {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
@@ -192,7 +191,7 @@ impl Vmm {
         let growth = growth(spec).filter(|_| resume).map(|growth| (growth, None));
         let goes_on = resume.then_some((Request::Resume, None));
         let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
-            disk.chain(nics).chain(layers).chain(goes_on).chain(growth).collect();
+            disk.chain(layers).chain(goes_on).chain(growth).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
         if resume {
@@ -302,17 +301,6 @@ fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootErr
     jail::detached(path).map_err(|e| BootError::io(&format!("cannot mount the layer {}", path.display()), e))
 }
 
-/// A network slot's tap as a request.
-fn attach_tap(nic: &Nic) -> (Request, Option<BorrowedFd<'_>>) {
-    let Nic { slot, tap, mac, mtu } = nic;
-    (Request::AttachTap { id: super::nic(*slot), mac: *mac, mtu: *mtu }, Some(tap.as_fd()))
-}
-
-/// Gives a network slot its tap.
-pub(super) async fn plug(control: &Control, dir: &SandboxDir, nic: &Nic) -> Result<(), ControlError> {
-    control.call_all(dir, &[attach_tap(nic)]).await.map(drop)
-}
-
 /// Makes the guest one of its own: fresh entropy, the time, its containers' names.
 pub(super) async fn personalize(agent: &Agent, containers: Vec<ContainerIdentity>) -> Result<(), BootError> {
     let mut entropy = vec![0; MIN_ENTROPY];
@@ -414,7 +402,6 @@ mod tests {
             cmdline: String::new(),
             disk: Some(File::open("/dev/null").unwrap()),
             layers: vec![],
-            nics: vec![],
             timeline: Timeline::begin("c", TimelineKind::Run),
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),

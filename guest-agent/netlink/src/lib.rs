@@ -1,11 +1,12 @@
-//! Links, addresses and routes by rtnetlink (rtnetlink(7)): as much of it as the guest agent and the daemon
-//! need. Calls block for as long as the kernel takes, which is not long; there is one socket and no state.
+//! Links, addresses and routes by rtnetlink (rtnetlink(7)), and the table of connections by ctnetlink: as much
+//! of it as the guest agent and the daemon need. Calls block for as long as the kernel takes, which is not long; there is one socket and no state.
 //!
 //! ```text
 //!   request  ──▶ kernel ──▶ ACK, or an error number
 //!   dump     ──▶ kernel ──▶ one message an object … DONE
 //! ```
 
+mod conntrack;
 mod message;
 
 use std::{
@@ -15,7 +16,11 @@ use std::{
 };
 
 use message::{Attributes, Message, constant as nl};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink::SocketAddrNetlink};
+use rustix::net::{
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, netlink::SocketAddrNetlink,
+};
+
+pub use conntrack::forget_connections;
 
 /// The longest interface name, in bytes.
 pub const MAX_NAME: usize = 15;
@@ -96,9 +101,13 @@ impl Netlink {
     /// # Errors
     /// Of the system calls.
     pub fn open() -> io::Result<Self> {
-        let flags = SocketFlags::CLOEXEC;
         // Protocol 0 of this family is routing.
-        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        Self::of(None)
+    }
+
+    fn of(protocol: Option<Protocol>) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
         rustix::net::bind(&socket, &SocketAddrNetlink::new(0, 0))?;
         Ok(Self { socket, sequence: 0 })
     }

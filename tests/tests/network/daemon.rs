@@ -1,8 +1,92 @@
 //! A daemon that dies leaves nothing that the next does not take over or remove.
 
-use bulkhead_tests::{Host, Suite, with_daemon};
+use std::{env, thread, time::Duration};
+
+use bulkhead_tests::{Daemon, Docker, Host, Suite, with_daemon};
 
 use crate::{Test, serve};
+
+/// What of networks is on the host for containers of this daemon: taps in its bridges and chains of rules, each a
+/// line.
+fn traces(daemon: &Daemon) -> anyhow::Result<String> {
+    let docker = daemon.docker();
+    let id = docker.ok(&["info", "--format", "{{.ID}}"])?;
+    let digits: String = id.chars().filter(char::is_ascii_hexdigit).take(12).collect();
+    let script = r#"
+        for alias in /sys/class/net/*/ifalias; do
+          case "$(cat "$alias")" in "bulkhead $1") ls "${alias%ifalias}brif";; esac
+        done
+        nft list table bridge "bulkhead-$2" | grep 'chain from_bht' || true
+        nft list table inet "bulkhead-$2" | grep dnat | grep dport || true"#;
+    Host::from_env()?.sh(script, &[&id, &digits])
+}
+
+/// Removes all containers, running or not.
+fn remove_all(docker: &Docker) -> Test {
+    let ids = docker.ok(&["ps", "-aq"])?;
+    let ids: Vec<&str> = ids.lines().collect();
+    if ids.is_empty() { Ok(()) } else { docker.ok(&[&["rm", "-f"], ids.as_slice()].concat()).map(drop) }
+}
+
+#[test]
+fn many_that_come_and_go_at_once_leave_nothing() -> Test {
+    // An emulated host takes seconds for each; `BULKHEAD_TEST_STARTS=200` asks for more.
+    let count: usize = env::var("BULKHEAD_TEST_STARTS").map_or(Ok(24), |count| count.parse())?;
+    with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
+        let docker = daemon.docker();
+        docker.ok(&["pull", "-q", "busybox"])?;
+        docker.ok(&["network", "create", "mine"])?;
+        let run = |_| {
+            let script =
+                "ping -c 1 -W 60 $(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p') >/dev/null";
+            let words = ["run", "--rm", "--network", "mine", "-p", "80", "busybox", "sh", "-c", script];
+            docker.ok(&words).map(drop)
+        };
+        let numbers: Vec<usize> = (0..count).collect();
+        thread::scope(|scope| {
+            let share = |numbers: &[usize]| numbers.iter().try_for_each(run);
+            let shares: Vec<_> =
+                numbers.chunks(count.div_ceil(8)).map(|chunk| scope.spawn(move || share(chunk))).collect();
+            shares.into_iter().try_for_each(|share| share.join().unwrap_or_else(|_| anyhow::bail!("a panic")))
+        })?;
+        assert_eq!(traces(daemon)?, "");
+        docker.ok(&["network", "rm", "mine"]).map(drop)
+    })
+}
+
+#[test]
+fn killed_while_containers_come_and_go_it_leaves_nothing() -> Test {
+    with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
+        let docker = daemon.docker();
+        docker.ok(&["pull", "-q", "busybox"])?;
+        docker.ok(&["network", "create", "mine"])?;
+        for tenths in [2, 6, 12, 20] {
+            let begun: Vec<_> = (0..3)
+                .map(|_| {
+                    docker.spawn(&["run", "-d", "--network", "mine", "-p", "80", "busybox", "sleep", "1000"])
+                })
+                .collect::<anyhow::Result<_>>()?;
+            let removed = docker.ok(&["ps", "-q"])?;
+            let removal = removed.lines().next().map(|id| docker.spawn(&["rm", "-f", id])).transpose()?;
+            thread::sleep(Duration::from_millis(100 * tenths));
+            daemon.kill()?;
+            for client in begun.into_iter().chain(removal) {
+                client.wait_with_output()?;
+            }
+            daemon.start_again()?;
+            // Those that run have their network.
+            let running = docker.ok(&["ps", "-q"])?;
+            for id in running.lines() {
+                let gateway = docker.inspect(id, "{{.NetworkSettings.Networks.mine.Gateway}}")?;
+                docker.ok(&["exec", id, "ping", "-c", "1", "-W", "60", &gateway])?;
+            }
+        }
+        remove_all(&docker)?;
+        assert_eq!(traces(daemon)?, "");
+        docker.ok(&["network", "rm", "mine"])?;
+        Ok(())
+    })
+}
 
 #[test]
 fn after_kill_9_names_ports_and_rules_are_there_again() -> Test {

@@ -1,11 +1,14 @@
 //! Networks: containers reach each other, the host and nothing that they must not. With the real docker CLI.
 
+mod compose;
 mod daemon;
+mod egress;
 mod names;
 mod ports;
 mod reach;
 mod refusals;
 mod spoof;
+mod transfer;
 
 use bulkhead_tests::{Docker, Host, Suite};
 

@@ -22,6 +22,24 @@ fn a_neighbour_is_found_by_name_alias_short_id_and_host_name() -> Test {
 }
 
 #[test]
+fn names_lead_to_addresses_of_both_families() -> Test {
+    let docker = docker()?;
+    let network =
+        Network::create(&docker, &["--ipv6", "--subnet", "fd00:78::/64", "--subnet", "10.219.0.0/24"])?;
+    let web = serve(&docker, &["--network", &network.name, "--network-alias", "both"], "web")?;
+    let script =
+        "for family in -4 -6; do for name; do ping $family -c 1 -W 60 $name | grep ^PING; done; done";
+    let words =
+        ["run", "--rm", "--network", &network.name, "busybox", "sh", "-c", script, "sh", "both", web.name()];
+    let text = docker.ok(&words)?;
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 4, "{text}");
+    assert!(lines[..2].iter().all(|line| line.contains("(10.219.0.2)")), "{text}");
+    assert!(lines[2..].iter().all(|line| line.contains("(fd00:78::2)")), "{text}");
+    Ok(())
+}
+
+#[test]
 fn an_alias_of_several_is_each_in_turn_and_addresses_have_names() -> Test {
     let docker = docker()?;
     let network = Network::create(&docker, &[])?;

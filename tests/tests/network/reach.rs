@@ -127,17 +127,48 @@ fn a_running_container_is_connected_and_disconnected() -> Test {
 }
 
 #[test]
-fn sixty_four_megabytes_arrive_as_they_were_sent() -> Test {
+fn inspect_tells_all_of_a_network_and_of_a_container_in_it() -> Test {
     let docker = docker()?;
-    let network = Network::create(&docker, &[])?;
-    // 64 MiB here, since every byte passes an emulated CPU several times; segmentation is at work all the same.
-    let send = "dd if=/dev/urandom of=/data bs=1M count=64 2>/dev/null; sha256sum </data; while true; do nc -l -p 99 </data; done";
-    let sender = docker.run_detached(&["--network", &network.name, "busybox", "sh", "-c", send])?;
-    let script = format!(
-        "while ! nc {} 99 >/data 2>/dev/null || [ ! -s /data ]; do sleep 0.2; done; sha256sum </data",
-        sender.name()
-    );
-    let received = docker.ok(&["run", "--rm", "--network", &network.name, "busybox", "sh", "-c", &script])?;
-    assert_eq!(sender.docker(&["logs"])?, received);
+    let options =
+        ["--ipv6", "--subnet", "fd00:79::/64", "--subnet", "10.220.0.0/24", "--ip-range", "10.220.0.128/25"];
+    let network = Network::create(&docker, &[options.as_slice(), &["--gateway", "10.220.0.254"]].concat())?;
+    let words = [
+        "--network",
+        network.name.as_str(),
+        "--network-alias",
+        "a",
+        "--expose",
+        "81",
+        "-p",
+        "127.0.0.1:0:80",
+    ];
+    let container = docker.run_detached(&[&words, ["busybox", "sleep", "1000"].as_slice()].concat())?;
+    let settings = container.docker(&["inspect", "--format", "{{json .NetworkSettings}}"])?;
+    let settings: serde_json::Value = serde_json::from_str(&settings)?;
+    let own = &settings["Networks"][&network.name];
+    let text = |field: &str| own[field].as_str().unwrap_or_default();
+    assert_eq!((text("IPAddress"), own["IPPrefixLen"].as_u64()), ("10.220.0.128", Some(24)), "{own}");
+    assert_eq!((text("Gateway"), text("IPv6Gateway")), ("10.220.0.254", "fd00:79::1"), "{own}");
+    assert_eq!(text("GlobalIPv6Address"), "fd00:79::2", "{own}");
+    assert_eq!(own["GlobalIPv6PrefixLen"], 64, "{own}");
+    assert_eq!((text("EndpointID").len(), text("NetworkID").len()), (64, 64), "{own}");
+    assert_eq!(own["Aliases"], serde_json::json!(["a"]));
+    assert_eq!(own["DNSNames"][0], container.name());
+    assert!(settings["Ports"]["81/tcp"].is_null() && settings["Ports"].get("81/tcp").is_some(), "{settings}");
+    assert_eq!(settings["Ports"]["80/tcp"][0]["HostIp"], "127.0.0.1", "{settings}");
+    assert!(settings["SandboxID"].is_string() && settings["SandboxKey"].is_string(), "{settings}");
+    assert_eq!(settings["IPAddress"], "", "of the default bridge alone: {settings}");
+    let inside = container.exec(&["cat", "/sys/class/net/eth0/address"])?;
+    assert_eq!(text("MacAddress"), inside);
+    let members = network.inspect("{{json .Containers}}")?;
+    let members: serde_json::Value = serde_json::from_str(&members)?;
+    let id = container.docker(&["inspect", "--format", "{{.Id}}"])?;
+    let member = &members[&id];
+    assert_eq!(member["Name"], container.name(), "{members}");
+    assert_eq!(member["IPv4Address"], "10.220.0.128/24", "{members}");
+    assert_eq!(member["EndpointID"], own["EndpointID"], "{members}");
+    container.docker(&["stop", "-t", "0"])?;
+    let ports = container.docker(&["inspect", "--format", "{{json .NetworkSettings.Ports}}"])?;
+    assert_eq!(ports, "{}");
     Ok(())
 }

@@ -11,6 +11,7 @@
 mod daemons;
 mod dockerd;
 mod figures;
+mod networks;
 pub(crate) mod probe;
 
 use std::fs;
@@ -75,6 +76,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     let bench = Bench { host: &place.host, bundle: &bundle, args, firecracker };
     let (mut figures, mut notes) = (bench.machines()?, Vec::new());
     figures.extend(bench.containers(&mut notes)?);
+    figures.extend(bench.networks()?);
     print!("{}", figures::table(&figures));
     notes.iter().for_each(|note| println!("{note}"));
     if venue == Venue::TestHost {

@@ -33,7 +33,13 @@ pub(super) async fn create(
     let mut warnings: Vec<String> = warning.into_iter().collect();
     warnings.extend(spec::validate(&config, &host_config)?);
     warnings.extend(limits::check(&config, &host_config, &shared.layout().data_root, false)?);
-    let networks = network::attach::attachments(&shared.networks, &config, &host_config, &networking_config)?;
+    let networks = network::attach::attachments(
+        &shared.networks,
+        &shared.config,
+        &config,
+        &host_config,
+        &networking_config,
+    )?;
     network::ports::wanted(&config, &host_config)?;
     let size = disk_size(&host_config)?;
     timeline.mark(Stage::Resolved);

@@ -2,8 +2,9 @@
 //! runs.
 
 use bulkhead_agent_api::{Call, Gateway, Interface, InterfaceAddress};
+use futures_util::future::try_join_all;
 
-use super::record::Record;
+use super::{record::Record, state::Failure};
 use crate::{
     engine::{
         Error, Result, Shared,
@@ -13,15 +14,8 @@ use crate::{
             record::{Endpoint, Network},
         },
     },
-    sandbox::Nic,
+    sandbox::{Nic, Sandbox},
 };
-
-/// The network slot of a place that was just got; None when it was taken before.
-pub(super) fn nic(joined: &mut Joined) -> Option<Nic> {
-    let Joined { network, endpoint, tap, .. } = joined;
-    let tap = tap.take()?;
-    Some(Nic { slot: endpoint.slot, tap, mac: endpoint.mac, mtu: network.settings.mtu })
-}
 
 /// The record of a container with what it has just got.
 pub(super) fn with_endpoints(record: &Record, joined: &[Joined]) -> Record {
@@ -55,15 +49,28 @@ pub(crate) fn check_order(record: &Record) -> Result<()> {
     )))
 }
 
-/// Lets all of them speak.
+/// Makes the taps of all places, guarded and up.
 ///
 /// # Errors
 /// The host's.
-pub(super) async fn admit(shared: &Shared, joined: &mut [Joined]) -> Result<()> {
-    for one in joined {
-        shared.networks.admit(one).await?;
-    }
-    Ok(())
+pub(super) async fn admit(shared: &Shared, record: &Record, joined: &mut [Joined]) -> Result<Vec<Nic>> {
+    let all = joined.iter_mut().map(|one| async {
+        let tap = shared.networks.admit(record, one).await?;
+        Ok(Nic { slot: one.endpoint.slot, tap, mac: one.endpoint.mac, mtu: one.network.settings.mtu })
+    });
+    try_join_all(all).await
+}
+
+/// Gives a machine that has just come up its taps.
+///
+/// # Errors
+/// The VMM's.
+pub(super) async fn plug(sandbox: &Sandbox, nics: &[Nic]) -> std::result::Result<(), Failure> {
+    let plugged = sandbox.plug(nics).await;
+    plugged.map_err(|error| Failure {
+        code: 128,
+        error: format!("the microVM does not take its interfaces: {error}"),
+    })
 }
 
 /// What the agent is told at a start.

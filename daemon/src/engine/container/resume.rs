@@ -86,13 +86,12 @@ pub(super) async fn resume(
         let error = format!("the saved machine cannot go on here: {what} is another");
         return Err(Failure { code: 128, error });
     }
-    spec.nics = joined.iter_mut().filter_map(network::nic).collect();
     timeline.mark(Stage::Prepared);
-    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, &mut joined));
+    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, record, &mut joined));
     let (sandbox, events) = booting.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
-    admitted.map_err(internal)?;
     // Its interfaces are those of its former life until now, and what they send goes nowhere.
+    network::plug(&sandbox, &admitted.map_err(internal)?).await?;
     for request in network::calls(shared, record, &joined) {
         call(&sandbox, request).await?;
     }

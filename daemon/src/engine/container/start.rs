@@ -84,13 +84,11 @@ pub(crate) async fn start(
     let disk = shared.layout().container_disk(&record.id);
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
-    let nics = joined.iter_mut().filter_map(network::nic).collect();
-    let spec =
-        SandboxSpec { nics, ..sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)? };
+    let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
     let memory = spec.memory;
     timeline.mark(Stage::Prepared);
-    // The rules, which take a while, are made while the guest boots.
-    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, &mut joined));
+    // Taps and rules, which take a while, are made while the guest boots.
+    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, record, &mut joined));
     let (sandbox, events) = match booting {
         Ok(booted) => booted,
         Err(error) => {
@@ -101,15 +99,23 @@ pub(crate) async fn start(
         }
     };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
-    admitted.map_err(internal)?;
-    for request in network::calls(shared, record, &joined) {
-        call(&sandbox, request).await?;
-    }
-    let resolver = resolver(shared, record, &sandbox).await?;
+    let nics = admitted.map_err(internal)?;
 
+    let interfaces = async {
+        network::plug(&sandbox, &nics).await?;
+        for request in network::calls(shared, record, &joined) {
+            call(&sandbox, request).await?;
+        }
+        if !joined.is_empty() {
+            timeline.mark(Stage::Networked);
+        }
+        Ok(())
+    };
     // The workload is to find all of its memory: it may size itself by it.
     let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
-    tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
+    let create = call(&sandbox, Call::Create(Box::new(create)));
+    let ((), (), _, resolver) =
+        tokio::try_join!(interfaces, grown, create, resolver(shared, record, &sandbox))?;
     timeline.mark(Stage::Created);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
@@ -265,7 +271,6 @@ pub(super) fn sandbox_spec(
         cmdline: CMDLINE.into(),
         disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
-        nics: Vec::new(),
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         // The CPUs' come when it is up: a boot is to be quick.

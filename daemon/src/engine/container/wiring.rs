@@ -1,7 +1,7 @@
 //! Networks of a container that runs: an interface appears in the guest, or goes.
 //!
 //! ```text
-//!   connect:     address, tap ─▶ VMM's slot ─▶ rules, link up ─▶ agent: interface, routes, files
+//!   connect:     address ─▶ tap, rules, link up ─▶ VMM's slot ─▶ agent: interface, routes, files
 //!   disconnect:  agent: interface gone ─▶ VMM's slot empty ─▶ rules, address free ─▶ agent: routes, files
 //! ```
 //! What fails half-way is taken back as far as the guest lets it; what the guest does not give back goes with it.
@@ -50,11 +50,10 @@ async fn wire(
         return Ok(None);
     };
     let endpoint = joined.endpoint.clone();
-    let Some(nic) = network::nic(&mut joined) else { return Err(Error::internal("a tap is missing")) };
-    let plugged = workload.sandbox.plug(&nic).await;
+    let nics = network::admit(shared, record, std::slice::from_mut(&mut joined)).await?;
+    let plugged = workload.sandbox.plug(&nics).await;
     plugged.map_err(|error| Error::internal(format!("the microVM does not take the interface: {error}")))?;
     let made = async {
-        shared.networks.admit(&mut joined).await?;
         call(workload, network::connect(&joined.network, &endpoint)).await?;
         let mut record = record.clone();
         if let Some(attachment) = record.networks.get_mut(name) {

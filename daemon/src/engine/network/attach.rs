@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use super::{
-    Networks,
+    Networks, egress,
     record::{Attachment, Driver, Network, Subnet},
 };
 use crate::{
@@ -23,10 +23,12 @@ const MAX_NAMES: usize = 256;
 /// No such network; something that cannot be had in it.
 pub(crate) fn attachments(
     networks: &Networks,
+    daemon: &crate::config::Config,
     config: &Config,
     host: &HostConfig,
     asked: &NetworkingConfig,
 ) -> Result<BTreeMap<String, Attachment>> {
+    egress::policy_of(config.labels.as_ref(), daemon).map_err(|error| Error::invalid(error.to_string()))?;
     let primary = match host.network_mode.as_str() {
         _ if config.network_disabled => "none",
         "" | "default" => "bridge",

@@ -21,6 +21,8 @@ pub(super) mod kind {
     pub(crate) const PTR: u16 = 12;
     pub(crate) const AAAA: u16 = 28;
     pub(crate) const OPT: u16 = 41;
+    pub(crate) const SVCB: u16 = 64;
+    pub(crate) const HTTPS: u16 = 65;
     pub(crate) const ANY: u16 = 255;
 }
 
@@ -32,6 +34,7 @@ pub(super) enum Code {
     Malformed = 1,
     Failed = 2,
     NotImplemented = 4,
+    Refused = 5,
 }
 
 /// A query with one question.
@@ -198,6 +201,52 @@ fn write_name(name: &str) -> Option<Vec<u8>> {
     (bytes.len() <= MAX_NAME).then_some(bytes)
 }
 
+/// How many records of an answer are looked at.
+const MAX_RECORDS: u16 = 256;
+
+/// The addresses in an answer with how many seconds each may be kept. What follows something malformed is not
+/// looked at.
+pub(super) fn addresses_in(message: &[u8]) -> Vec<(IpAddr, u32)> {
+    let mut found = Vec::new();
+    let _ = read_addresses(message, &mut found);
+    found
+}
+
+fn read_addresses(message: &[u8], found: &mut Vec<(IpAddr, u32)>) -> Option<()> {
+    let (questions, answers) = (word(message, 4)?, word(message, 6)?);
+    let mut at = HEADER;
+    for _ in 0..questions.min(MAX_RECORDS) {
+        at = skip_name(message, at)? + 4;
+    }
+    for _ in 0..answers.min(MAX_RECORDS) {
+        at = skip_name(message, at)?;
+        let (kind, class) = (word(message, at)?, word(message, at + 2)?);
+        let ttl = u32::from(word(message, at + 4)?) << 16 | u32::from(word(message, at + 6)?);
+        let start = at + 10;
+        let data = message.get(start..start + usize::from(word(message, at + 8)?))?;
+        let address = match (kind, class) {
+            (kind::A, 1) => <[u8; 4]>::try_from(data).ok().map(IpAddr::from),
+            (kind::AAAA, 1) => <[u8; 16]>::try_from(data).ok().map(IpAddr::from),
+            _ => None,
+        };
+        found.extend(address.map(|address| (address, ttl)));
+        at = start + data.len();
+    }
+    Some(())
+}
+
+/// Where a name ends, which may be a pointer to another.
+fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        match *message.get(at)? {
+            0 => return Some(at + 1),
+            pointer if pointer >= 0xc0 => return Some(at + 2),
+            length if length < 0x40 => at += 1 + usize::from(length),
+            _ => return None,
+        }
+    }
+}
+
 /// The address that a reverse query asks about.
 pub(super) fn reverse(name: &str) -> Option<IpAddr> {
     if let Some(digits) = name.strip_suffix(".in-addr.arpa") {
@@ -286,6 +335,17 @@ mod tests {
     }
 
     #[test]
+    fn the_addresses_of_an_answer_are_found() {
+        let query = Query::parse(&query(1, "example.org", kind::A)).unwrap();
+        let addresses = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
+        let answer = query.addresses(&addresses, 4096);
+        assert_eq!(addresses_in(&answer), addresses.map(|address| (address, TTL)));
+        for end in 0..answer.len() {
+            assert!(addresses_in(&answer[..end]).len() < 2);
+        }
+    }
+
+    #[test]
     fn odd_messages_get_their_codes() {
         let good = query(1, "a", kind::A);
         let changed = |at: usize, value: u8| {
@@ -307,6 +367,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_message_is_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            addresses_in(&bytes);
             if let Ok(query) = Query::parse(&bytes) {
                 prop_assert!(query.addresses(&["1.2.3.4".parse().unwrap()], 512).len() <= 512);
                 query.is_answered_by(&bytes, 1);

@@ -112,6 +112,8 @@ pub struct Allocator {
     subnet: IpNet,
     range: IpNet,
     taken: BTreeSet<IpAddr>,
+    /// Where the next search begins.
+    next: IpAddr,
 }
 
 impl Allocator {
@@ -126,7 +128,8 @@ impl Allocator {
                 taken.insert(subnet.broadcast());
             }
         }
-        Self { subnet, range: range.unwrap_or(subnet), taken }
+        let range = range.unwrap_or(subnet);
+        Self { subnet, range, taken, next: range.network() }
     }
 
     /// The subnet.
@@ -145,24 +148,30 @@ impl Allocator {
         if self.taken.insert(address) { Ok(()) } else { Err(AddressError::InUse) }
     }
 
-    /// Takes the lowest free address of the range.
+    /// Takes the next free address of the range. One that was given back is given out again only after all others:
+    /// whoever still remembers its last owner meets nobody for as long as possible.
     ///
     /// # Errors
     /// There is none.
     pub fn take_any(&mut self) -> Result<IpAddr, AddressError> {
         let (first, last) = (self.range.network(), self.range.broadcast());
+        let free = self.free_from(self.next, last).or_else(|| self.free_from(first, last));
+        let address = free.ok_or(AddressError::Exhausted)?;
+        self.taken.insert(address);
+        self.next = offset(address, 1).filter(|next| *next <= last).unwrap_or(first);
+        Ok(address)
+    }
+
+    /// The lowest free address.
+    fn free_from(&self, first: IpAddr, last: IpAddr) -> Option<IpAddr> {
         let mut candidate = first;
         for taken in self.taken.range(first..=last) {
             if *taken != candidate {
                 break;
             }
-            candidate = offset(candidate, 1).ok_or(AddressError::Exhausted)?;
+            candidate = offset(candidate, 1)?;
         }
-        if candidate > last || !self.range.contains(&candidate) {
-            return Err(AddressError::Exhausted);
-        }
-        self.taken.insert(candidate);
-        Ok(candidate)
+        (candidate <= last).then_some(candidate)
     }
 
     /// Gives an address back.
@@ -217,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lowest_free_address_is_taken_and_ends_are_not() {
+    fn addresses_are_taken_in_order_and_ends_are_not() {
         let mut small = Allocator::new(net("10.0.0.0/29"), None);
         small.take("10.0.0.1".parse().unwrap()).unwrap();
         let mut got = Vec::new();
@@ -230,6 +239,17 @@ mod tests {
         assert_eq!(small.take("10.0.0.4".parse().unwrap()), Err(AddressError::InUse));
         assert_eq!(small.take("10.0.1.4".parse().unwrap()), Err(AddressError::OutOfRange));
         assert_eq!(small.take("10.0.0.7".parse().unwrap()), Err(AddressError::InUse));
+    }
+
+    #[test]
+    fn an_address_that_was_given_back_comes_last() {
+        let mut small = Allocator::new(net("10.0.0.0/29"), None);
+        let mut next = || small.take_any().map(|address| address.to_string());
+        assert_eq!((next(), next()), (Ok("10.0.0.1".into()), Ok("10.0.0.2".into())));
+        small.release("10.0.0.1".parse().unwrap());
+        let mut rest: Vec<String> = std::iter::from_fn(|| Some(small.take_any().ok()?.to_string())).collect();
+        assert_eq!(rest.pop().as_deref(), Some("10.0.0.1"));
+        assert_eq!(rest, ["10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6"]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
         container::{names, record::Record},
         spec::NetworkFacts,
     },
-    hostnet::Tap,
+    hostnet::{HostError, Tap},
     sandbox::NICS,
 };
 
@@ -48,14 +48,12 @@ impl Member {
 pub(crate) struct Joined {
     pub(crate) network: Arc<Network>,
     pub(crate) endpoint: Endpoint,
-    /// For the VMM.
-    pub(crate) tap: Option<OwnedFd>,
     /// Bound, and not yet led anywhere.
     ports: Vec<Binding>,
 }
 
 impl Networks {
-    /// Gives a container that is being started its places in all of its networks: addresses, ports, taps. On an
+    /// Gives a container that is being started its places in all of its networks: addresses and ports. On an
     /// error nothing of it is left.
     ///
     /// # Errors
@@ -137,9 +135,7 @@ impl Networks {
                 }
             });
         }
-        let opened = self.host.open_tap(&endpoint.tap, &tap(&network, &endpoint)).await;
-        let opened = opened.map_err(|error| Error::internal(error.to_string()))?;
-        Ok(Some(Joined { network, endpoint, tap: Some(opened), ports: bindings }))
+        Ok(Some(Joined { network, endpoint, ports: bindings }))
     }
 
     /// Takes addresses and makes the container a member.
@@ -189,16 +185,36 @@ impl Networks {
         })
     }
 
-    /// Lets a container's interface speak, and its ports lead to it.
+    /// Makes the tap of a place, lets it speak, and its ports lead to it.
     ///
     /// # Errors
-    /// The host's.
-    pub(crate) async fn admit(&self, joined: &mut Joined) -> Result<()> {
+    /// The host's; nothing of it is left but what [`Networks::leave`] takes away.
+    pub(crate) async fn admit(&self, record: &Record, joined: &mut Joined) -> Result<OwnedFd> {
+        let tap = tap(&joined.network, &joined.endpoint);
+        let opened = async {
+            let opened = self.host.open_tap(&joined.endpoint.tap, &tap).await;
+            opened.map_err(|error| unreachable_network(&error))
+        };
+        // It is down until its rules are in force.
+        let (opened, ()) = tokio::try_join!(opened, self.guard(record, joined))?;
+        self.raise(joined).await?;
+        Ok(opened)
+    }
+
+    async fn guard(&self, record: &Record, joined: &Joined) -> Result<()> {
+        self.confine(record, &joined.network, &joined.endpoint).await?;
+        let tap = tap(&joined.network, &joined.endpoint);
+        let forwards = joined.ports.iter().map(|(_, forward, _)| forward.clone()).collect();
+        let guarded = self.host.guard(&joined.endpoint.tap, tap, forwards).await;
+        guarded.map_err(|error| unreachable_network(&error))
+    }
+
+    async fn raise(&self, joined: &mut Joined) -> Result<()> {
         let ports = std::mem::take(&mut joined.ports);
         let ports = ports.into_iter().map(|(port, forward, _)| (port, forward)).collect();
-        let tap = tap(&joined.network, &joined.endpoint);
-        let admitted = self.host.admit(&joined.endpoint.tap, tap, ports).await;
-        admitted.map_err(|error| Error::internal(format!("failed to set up container networking: {error}")))
+        let isolated = !joined.network.settings.icc;
+        let raised = self.host.raise(&joined.endpoint.tap, isolated, ports).await;
+        raised.map_err(|error| unreachable_network(&error))
     }
 
     /// Takes a container that an earlier daemon has left running back into its networks.
@@ -219,8 +235,12 @@ impl Networks {
                 }
             });
             let bindings = ports::bind_again(endpoint);
-            let mut joined = Joined { network, endpoint: endpoint.clone(), tap: None, ports: bindings };
-            if let Err(error) = self.admit(&mut joined).await {
+            let mut joined = Joined { network, endpoint: endpoint.clone(), ports: bindings };
+            let taken_over = async {
+                self.guard(record, &joined).await?;
+                self.raise(&mut joined).await
+            };
+            if let Err(error) = taken_over.await {
                 tracing::error!(
                     container = record.id,
                     network = name,
@@ -252,6 +272,7 @@ impl Networks {
         }
         let taps: Vec<String> = left.iter().map(|(_, endpoint)| endpoint.tap.clone()).collect();
         self.host.dismiss(&taps).await;
+        self.release(container, &taps).await;
         // Only now: nobody may have an address while rules speak of its last owner.
         self.with(|inner| {
             for (network, endpoint) in &left {
@@ -351,6 +372,10 @@ impl Networks {
     }
 }
 
+fn unreachable_network(error: &HostError) -> Error {
+    Error::internal(format!("failed to set up container networking: {error}"))
+}
+
 fn member(record: &Record, attachment: &Attachment, endpoint: &Endpoint) -> Member {
     Member {
         name: record.name.clone(),
@@ -404,7 +429,8 @@ fn take_addresses(entry: &mut Entry, attachment: &Attachment) -> Result<Vec<IpNe
     Ok(addresses)
 }
 
-fn tap(network: &Network, endpoint: &Endpoint) -> Tap {
+/// An endpoint's tap as the host is to make and guard it.
+pub(super) fn tap(network: &Network, endpoint: &Endpoint) -> Tap {
     Tap {
         bridge: network.settings.bridge.clone(),
         mac: endpoint.mac,

@@ -13,6 +13,7 @@
 pub(crate) mod attach;
 pub mod create;
 mod dns;
+pub mod egress;
 pub mod ipam;
 mod members;
 mod ops;
@@ -54,6 +55,8 @@ pub(crate) struct Networks {
     /// Held over a creation or a removal.
     changing: tokio::sync::Mutex<()>,
     inner: Mutex<BTreeMap<String, Entry>>,
+    /// Running containers with an egress policy, by id.
+    egress: Mutex<BTreeMap<String, Arc<egress::Egress>>>,
 }
 
 /// A network with its members.
@@ -100,6 +103,7 @@ impl Networks {
             pools,
             changing: tokio::sync::Mutex::default(),
             inner: Mutex::new(inner),
+            egress: Mutex::default(),
         };
         networks.make_predefined().await?;
         for network in networks.all() {

@@ -124,8 +124,23 @@ async fn answer(shared: &Shared, container: &str, message: &[u8], transport: Tra
     if let Some(answer) = neighbours(shared, container, &query, limit) {
         return Some(answer);
     }
+    let egress = shared.networks.egress(container);
+    if let Some(egress) = &egress {
+        if !egress.may_ask(&query) {
+            return Some(query.failure(Code::Refused));
+        }
+        // Their answers tell clients how to hide from the proxy which server they ask for.
+        if matches!(query.kind, kind::SVCB | kind::HTTPS) {
+            return Some(query.addresses(&[], limit));
+        }
+    }
     Some(match forward(shared, container, message, &query, transport).await {
-        Some(answer) => query.relayed(answer, limit),
+        Some(answer) => {
+            if let Some(egress) = &egress {
+                shared.networks.learn(egress, &query, &answer).await;
+            }
+            query.relayed(answer, limit)
+        }
         None => query.failure(Code::Failed),
     })
 }

@@ -43,7 +43,6 @@ pub(super) async fn build(
         cmdline: machine.cmdline.clone(),
         disk: None,
         layers: Vec::new(),
-        nics: Vec::new(),
         kvm: machine.kvm.clone(),
         limits: HostLimits::default(),
         confinement: machine.confinement.clone(),
