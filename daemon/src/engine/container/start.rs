@@ -112,7 +112,12 @@ pub(crate) async fn start(
         Ok(())
     };
     // The workload is to find all of its memory: it may size itself by it.
-    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    let grown = async {
+        if memory.plugged_mib > 0 {
+            call(&sandbox, Call::AwaitMemory { plugged_mib: memory.plugged_mib }).await?;
+        }
+        Ok::<_, Failure>(())
+    };
     let create = call(&sandbox, Call::Create(Box::new(create)));
     let ((), (), _, resolver) =
         tokio::try_join!(interfaces, grown, create, resolver(shared, record, &sandbox))?;
