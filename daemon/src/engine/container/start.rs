@@ -27,7 +27,7 @@ use crate::{
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, ResizeError, Sandbox, SandboxSpec,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec,
         TAG, template::TemplateUse,
     },
 };
@@ -364,10 +364,6 @@ pub(super) async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failur
         }
         Err(error) => Err(Failure { code: 128, error: error.to_string() }),
     }
-}
-
-fn memory_failure(error: &ResizeError) -> Failure {
-    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
 }
 
 pub(super) fn boot_failure(error: &BootError) -> Failure {
