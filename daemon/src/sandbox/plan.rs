@@ -31,8 +31,7 @@ use tokio::sync::mpsc;
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, Confinement, ConnectError, ControlError, DISK, NICS, Origin, Rates, Sandbox,
-    SandboxSpec, TAG,
+    BootError, Confinement, ControlError, DISK, NICS, Origin, Rates, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     memory::region_mib,
@@ -120,9 +119,6 @@ async fn restored(
     Vmm::spawn(spec, start)?.up(RESTORED_WITHIN, ready).await
 }
 
-/// How soon a restored guest is asked again.
-const AGAIN: Duration = Duration::from_millis(2);
-
 /// A VMM that is coming up; dropped, nothing is left of it.
 struct Vmm {
     id: String,
@@ -206,26 +202,15 @@ impl Vmm {
         spec: &SandboxSpec,
         containers: Vec<ContainerIdentity>,
     ) -> Result<(Agent, mpsc::Receiver<Event>), BootError> {
-        loop {
-            let named = async {
-                let (agent, events) = Agent::connect(&self.dir).await?;
-                spec.timeline.mark(Stage::Greeted);
-                // Thawed without a wait in between: an agent that was not given a name does not obey.
-                let (named, thawed) =
-                    tokio::join!(personalize(&agent, containers.clone()), agent.call(Call::Thaw));
-                named?;
-                thawed?;
-                spec.timeline.mark(Stage::Personalised);
-                Ok::<_, BootError>((agent, events))
-            };
-            match named.await {
-                // The guest has taken the new connection for one of the old, which end when it is restored.
-                Err(BootError::Call(CallError::Gone) | BootError::Connect(ConnectError::Io(_))) => {
-                    tokio::time::sleep(AGAIN).await;
-                }
-                named => return named,
-            }
-        }
+        // The VMM lets a connection through once the guest has heard that all earlier ones have ended.
+        let (agent, events) = Agent::connect(&self.dir).await?;
+        spec.timeline.mark(Stage::Greeted);
+        // Thawed without a wait in between: an agent that was not given a name does not obey.
+        let (named, thawed) = tokio::join!(personalize(&agent, containers), agent.call(Call::Thaw));
+        named?;
+        thawed?;
+        spec.timeline.mark(Stage::Personalised);
+        Ok((agent, events))
     }
 
     /// Waits until it is `ready`, within bounds, or for its death.

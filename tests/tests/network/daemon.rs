@@ -44,9 +44,8 @@ fn many_that_come_and_go_at_once_leave_nothing() -> Test {
         };
         let numbers: Vec<usize> = (0..count).collect();
         thread::scope(|scope| {
-            let share = |numbers: &[usize]| numbers.iter().try_for_each(run);
-            let shares: Vec<_> =
-                numbers.chunks(count.div_ceil(8)).map(|chunk| scope.spawn(move || share(chunk))).collect();
+            let begin = |numbers| scope.spawn(move || numbers.iter().try_for_each(run));
+            let shares: Vec<_> = numbers.chunks(count.div_ceil(8)).map(begin).collect();
             shares.into_iter().try_for_each(|share| share.join().unwrap_or_else(|_| anyhow::bail!("a panic")))
         })?;
         assert_eq!(traces(daemon)?, "");

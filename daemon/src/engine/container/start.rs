@@ -27,13 +27,13 @@ use crate::{
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec,
-        TAG, template::TemplateUse,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec, TAG,
+        template::TemplateUse,
     },
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdinit=/init";
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 dummy.numdummies=0 rdinit=/init";
 
 /// How long a running guest may take to tell a restarted daemon of its container and open the streams.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
