@@ -107,12 +107,13 @@ pub(super) fn make_tap(name: &str, tap: &Tap) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Lets a tap speak.
-pub(super) fn raise_tap(name: &str, isolated: bool) -> io::Result<()> {
+/// Lets a tap speak. One with published ports is sent back what it sends to itself by way of the host: on a host
+/// where bridges ask the packet filter (br_netfilter), such a frame is turned around in the bridge.
+pub(super) fn raise_tap(name: &str, isolated: bool, published: bool) -> io::Result<()> {
     let mut netlink = Netlink::open()?;
     let link = netlink.link(name)?.ok_or(io::ErrorKind::NotFound)?;
-    if isolated {
-        netlink.isolate_port(link.index, true)?;
+    if isolated || published {
+        netlink.set_port(link.index, isolated, published)?;
     }
     netlink.change_link(link.index, &LinkChange { up: Some(true), ..LinkChange::default() })
 }

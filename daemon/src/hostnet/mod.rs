@@ -252,10 +252,10 @@ impl HostNetwork {
         ports: Vec<(BoundPort, Forward)>,
     ) -> Result<(), HostError> {
         if !self.dry {
-            let name = name.to_owned();
+            let (name, published) = (name.to_owned(), !ports.is_empty());
             blocking(move || {
                 let failed = HostError::link(format!("cannot raise the tap {name}"));
-                links::raise_tap(&name, isolated).map_err(failed)
+                links::raise_tap(&name, isolated, published).map_err(failed)
             })
             .await?;
         }

@@ -127,8 +127,10 @@ fn routed(script: &mut String, table: &str, state: &State) {
     line!(script, "    type filter hook forward priority filter; policy accept;");
     line!(script, "    iifname != @bridges oifname != @bridges goto others");
     line!(script, "    ct state established,related accept");
-    for name in bridges.keys() {
-        line!(script, "    iifname {name:?} oifname {name:?} accept");
+    for (name, bridge) in bridges {
+        // Ports that are kept apart in the bridge must not meet by way of the host either.
+        let how = if bridge.icc { "" } else { "ct status dnat " };
+        line!(script, "    iifname {name:?} oifname {name:?} {how}accept");
     }
     line!(script, "    iifname @internal drop");
     line!(script, "    oifname @internal drop");
@@ -229,13 +231,13 @@ mod tests {
     use super::*;
 
     fn state() -> State {
-        let bridge = |subnets: &[&str], internal| Bridge {
+        let bridge = |subnets: &[&str], internal: bool| Bridge {
             mtu: 1500,
             gateways: vec![],
             subnets: subnets.iter().map(|text| text.parse().unwrap()).collect(),
             internal,
             masquerade: true,
-            icc: true,
+            icc: !internal,
             metadata: false,
         };
         let tap = |addresses: &[&str]| Tap {

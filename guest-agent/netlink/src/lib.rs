@@ -168,14 +168,15 @@ impl Netlink {
         self.request(request)
     }
 
-    /// Lets a port of a bridge reach only the bridge and ports that are not isolated.
+    /// What a port of a bridge reaches: `isolated`, only the bridge and ports that are not; `hairpin`, itself too.
     ///
     /// # Errors
     /// The kernel's; it is not a bridge's port.
-    pub fn isolate_port(&mut self, index: u32, isolated: bool) -> io::Result<()> {
+    pub fn set_port(&mut self, index: u32, isolated: bool, hairpin: bool) -> io::Result<()> {
         let mut request = Message::new(nl::RTM_SETLINK, nl::NLM_F_ACK);
         request.bytes(&link_header(nl::AF_BRIDGE, index, 0, 0));
         request.nest(nl::IFLA_PROTINFO | nl::NLA_F_NESTED, |port| {
+            port.attribute(nl::IFLA_BRPORT_MODE, &[u8::from(hairpin)]);
             port.attribute(nl::IFLA_BRPORT_ISOLATED, &[u8::from(isolated)]);
         });
         self.request(request)

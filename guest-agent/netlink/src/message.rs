@@ -41,6 +41,7 @@ pub(crate) mod constant {
     pub(crate) const IFLA_LINKINFO: u16 = 18;
     pub(crate) const IFLA_IFALIAS: u16 = 20;
     pub(crate) const IFLA_INFO_KIND: u16 = 1;
+    pub(crate) const IFLA_BRPORT_MODE: u16 = 4;
     pub(crate) const IFLA_BRPORT_ISOLATED: u16 = 33;
 
     pub(crate) const IFA_ADDRESS: u16 = 1;

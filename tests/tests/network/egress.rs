@@ -32,7 +32,7 @@ impl Drop for Background {
 }
 
 fn fetch(docker: &bulkhead_tests::Docker, options: &[&str], url: &str) -> anyhow::Result<bool> {
-    let fetch = ["busybox", "wget", "-T", "5", "-qO-", url];
+    let fetch = ["busybox", "timeout", "5", "wget", "-qO-", url];
     let output = docker.run(&[&["run", "--rm"], options, fetch.as_slice()].concat())?;
     if output.code == 125 {
         anyhow::bail!("{}", output.stderr);
@@ -92,9 +92,9 @@ fn an_allowed_name_leads_to_its_server_and_to_no_other_at_the_same_address() -> 
     let docker = docker()?;
     let network = Network::create(&docker, &[])?;
     // Both names lead to one address, at which one server writes down what it is sent.
-    let (_names, _) = Background::start(
-        "printf \"good.test 10.0.2.15\\nevil.test 10.0.2.15\\n\" >names; exec busybox dnsd -i 127.0.0.54 -c names",
-    )?;
+    let program = crate::spoof::program()?;
+    let program = program.path().join("frame").display().to_string();
+    let (_names, _) = Background::start(&format!("exec {program} names 127.0.0.54:53 {HOST}"))?;
     let (_server, directory) =
         Background::start("while :; do busybox nc -l -p 443 >>got; echo . >>ends; done")?;
     let options = ["--network", network.name.as_str(), "--dns", "127.0.0.54"];

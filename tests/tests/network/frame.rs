@@ -3,8 +3,15 @@
 //!
 //!   frame send INTERFACE HEX…        sends each
 //!   frame listen INTERFACE HEX       prints "listening", then each frame in hex, until one contains HEX
+//!   frame echo PORT                  answers each datagram with itself
+//!   frame ask ADDRESS:PORT TEXT      sends a datagram again and again until it is answered; prints the answer
+//!   frame names ADDRESS:PORT IPV4    a name server: every name leads to this address
 
-use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::{
+    ffi::{CString, c_char, c_int, c_uint, c_void},
+    net::{Ipv4Addr, UdpSocket},
+    time::Duration,
+};
 
 unsafe extern "C" {
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
@@ -72,6 +79,51 @@ fn main() {
                 }
             }
         }
-        _ => panic!("send INTERFACE HEX… | listen INTERFACE HEX"),
+        ["echo", port] => {
+            let socket = UdpSocket::bind(format!("0.0.0.0:{port}")).expect("bind");
+            let mut datagram = [0; 2048];
+            loop {
+                let (length, from) = socket.recv_from(&mut datagram).expect("recv");
+                socket.send_to(&datagram[..length], from).expect("send");
+            }
+        }
+        ["ask", address, text] => {
+            let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
+            socket.connect(address).expect("connect");
+            socket.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout");
+            let mut answer = [0; 2048];
+            loop {
+                // Refused, or lost: again.
+                let _ = socket.send(text.as_bytes());
+                if let Ok(length) = socket.recv(&mut answer) {
+                    println!("{}", String::from_utf8_lossy(&answer[..length]));
+                    return;
+                }
+            }
+        }
+        ["names", address, lead] => {
+            let socket = UdpSocket::bind(address).expect("bind");
+            let lead: Ipv4Addr = lead.parse().expect("an address");
+            let mut message = [0; 2048];
+            loop {
+                let (length, from) = socket.recv_from(&mut message).expect("recv");
+                let mut answer = message[..length].to_vec();
+                // The question's end: its name's, its type, its class.
+                let mut end = 12;
+                while answer[end] != 0 {
+                    end += 1 + usize::from(answer[end]);
+                }
+                end += 5;
+                let is_address = answer[end - 4..end - 2] == [0, 1];
+                answer.truncate(end);
+                answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, u8::from(is_address), 0, 0, 0, 0]);
+                if is_address {
+                    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4]);
+                    answer.extend(lead.octets());
+                }
+                socket.send_to(&answer, from).expect("send");
+            }
+        }
+        _ => panic!("see the program's documentation"),
     }
 }

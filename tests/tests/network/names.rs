@@ -65,10 +65,11 @@ fn a_name_of_another_network_is_unknown_and_a_name_server_of_ones_own_can_be_run
     let text = docker.run(&["run", "--rm", "--network", &two.name, "busybox", "sh", "-c", &lookup])?;
     assert_eq!(text.text().trim(), "unknown", "{}", text.stderr);
     // Port 53 is the workload's own.
-    let script = "echo 'served 10.1.2.3' >/names; dnsd -c /names & while ! nslookup served 127.0.0.1 2>/dev/null | grep 10.1.2.3; do sleep 0.1; done";
-    let text = docker.ok(&["run", "--rm", "--network", &one.name, "busybox", "sh", "-c", script])?;
+    let image = crate::spoof::image(&docker)?;
+    let script = "frame names 0.0.0.0:53 10.1.2.3 & until nslookup served 127.0.0.1 2>/dev/null | grep 10.1.2.3; do sleep 0.1; done";
+    let text = docker.ok(&["run", "--rm", "--network", &one.name, &image, "sh", "-c", script])?;
     assert!(text.contains("10.1.2.3"), "{text}");
-    Ok(())
+    docker.ok(&["rmi", "-f", &image]).map(drop)
 }
 
 #[test]

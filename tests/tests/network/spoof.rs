@@ -1,15 +1,16 @@
 //! What a guest's root sends in somebody else's name does not leave its tap.
 
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 use anyhow::{Context, bail};
 use bulkhead_tests::image::{Image, LayerBuilder};
 
 use crate::{Network, Test, docker, unique};
 
-/// Loads a busybox with the program of `frame.rs`.
-fn image(docker: &bulkhead_tests::Docker) -> anyhow::Result<String> {
-    let directory = tempfile::tempdir()?;
+/// Builds the program of `frame.rs`, where the host sees it.
+pub(crate) fn program() -> anyhow::Result<tempfile::TempDir> {
+    let built = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let directory = tempfile::tempdir_in(built)?;
     let program = directory.path().join("frame");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/network/frame.rs");
     let output = Command::new("rustc")
@@ -20,6 +21,13 @@ fn image(docker: &bulkhead_tests::Docker) -> anyhow::Result<String> {
     if !output.status.success() {
         bail!("rustc: {}", String::from_utf8_lossy(&output.stderr));
     }
+    Ok(directory)
+}
+
+/// Loads a busybox with that program.
+pub(crate) fn image(docker: &bulkhead_tests::Docker) -> anyhow::Result<String> {
+    let directory = program()?;
+    let program = directory.path().join("frame");
     let mut layer = LayerBuilder::new();
     layer.file("bin/frame", 0o755, &std::fs::read(&program)?)?;
     let name = format!("{}:latest", unique("frame"));
@@ -156,8 +164,16 @@ fn an_interface_with_a_changed_address_reaches_nobody_and_the_metadata_service_i
     let metadata = "ip addr add 169.254.169.254/32 dev lo; httpd -p 169.254.169.254:80 -h /etc";
     let host = crate::host()?;
     host.sh(metadata, &[])?;
-    let fetched =
-        docker.run(&["run", "--rm", "busybox", "wget", "-T", "3", "-qO-", "http://169.254.169.254/hostname"]);
+    let fetched = docker.run(&[
+        "run",
+        "--rm",
+        "busybox",
+        "timeout",
+        "5",
+        "wget",
+        "-qO-",
+        "http://169.254.169.254/hostname",
+    ]);
     host.sh("ip addr del 169.254.169.254/32 dev lo", &[])?;
     assert_ne!(fetched?.code, 0);
     Ok(())
