@@ -14,6 +14,7 @@ use bulkhead_daemon::{
     config::{Config, Options},
     data_root::DataRoot,
     engine::Engine,
+    hostnet::HostNetwork,
 };
 use clap::Parser;
 use tokio::{
@@ -48,6 +49,8 @@ enum Command {
         #[arg(long)]
         kvm: bool,
     },
+    /// Remove the bridges and packet filter rules of this data root's networks; nothing of it may run
+    PurgeNetworks,
 }
 
 fn main() -> ExitCode {
@@ -82,7 +85,10 @@ fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         .init();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("bulkheadd").build()?;
-    runtime.block_on(daemon(Arc::new(config)))?;
+    match flags.command {
+        Some(Command::PurgeNetworks) => runtime.block_on(purge_networks(&config))?,
+        _ => runtime.block_on(daemon(Arc::new(config)))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -116,6 +122,22 @@ async fn daemon(config: Arc<Config>) -> anyhow::Result<()> {
     stop.send_replace(true);
     serving.await??;
     engine.close().await;
+    Ok(())
+}
+
+/// For a host that is to be rid of the daemon: its networks come back with the next start.
+async fn purge_networks(config: &Config) -> anyhow::Result<()> {
+    let _data_root = DataRoot::open(&config.layout)?;
+    let sandboxes = config.layout.sandboxes();
+    if std::fs::read_dir(&sandboxes).is_ok_and(|mut entries| entries.next().is_some()) {
+        anyhow::bail!("containers are still running: see {}", sandboxes.display());
+    }
+    let id = match std::fs::read_to_string(config.layout.daemon_id()) {
+        // It never ran, so there is nothing of it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        id => id?,
+    };
+    HostNetwork::new(&id, &config.layout.exec_root).purge().await?;
     Ok(())
 }
 

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  create: resolved ─ disk ─ recorded
-//!  run:    prepared ─ spawned ─ attached ─ (restored) ─ greeted ─ personalised ─ created ─ started ─ connected
-//!          ─ running ─ exited ─ drained ─ ended ─ gone ─ removed
+//!  run:    prepared ─ spawned ─ attached ─ (restored) ─ greeted ─ personalised ─ (networked) ─ created
+//!          ─ started ─ connected ─ running ─ exited ─ drained ─ ended ─ gone ─ removed
 //! ```
 //!
 //! Whoever reaches a stage marks it: one atomic store. The last [`KEPT`] timelines are kept, those of removed
@@ -64,6 +64,8 @@ stages! {
     Greeted "greeted",
     /// The guest has what is its own: its clock, and a clone its identity.
     Personalised "personalised",
+    /// Its interfaces are set up; not where it has none.
+    Networked "networked",
     /// The container's root is mounted.
     Created "created",
     /// The workload was executed.

@@ -23,6 +23,8 @@ pub mod error;
 pub mod init;
 pub mod log;
 pub mod mount_options;
+pub mod names;
+pub mod network;
 pub mod poll;
 pub mod processes;
 pub mod rootfs;

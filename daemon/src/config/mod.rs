@@ -18,7 +18,17 @@ use std::{
 pub use host::Host;
 pub use options::Options;
 
-use crate::{api::types::container::Ulimit, layout::Layout, sandbox::Confinement};
+use ipnet::IpNet;
+
+use crate::{
+    api::types::container::Ulimit,
+    engine::network::{
+        egress::policy::{Policy, PolicyError},
+        ipam::PoolSpec,
+    },
+    layout::Layout,
+    sandbox::Confinement,
+};
 
 /// The daemon's settings, valid and complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +70,16 @@ pub struct Config {
     pub shm_size: u64,
     /// Containers' resource limits.
     pub ulimits: BTreeMap<String, Ulimit>,
+    /// Whether there is a default bridge network.
+    pub bridge: bool,
+    /// The default bridge's own address with its network's prefix; None: of the pools.
+    pub bip: Option<IpNet>,
+    /// MTU of networks that do not say, in bytes.
+    pub mtu: u16,
+    /// Blocks that networks' subnets are cut from; empty: Docker's.
+    pub address_pools: Vec<PoolSpec>,
+    /// What containers may reach that do not say; None: everything.
+    pub egress: Option<Policy>,
     /// Name servers of containers; empty: the host's.
     pub dns: Vec<String>,
     /// Options of `resolv.conf`.
@@ -204,6 +224,20 @@ impl Config {
             no_new_privileges: options.no_new_privileges.unwrap_or(false),
             shm_size,
             ulimits: options.default_ulimits.unwrap_or_default(),
+            bridge: bridge(options.bridge.as_deref())?,
+            bip: options.bip.as_deref().map(bip).transpose()?,
+            egress: options
+                .egress
+                .as_deref()
+                .map(str::parse)
+                .transpose()
+                .map_err(|error: PolicyError| error.to_string())?,
+            mtu: range("mtu", options.mtu.map(u32::from), 1500, 68..=65_535)?.try_into().unwrap_or(1500),
+            address_pools: options
+                .default_address_pools
+                .iter()
+                .map(|pool| PoolSpec::new(pool.base, pool.size))
+                .collect::<Result<_, _>>()?,
             dns: addresses(options.dns)?,
             dns_opts: options.dns_opts,
             dns_search: options.dns_search,
@@ -352,6 +386,25 @@ fn addresses(texts: Vec<String>) -> Result<Vec<String>, String> {
         Some(wrong) => Err(format!("{wrong} is not an ip address")),
         None => Ok(texts),
     }
+}
+
+/// `--bridge`: there is none, or the daemon's own; one that others have made is theirs.
+fn bridge(text: Option<&str>) -> Result<bool, String> {
+    match text {
+        None | Some("") => Ok(true),
+        Some("none") => Ok(false),
+        Some(other) => Err(format!("invalid bridge {other:?}: the daemon makes its own, or none")),
+    }
+}
+
+/// `--bip`: an address and its network.
+fn bip(text: &str) -> Result<IpNet, String> {
+    let net: IpNet =
+        text.parse().map_err(|_| format!("invalid bip: {text:?} is not an address with a prefix"))?;
+    if net.addr().is_ipv6() || net.addr() == net.network() || net.prefix_len() > 30 {
+        return Err(format!("invalid bip: {text:?} is not an IPv4 address in a network"));
+    }
+    Ok(net)
 }
 
 fn positive(name: &str, value: Option<i64>, default: usize) -> Result<usize, String> {

@@ -74,6 +74,7 @@ impl Engine {
         let failed = |error: String| Error::internal(format!("Cannot checkpoint container {name}: {error}"));
         let view = container.view();
         let workload = Arc::clone(view.awake("its checkpoint")?);
+        super::container::network::check_order(&view.record)?;
         let State::Running(running) = &view.record.life.state else {
             return Err(Error::conflict(format!("container {} is not running", view.record.id)));
         };

@@ -43,7 +43,7 @@ impl Engine {
             driver_status: Vec::new(),
             plugins: Plugins {
                 volume: Vec::new(),
-                network: vec!["none".into()],
+                network: ["bridge", "host", "null"].map(str::to_owned).to_vec(),
                 authorization: None,
                 log: logs::DRIVERS.map(str::to_owned).to_vec(),
             },

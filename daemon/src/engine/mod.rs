@@ -13,6 +13,7 @@ pub mod image;
 mod info;
 pub(crate) mod limits;
 pub mod logs;
+pub mod network;
 mod open;
 mod pressure;
 pub mod spec;
@@ -155,6 +156,7 @@ pub(crate) struct Shared {
     pub(crate) config: Arc<Config>,
     pub(crate) events: Arc<events::Events>,
     pub(crate) images: Arc<image::ImageStore>,
+    pub(crate) networks: network::Networks,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
     /// None: every microVM is booted.
@@ -182,7 +184,7 @@ impl Shared {
             config: &record.config,
             host: &record.host_config,
             daemon: &self.config,
-            addresses: &[],
+            network: &self.networks.facts(record),
             resolv_conf: &resolv_conf,
         })
     }

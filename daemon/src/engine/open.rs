@@ -1,7 +1,7 @@
 //! Opens the engine: what is on disk is loaded, what runs is taken over, what is nobody's goes.
 //!
 //! ```text
-//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ adopt running sandboxes (all at once)
+//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ networks ─▶ adopt running sandboxes (all at once)
 //!     ─▶ discard every other sandbox ─▶ tell images which layers are in use ─▶ actors: restart policies
 //! ```
 
@@ -24,6 +24,7 @@ use super::{
     events::Events,
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
+    network::Networks,
     pressure, store,
 };
 use crate::{
@@ -47,11 +48,15 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     })
     .await
     .map_err(|error| Error::internal(error.to_string()))??;
+    let daemon_id = std::fs::read_to_string(config.layout.daemon_id())
+        .map_err(|error| failed("read", &config.layout.daemon_id(), &error))?;
+    let networks = Networks::open(Arc::clone(&config), Arc::clone(&events), &daemon_id).await?;
     let digests = Arc::new(sandbox::Digests::default());
     let templates = open_templates(&config, &events, &digests)?;
     let (registry, execs) = (Registry::default(), Execs::default());
     let timelines = Timelines::default();
-    let shared = Arc::new(Shared { config, events, images, registry, execs, templates, digests, timelines });
+    let shared =
+        Arc::new(Shared { config, events, images, networks, registry, execs, templates, digests, timelines });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -59,6 +64,9 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN, &shared.config.vm.confinement)
         .await
         .map_err(|error| failed("look through", &sandboxes, &error))?;
+
+    // Every running container is back in its networks.
+    shared.networks.sweep().await;
 
     if let Some(templates) = &shared.templates {
         let vm = &shared.config.vm;
@@ -69,6 +77,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     for actor in actors {
         tokio::spawn(actor.run(true));
     }
+    tokio::spawn(super::network::egress::watch(Arc::downgrade(&shared)));
     tokio::spawn(pressure::watch(Arc::downgrade(&shared), shared.config.vm.reclaim_below_percent));
     Ok(shared)
 }

@@ -29,12 +29,15 @@ use std::{
     collections::HashSet,
     fs::File,
     io,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use bulkhead_agent_api::{Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen};
+use bulkhead_agent_api::{
+    Answer, Call, ContainerIdentity, Event, Hello, NAMES_PORT, ProcessId, StreamKind, StreamOpen,
+};
 use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
@@ -76,6 +79,27 @@ pub const DISK: &str = "root";
 
 /// The virtio-fs tag below which image layers are shared.
 pub const TAG: &str = "layers";
+
+/// How many network slots a machine has. An empty one costs a boot one look of the guest's kernel.
+pub const NICS: u8 = 4;
+
+/// The name of a network slot.
+fn nic(slot: u8) -> String {
+    format!("net{slot}")
+}
+
+/// A network slot's tap.
+#[derive(Debug)]
+pub struct Nic {
+    /// Below [`NICS`].
+    pub slot: u8,
+    /// Opened with `IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: OwnedFd,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// In bytes.
+    pub mtu: u16,
+}
 
 /// How long a running guest may take to answer a restarted daemon.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
@@ -400,6 +424,35 @@ impl Sandbox {
     /// [`ControlError`].
     pub async fn set_rates(&self, rates: Rates) -> Result<(), ControlError> {
         plan::set_rates(&self.control, &self.dir, rates).await
+    }
+
+    /// A connection for the guest's name queries ([`bulkhead_agent_api::names`]); an earlier one ends.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub async fn names(&self) -> io::Result<tokio::net::UnixStream> {
+        vsock::connect(&self.dir, NAMES_PORT).await
+    }
+
+    /// Gives network slots their taps.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn plug(&self, nics: &[Nic]) -> Result<(), ControlError> {
+        let request = |nic: &Nic| Request::AttachTap { id: self::nic(nic.slot), mac: nic.mac, mtu: nic.mtu };
+        let requests: Vec<_> = nics.iter().map(|nic| (request(nic), Some(nic.tap.as_fd()))).collect();
+        if requests.is_empty() {
+            return Ok(());
+        }
+        self.control.call_all(&self.dir, &requests).await
+    }
+
+    /// Takes a network slot's tap away.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn unplug(&self, slot: u8) -> Result<(), ControlError> {
+        self.control(&Request::DetachTap { id: nic(slot) }).await.map(drop)
     }
 
     /// How much memory it has been given.

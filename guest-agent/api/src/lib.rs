@@ -6,6 +6,7 @@
 //!        frames: agent sends Hello, then Answers and Events; daemon sends Calls
 //!  daemon ─connect guest port STREAM_PORT──▶ agent       one connection for each stdio stream
 //!        one frame StreamOpen →, one frame StreamReady ←, then raw bytes
+//!  daemon ─connect guest port NAMES_PORT───▶ agent       name queries to the daemon, answers back ([`names`])
 //! ```
 //!
 //! **Who is the agent.** Anything in the guest that may open a vsock socket can connect to the host, so a
@@ -48,10 +49,13 @@
 //! user's name ([`USER`]), which groups are added ([`GROUP_ADD_ANNOTATION`]), who is PID 1
 //! ([`INIT_ANNOTATION`]).
 
+use std::net::IpAddr;
+
 use oci_spec::runtime;
 use serde::{Deserialize, Serialize};
 
 pub mod frame;
+pub mod names;
 
 /// Version of this wire, in [`Hello`].
 pub const VERSION: u32 = 1;
@@ -61,6 +65,9 @@ pub const CONTROL_PORT: u32 = 1024;
 
 /// The guest port on which the agent takes stdio streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// The guest port on which the agent takes the connection for name queries; a second replaces the first.
+pub const NAMES_PORT: u32 = 1026;
 
 /// How many unacknowledged bytes of one output stream the agent holds.
 pub const OUTPUT_WINDOW: usize = 1 << 20;
@@ -233,6 +240,26 @@ pub enum Call {
         /// The time.
         unix_ns: u64,
     },
+    /// Finds the network device, whose tap the machine has, and makes it an interface as said. Answer:
+    /// [`Answer::Done`]. Called again for an interface that is there, it is made as said anew.
+    NetworkConnect(Box<Interface>),
+    /// Takes an interface away, its device included, so that the daemon can take its tap.
+    NetworkDisconnect {
+        /// [`Interface::mac`].
+        mac: [u8; 6],
+    },
+    /// Replaces the default routes, of both families: without a gateway of its family, there is none.
+    NetworkRoutes {
+        /// At most one a family.
+        gateways: Vec<Gateway>,
+    },
+    /// Replaces the content of files that were injected by `Create`.
+    NetworkFiles {
+        /// The container's id.
+        container: String,
+        /// By their paths.
+        files: Vec<InjectedFile>,
+    },
     /// Kills everything, unmounts and flushes. The answer says that the disks are whole: whoever asked may kill
     /// the machine then, which spares it its kernel's way down. One that is not killed powers itself off. No
     /// answer but the connection's end is an older agent's, which powers off at once.
@@ -356,6 +383,40 @@ pub struct InjectedFile {
     pub content: String,
     /// Its mode, 0o644 for instance.
     pub mode: u32,
+}
+
+/// A network interface as the agent is to make it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// The MAC address that the device has now. It differs from `mac` in a clone of a machine whose driver
+    /// knows the address of before.
+    pub device: [u8; 6],
+    /// The MAC address that it is to have.
+    pub mac: [u8; 6],
+    /// Its name, `eth0` for instance: at most 15 bytes.
+    pub name: String,
+    /// Its MTU in bytes.
+    pub mtu: u16,
+    /// Its addresses; others that it had go.
+    pub addresses: Vec<InterfaceAddress>,
+}
+
+/// An interface's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// The prefix length of its network, which is on the link.
+    pub prefix: u8,
+}
+
+/// Where a default route leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gateway {
+    /// [`Interface::mac`].
+    pub mac: [u8; 6],
+    /// The next hop.
+    pub address: IpAddr,
 }
 
 /// How a process's stdio is made.

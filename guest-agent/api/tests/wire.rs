@@ -4,8 +4,9 @@
 
 use bulkhead_agent_api::{
     AgentError, Answer, Call, ContainerIdentity, ContainerState, CpuStats, Create, Disk, ErrorKind, Event,
-    Exit, FromAgent, Hello, Identity, InjectedFile, IoStats, KnownOutput, MemoryStats, NetworkStats,
-    ProcessId, ProcessInfo, ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    Exit, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface, InterfaceAddress, IoStats,
+    KnownOutput, MemoryStats, NetworkStats, ProcessId, ProcessInfo, ProcessState, Rootfs, Stats, Stdio,
+    StreamKind, StreamOpen, StreamReady, ToAgent,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -59,6 +60,24 @@ fn calls() -> Vec<Call> {
         Call::Delete { process: init() },
         Call::SetClock { unix_ns: 1_800_000_000_000_000_001 },
         Call::Shutdown,
+        Call::NetworkConnect(Box::new(Interface {
+            device: [2, 66, 172, 17, 0, 2],
+            mac: [2, 66, 172, 17, 0, 3],
+            name: "eth0".into(),
+            mtu: 1500,
+            addresses: vec![
+                InterfaceAddress { address: "172.17.0.2".parse().unwrap(), prefix: 16 },
+                InterfaceAddress { address: "fd00::2".parse().unwrap(), prefix: 64 },
+            ],
+        })),
+        Call::NetworkDisconnect { mac: [2, 66, 172, 17, 0, 2] },
+        Call::NetworkRoutes {
+            gateways: vec![Gateway { mac: [2, 66, 172, 17, 0, 2], address: "172.17.0.1".parse().unwrap() }],
+        },
+        Call::NetworkFiles {
+            container: "c1".into(),
+            files: vec![InjectedFile { path: "/etc/hosts".into(), content: "x\n".into(), mode: 0o644 }],
+        },
     ]
 }
 

@@ -8,6 +8,7 @@
 //!          ├─ start channels ▶ Started or an error
 //!          ├─ stdio, streams ▶ bytes
 //!          ├─ memory.events ─▶ Oom
+//!          ├─ names ─────────▶ questions and answers of the resolver
 //!          └─ uevents ───────▶ a disk may have come
 //! ```
 //!
@@ -55,6 +56,7 @@ use crate::{
     container::{Container, Phase, Process},
     error::internal,
     log,
+    names::Names,
     poll::{Poller, Ready, Watched},
     stdio::{TURN, input::Input},
     transport::Transport,
@@ -90,6 +92,16 @@ pub enum Key {
     Stream(Rc<ProcessId>, StreamKind),
     /// A container's memory.events.
     Memory(Rc<str>),
+    /// The listening socket for the daemon's name queries.
+    NamesListener,
+    /// The daemon's connection for them.
+    NamesLink,
+    /// The resolver's socket for datagrams.
+    NamesUdp,
+    /// The resolver's listening socket.
+    NamesTcp,
+    /// A program's connection to the resolver.
+    NamesClient(u64),
 }
 
 /// A call that is to be answered later: on which connection, and its number.
@@ -105,6 +117,7 @@ pub struct Server {
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
+    names: Names,
     stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
@@ -147,6 +160,7 @@ impl Server {
         Ok(Self {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
+            names: Names::new(Rc::clone(&poller), transport.listen_for_names()?)?,
             stillness: Stillness::default(),
             poller,
             transport,
@@ -219,6 +233,11 @@ impl Server {
             Key::Source(id, kind) => self.source_ready(&id, kind),
             Key::Stream(id, kind) => self.stream_ready(&id, kind, ready.readable),
             Key::Memory(container) => self.memory_news(&container),
+            Key::NamesListener => self.names.accept_daemon(self.transport.as_ref()),
+            Key::NamesLink => self.names.link_ready(&mut self.scratch),
+            Key::NamesUdp => self.names.udp_ready(&mut self.scratch),
+            Key::NamesTcp => self.names.tcp_ready(),
+            Key::NamesClient(number) => self.names.client_ready(number, &mut self.scratch),
         }
         None
     }

@@ -10,7 +10,7 @@ use bulkhead_tests::image::Image;
 use bulkhead_tests::{Daemon, DaemonOptions, Docker, Registry};
 
 use super::Bench;
-use super::dockerd::Dockerd;
+use super::dockerd::{Bridge, Dockerd};
 use super::figures::{Aim, Figure, Samples, Unit};
 
 const PEER: &str = "dockerd-runc";
@@ -37,7 +37,7 @@ impl Bench<'_> {
         };
         let ours = start(&[])?;
         let cold = start(&["--templates=false"])?;
-        let theirs = Dockerd::start(self.host, registry.address())?;
+        let theirs = Dockerd::start(self.host, registry.address(), Bridge::None)?;
         theirs.docker().ok(&["pull", "-q", "busybox"])?;
         let socket = |name: &str, socket: &str| format!("{name}={socket}");
         let bulkhead = socket("bulkhead", &ours.inner_socket());

@@ -11,6 +11,7 @@
 mod daemons;
 mod dockerd;
 mod figures;
+mod networks;
 pub(crate) mod probe;
 
 use std::fs;
@@ -102,7 +103,9 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn measure(&self, figures: &mut Vec<Figure>, notes: &mut Vec<String>) -> Result<()> {
         figures.extend(self.machines()?);
-        self.containers(figures, notes)
+        self.containers(figures, notes)?;
+        figures.extend(self.networks()?);
+        Ok(())
     }
 
     fn wants(&self, name: &str) -> bool {

@@ -32,7 +32,6 @@ refusals! {
     session => "BuildKit's sessions are",
     distribution => "inspecting images in registries is",
     volume => "volumes are",
-    network => "networks are",
     plugin => "plugins are",
 }
 
@@ -56,13 +55,6 @@ pub(super) const ROUTES: &[Route] = table! {
     GET "/volumes/{name}" => no_volume,
     PUT "/volumes/{name}" => no_volume,
     DELETE "/volumes/{name}" => no_volume,
-    GET "/networks" => networks,
-    POST "/networks/create" => network,
-    POST "/networks/prune" => networks_prune,
-    GET "/networks/{id}" => network_inspect,
-    POST "/networks/{id}/connect" => network,
-    POST "/networks/{id}/disconnect" => network,
-    DELETE "/networks/{id}" => network_remove,
     GET "/plugins" => plugins,
     GET "/plugins/privileges" => plugin,
     POST "/plugins/pull" => plugin,
@@ -116,69 +108,6 @@ async fn volumes_prune(call: Call) -> Result<Response<Body>> {
 
 async fn no_volume(call: Call) -> Result<Response<Body>> {
     Err(Error::not_found(format!("get {}: no such volume", call.name())))
-}
-
-/// The one network there is: none. Containers have a loopback interface and nothing else.
-fn none_network() -> serde_json::Value {
-    json!({
-        "Name": "none",
-        // Docker's ids are random; this one is always there, and so always the same.
-        "Id": NONE_ID,
-        "Created": "0001-01-01T00:00:00Z",
-        "Scope": "local",
-        "Driver": "null",
-        "EnableIPv4": false,
-        "EnableIPv6": false,
-        "IPAM": { "Driver": "default", "Options": null, "Config": null },
-        "Internal": false,
-        "Attachable": false,
-        "Ingress": false,
-        "ConfigFrom": { "Network": "" },
-        "ConfigOnly": false,
-        "Containers": {},
-        "Options": {},
-        "Labels": {},
-    })
-}
-
-/// SHA-256 of "none".
-const NONE_ID: &str = "140bedbf9c3f6d56a9846d2ba7088798683f4da0c248231336e6a05679e4fdfe";
-
-async fn networks(call: Call) -> Result<Response<Body>> {
-    let filters = call.filters(&["dangling", "driver", "id", "label", "name", "scope", "type"])?;
-    let fits = filters.exact("driver", "null")
-        && filters.prefix("id", NONE_ID)
-        && filters.any("name", |name| "none".contains(name))
-        && filters.exact("scope", "local")
-        && filters.exact("type", "builtin")
-        && !filters.contains("label")
-        && !filters.boolean("dangling", false)?;
-    let list = if fits { vec![none_network()] } else { Vec::new() };
-    json_response(&list)
-}
-
-fn is_none(name: &str) -> bool {
-    name == "none" || (name.len() >= 4 && NONE_ID.starts_with(name))
-}
-
-async fn network_inspect(call: Call) -> Result<Response<Body>> {
-    if is_none(call.name()) { json_response(&none_network()) } else { Err(no_network(call.name())) }
-}
-
-async fn network_remove(call: Call) -> Result<Response<Body>> {
-    if is_none(call.name()) {
-        return Err(Error::forbidden("none is a pre-defined network and cannot be removed"));
-    }
-    Err(no_network(call.name()))
-}
-
-fn no_network(name: &str) -> Error {
-    Error::not_found(format!("network {name} not found"))
-}
-
-async fn networks_prune(call: Call) -> Result<Response<Body>> {
-    call.filters(&["label", "label!", "until"])?;
-    json_response(&json!({ "NetworksDeleted": null }))
 }
 
 /// There is no build cache; `docker system prune` asks for this, too.

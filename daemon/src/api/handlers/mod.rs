@@ -7,6 +7,7 @@ pub mod images;
 pub mod later;
 pub mod logs;
 pub mod machine;
+pub mod networks;
 pub mod stats;
 pub mod system;
 
@@ -22,5 +23,6 @@ pub(super) const TABLES: &[&[Route]] = &[
     stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,
+    networks::ROUTES,
     later::ROUTES,
 ];

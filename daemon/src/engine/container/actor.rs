@@ -1,7 +1,7 @@
 //! The task that owns one container: commands and events in, [`Lifecycle::step`] in the middle, effects out.
 //! It never waits for a guest: what takes time runs in a task that reports back.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::{
@@ -20,11 +20,15 @@ use super::{
     signal,
     start::{self, Found, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
+    wiring,
     workload::{self, Watch, Workload},
 };
 use crate::{
     api::types::container::{HostConfig, WaitError, WaitResponse},
-    engine::{Error, Result, Shared, WaitCondition},
+    engine::{
+        Error, Result, Shared, WaitCondition,
+        network::record::{Attachment, Endpoint, Network},
+    },
     phases::{Stage, Timeline, TimelineKind},
     sandbox::Sandbox,
 };
@@ -50,6 +54,14 @@ enum Report {
     Paused(u64, bool, Result<()>, Reply<()>),
     /// A state that could not be saved may be tried again.
     Unsaved,
+    /// A running container is in a network, or out of it, or as before.
+    Wired(u64, Wired),
+}
+
+/// What has come of a change of networks.
+enum Wired {
+    Connected(Arc<Network>, Attachment, Result<Option<Endpoint>>, Reply<()>),
+    Disconnected(String, Result<()>, Reply<()>),
 }
 
 /// The owner of a container.
@@ -82,6 +94,9 @@ pub(crate) struct Actor {
     removers: Vec<Reply<()>>,
     exit_waiters: Vec<oneshot::Sender<WaitResponse>>,
     removal_waiters: Vec<oneshot::Sender<WaitResponse>>,
+    /// Whether a change of networks is under way, and those that wait for it.
+    wiring: bool,
+    wires: VecDeque<Command>,
 }
 
 impl Actor {
@@ -122,6 +137,8 @@ impl Actor {
             removers: Vec::new(),
             exit_waiters: Vec::new(),
             removal_waiters: Vec::new(),
+            wiring: false,
+            wires: VecDeque::new(),
         };
         (actor, Arc::new(container))
     }
@@ -193,6 +210,7 @@ impl Actor {
                 Err(refusal) => answer(reply, Err(self.refused_removal(refusal))),
             },
             Command::Rename(name, reply) => answer(reply, self.rename(name).await),
+            command @ (Command::Connect(..) | Command::Disconnect { .. }) => self.wire(command).await,
             Command::Wait(condition, reply) => {
                 let _ = reply.send(self.wait(condition));
             }
@@ -213,8 +231,10 @@ impl Actor {
             // A boot that was given up at the moment of its success.
             Report::Booted(_, Ok(started), taken) => {
                 // Not in the queue of endings: its head may wait for this very guard.
+                let (shared, id) = (Arc::clone(&self.shared), self.record.id.clone());
                 tokio::spawn(async move {
                     started.workload.sandbox.destroy().await;
+                    shared.networks.leave(&id).await;
                     drop(taken);
                 });
             }
@@ -244,6 +264,13 @@ impl Actor {
                 let passing = matches!(self.record.life.state, State::Starting(_) | State::Removing(_));
                 if !passing && let Err(error) = self.save(&self.record).await {
                     self.save_later(&error);
+                }
+            }
+            Report::Wired(turn, wired) => {
+                self.wired(turn, wired).await;
+                self.wiring = false;
+                if let Some(next) = self.wires.pop_front() {
+                    self.wire(next).await;
                 }
             }
             Report::Deleted(Ok(())) => {
@@ -416,7 +443,129 @@ impl Actor {
         self.record = next;
         self.publish();
         self.shared.registry.release(&old, &self.record.id);
+        self.shared.networks.rename(&self.record.id, &self.record.name);
         self.tell("rename", [("oldName".into(), format!("/{old}"))]);
+        Ok(())
+    }
+
+    /// Begins a change of networks; of a running container in a task, one after the other.
+    async fn wire(&mut self, command: Command) {
+        if self.wiring {
+            self.wires.push_back(command);
+            return;
+        }
+        let refusal = match &self.record.life.state {
+            State::Removing(_) | State::Dead(_) => Some(Error::forbidden(format!(
+                "Container {} is marked for removal and cannot be connected or disconnected to the network",
+                self.record.id
+            ))),
+            State::Starting(_) => {
+                Some(Error::conflict(format!("container {} is being started", self.record.id)))
+            }
+            _ => None,
+        };
+        match (command, refusal) {
+            (Command::Connect(.., reply) | Command::Disconnect { reply, .. }, Some(error)) => {
+                answer(reply, Err(error));
+            }
+            (Command::Connect(network, attachment, reply), None) => {
+                self.connect(network, attachment, reply).await
+            }
+            (Command::Disconnect { network, force, reply }, None) => {
+                self.disconnect(network, force, reply).await
+            }
+            _ => {}
+        }
+    }
+
+    async fn connect(&mut self, network: Arc<Network>, attachment: Attachment, reply: Reply<()>) {
+        if self.record.networks.contains_key(&network.name) && self.workload.is_some() {
+            return answer(
+                reply,
+                Err(Error::forbidden(format!(
+                    "endpoint with name {} already exists in network {}",
+                    self.record.name, network.name
+                ))),
+            );
+        }
+        let mut next = self.record.clone();
+        next.networks.insert(network.name.clone(), attachment.clone());
+        let Some(workload) = self.workload.clone() else {
+            return answer(reply, self.keep(next).await);
+        };
+        self.wiring = true;
+        let (shared, reporter, turn) = (Arc::clone(&self.shared), self.reporter.clone(), self.turn);
+        tokio::spawn(async move {
+            let result = wiring::connect(&shared, &next, &workload, &network).await;
+            let id = network.id.clone();
+            let wired = Wired::Connected(network, attachment, result, reply);
+            if reporter.send(Report::Wired(turn, wired)).await.is_err() {
+                shared.networks.leave_network(&next.id, &id).await;
+            }
+        });
+    }
+
+    async fn disconnect(&mut self, network: String, force: bool, reply: Reply<()>) {
+        let mut next = self.record.clone();
+        let Some(attachment) = next.networks.remove(&network) else {
+            return answer(
+                reply,
+                Err(Error::forbidden(format!(
+                    "container {} is not connected to network {network}",
+                    self.record.id
+                ))),
+            );
+        };
+        let (Some(workload), Some(endpoint)) = (self.workload.clone(), attachment.endpoint) else {
+            return answer(reply, self.keep(next).await);
+        };
+        self.wiring = true;
+        let (shared, reporter, turn) = (Arc::clone(&self.shared), self.reporter.clone(), self.turn);
+        tokio::spawn(async move {
+            let place = (attachment.network.as_str(), &endpoint);
+            let result = wiring::disconnect(&shared, &next, &workload, place, force).await;
+            // Its drop answers for an actor that is gone.
+            let _ = reporter.send(Report::Wired(turn, Wired::Disconnected(network, result, reply))).await;
+        });
+    }
+
+    async fn wired(&mut self, turn: u64, wired: Wired) {
+        let current = turn == self.turn && matches!(self.record.life.state, State::Running(_));
+        match wired {
+            Wired::Connected(network, attachment, Ok(endpoint), reply) => {
+                if !current {
+                    // The run is over, and what it had was given back before this was had.
+                    self.shared.networks.leave_network(&self.record.id, &network.id).await;
+                    return answer(
+                        reply,
+                        Err(Error::conflict(format!("container {} is not running", self.record.id))),
+                    );
+                }
+                let mut next = self.record.clone();
+                let attachment = Attachment { endpoint, ..attachment };
+                next.networks.insert(network.name.clone(), attachment);
+                let kept = self.keep(next).await;
+                self.shared.networks.tell_connected(&network, &self.record.id);
+                answer(reply, kept);
+            }
+            Wired::Disconnected(network, Ok(()), reply) => {
+                let mut next = self.record.clone();
+                next.networks.remove(&network);
+                answer(reply, self.keep(next).await);
+            }
+            Wired::Connected(.., Err(error), reply) | Wired::Disconnected(_, Err(error), reply) => {
+                answer(reply, Err(error));
+            }
+        }
+    }
+
+    /// Makes a record the container's: on disk, then for all to see.
+    async fn keep(&mut self, next: Record) -> Result<()> {
+        self.save(&next)
+            .await
+            .map_err(|error| Error::internal(format!("the change was not saved: {error}")))?;
+        self.record = next;
+        self.publish();
         Ok(())
     }
 
@@ -469,7 +618,7 @@ impl Actor {
 
     async fn started(&mut self, started: Started) {
         self.boot = None;
-        let Started { workload, watch, log_start, at } = started;
+        let Started { workload, watch, log_start, at, endpoints } = started;
         let event = Event::Started {
             sandbox: workload.sandbox.id().to_owned(),
             pid: workload.sandbox.pid(),
@@ -479,7 +628,14 @@ impl Actor {
         };
         let before = self.record.clone();
         match self.record.life.step(self.record.rules(), event) {
-            Ok((life, _)) => self.record.life = life,
+            Ok((life, _)) => {
+                self.record.life = life;
+                for (name, endpoint) in endpoints {
+                    if let Some(attachment) = self.record.networks.get_mut(&name) {
+                        attachment.endpoint = Some(endpoint);
+                    }
+                }
+            }
             Err(refusal) => {
                 tracing::error!(container = self.record.id, ?refusal, "a start came too late");
                 self.end(workload.sandbox.clone(), false);
@@ -507,6 +663,13 @@ impl Actor {
         }
         self.watch(workload, watch);
         self.publish();
+        for (name, attachment) in &self.record.networks {
+            if attachment.endpoint.is_some()
+                && let Some(network) = self.shared.networks.named(&self.record, name)
+            {
+                self.shared.networks.tell_connected(&network, &self.record.id);
+            }
+        }
         self.tell("start", []);
         for reply in self.starters.drain(..) {
             answer(reply, Ok(()));
@@ -552,6 +715,11 @@ impl Actor {
         let kept = must_be_kept(&self.record.life, &life);
         let was_under_way = matches!(self.record.life.state, State::Starting(_) | State::Restarting(_));
         self.record.life = life;
+        if !matches!(self.record.life.state, State::Running(_)) {
+            for attachment in self.record.networks.values_mut() {
+                attachment.endpoint = None;
+            }
+        }
         if kept && let Err(error) = self.save(&self.record).await {
             self.save_later(&error);
         }
@@ -636,10 +804,11 @@ impl Actor {
                 () = cancel.cancelled() => None,
                 result = start::start(&shared, &record, &hub, &timeline, resumption, &mut booted) => Some(result),
             };
-            if !matches!(result, Some(Ok(_)))
-                && let Some(sandbox) = booted
-            {
-                sandbox.destroy().await;
+            if !matches!(result, Some(Ok(_))) {
+                if let Some(sandbox) = booted {
+                    sandbox.destroy().await;
+                }
+                shared.networks.leave(&record.id).await;
             }
             let Some(result) = result else { return };
             let (guard, taken) = oneshot::channel();
@@ -648,6 +817,7 @@ impl Actor {
                 Ok(()) => drop(taken.await),
                 Err(mpsc::error::SendError(Report::Booted(_, Ok(started), _))) => {
                     started.workload.sandbox.destroy().await;
+                    shared.networks.leave(&record.id).await;
                 }
                 Err(_) => {}
             }
@@ -663,7 +833,8 @@ impl Actor {
     /// Ends a sandbox in a task of its own; whatever comes next waits for it.
     fn end(&mut self, sandbox: Arc<Sandbox>, flush: bool) {
         let before = self.ending.take();
-        let (timeline, id) = (self.timeline.clone(), self.record.id.clone());
+        let (shared, timeline, id) =
+            (Arc::clone(&self.shared), self.timeline.clone(), self.record.id.clone());
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -673,6 +844,7 @@ impl Actor {
             } else {
                 sandbox.destroy().await;
             }
+            shared.networks.leave(&id).await;
             if let Some(timeline) = timeline {
                 timeline.mark(Stage::Gone);
                 tracing::debug!(container = id, %timeline, "ended");

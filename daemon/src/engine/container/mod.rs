@@ -15,6 +15,7 @@ mod list;
 mod machine;
 pub(crate) mod memory;
 pub(crate) mod names;
+pub(crate) mod network;
 mod ops;
 mod prune;
 pub(crate) mod pump;
@@ -27,6 +28,7 @@ pub(crate) mod start;
 pub mod state;
 mod stats;
 mod top;
+mod wiring;
 pub(crate) mod workload;
 
 use std::{sync::Arc, time::Duration};
@@ -40,7 +42,10 @@ pub use stats::StatsMode;
 
 use crate::{
     api::types::container::{HostConfig, WaitResponse},
-    engine::{Error, Result, WaitCondition},
+    engine::{
+        Error, Result, WaitCondition,
+        network::record::{Attachment, Network},
+    },
 };
 use hub::Hub;
 use record::Record;
@@ -76,6 +81,17 @@ pub(crate) enum Command {
     },
     /// To a name that is reserved.
     Rename(String, Reply<()>),
+    /// Into a network; answered when it is in.
+    Connect(Arc<Network>, Attachment, Reply<()>),
+    /// Out of a network; answered when it is out.
+    Disconnect {
+        /// The network, which may be gone: then its name.
+        network: String,
+        /// Even if the guest does not answer.
+        force: bool,
+        /// For the answer.
+        reply: Reply<()>,
+    },
     /// Answered at once with what will resolve.
     Wait(WaitCondition, oneshot::Sender<oneshot::Receiver<WaitResponse>>),
     /// Ends the actor and leaves the container as it is.

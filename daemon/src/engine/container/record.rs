@@ -1,6 +1,7 @@
 //! What is on disk of a container: one JSON document, replaced as a whole.
 
 use std::{
+    collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{Lifecycle, Policy, Rules};
 use crate::{
     api::types::container::{Config, HostConfig, RestartPolicy},
-    engine::image::Digest,
+    engine::{image::Digest, network::record::Attachment},
 };
 
 /// Version of the document. A later version's is not read.
@@ -40,6 +41,9 @@ pub struct Record {
     pub config: Config,
     /// The host config.
     pub host_config: HostConfig,
+    /// Its places in networks, by their names.
+    #[serde(default)]
+    pub networks: BTreeMap<String, Attachment>,
     /// Its life.
     pub life: Lifecycle,
 }
@@ -67,6 +71,7 @@ impl Record {
             layers: Vec::new(),
             config: Config::default(),
             host_config: HostConfig::default(),
+            networks: BTreeMap::new(),
             life: Lifecycle::default(),
         }
     }
