@@ -6,5 +6,6 @@ pub mod config;
 pub mod data_root;
 pub mod engine;
 pub mod layout;
+pub mod metrics;
 pub mod phases;
 pub mod sandbox;

@@ -7,6 +7,8 @@ pub mod images;
 pub mod later;
 pub mod logs;
 pub mod machine;
+pub mod metrics;
+pub mod registry;
 pub mod stats;
 pub mod system;
 
@@ -19,6 +21,8 @@ pub(super) const TABLES: &[&[Route]] = &[
     containers::ROUTES,
     logs::ROUTES,
     machine::ROUTES,
+    metrics::ROUTES,
+    registry::ROUTES,
     stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,

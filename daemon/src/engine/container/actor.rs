@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Container, Grace, Reply, Stop, View,
+    health::{self, Check},
     hub::{Hub, Kind},
     machine,
     record::Record,
@@ -23,7 +24,7 @@ use super::{
     workload::{self, Watch, Workload},
 };
 use crate::{
-    api::types::container::{HostConfig, WaitError, WaitResponse},
+    api::types::container::{HealthcheckResult, HostConfig, WaitError, WaitResponse},
     engine::{Error, Result, Shared, WaitCondition},
     phases::{Stage, Timeline, TimelineKind},
     sandbox::Sandbox,
@@ -48,6 +49,8 @@ enum Report {
     Deleted(std::io::Result<()>),
     /// The agent has frozen the workload (true), or let it run on.
     Paused(u64, bool, Result<()>, Reply<()>),
+    /// A health check has ended that began at this time.
+    Probed(u64, Timestamp, HealthcheckResult),
     /// A state that could not be saved may be tried again.
     Unsaved,
 }
@@ -141,6 +144,7 @@ impl Actor {
                 if self.step(Event::Paused(paused)).await.is_err() {
                     self.publish();
                 }
+                self.watch_health();
             }
             Found::Gone(reason) => {
                 tracing::warn!(container = self.record.id, reason, "a container did not outlive the daemon");
@@ -240,6 +244,8 @@ impl Actor {
                 };
                 answer(reply, result);
             }
+            Report::Probed(turn, began, result) if turn == self.turn => self.probed(began, result).await,
+            Report::Probed(..) => {}
             Report::Unsaved => {
                 let passing = matches!(self.record.life.state, State::Starting(_) | State::Removing(_));
                 if !passing && let Err(error) = self.save(&self.record).await {
@@ -479,7 +485,11 @@ impl Actor {
         };
         let before = self.record.clone();
         match self.record.life.step(self.record.rules(), event) {
-            Ok((life, _)) => self.record.life = life,
+            Ok((life, _)) => {
+                self.record.life = life;
+                let check = Check::of(&self.record.config);
+                self.record.health = health::begin(check.as_ref(), self.record.health.take());
+            }
             Err(refusal) => {
                 tracing::error!(container = self.record.id, ?refusal, "a start came too late");
                 self.end(workload.sandbox.clone(), false);
@@ -507,6 +517,7 @@ impl Actor {
         }
         self.watch(workload, watch);
         self.publish();
+        self.watch_health();
         self.tell("start", []);
         for reply in self.starters.drain(..) {
             answer(reply, Ok(()));
@@ -543,6 +554,38 @@ impl Actor {
             }
             let _ = reporter.send(Report::Over(turn, exit)).await;
         });
+    }
+
+    // ---- Health
+
+    /// Has the workload's health checked, if its container says how.
+    fn watch_health(&self) {
+        let (Some(check), Some(workload)) = (Check::of(&self.record.config), self.workload.clone()) else {
+            return;
+        };
+        let (reporter, turn) = (self.reporter.clone(), self.turn);
+        let tell = move |began, result| {
+            let reporter = reporter.clone();
+            // The actor's end is the container's.
+            async move { drop(reporter.send(Report::Probed(turn, began, result)).await) }
+        };
+        tokio::spawn(health::monitor(Arc::clone(&self.shared), workload, self.view.subscribe(), check, tell));
+    }
+
+    async fn probed(&mut self, began: Timestamp, result: HealthcheckResult) {
+        let State::Running(running) = &self.record.life.state else { return };
+        let (Some(check), Some(health)) = (Check::of(&self.record.config), &mut self.record.health) else {
+            return;
+        };
+        let changed = health::judge(&check, health, result, began, running.started_at);
+        let status = health.status.clone();
+        self.publish();
+        if changed {
+            self.tell(&format!("health_status: {status}"), []);
+            if let Err(error) = self.save(&self.record).await {
+                self.save_later(&error);
+            }
+        }
     }
 
     // ---- One step of the life
@@ -594,6 +637,10 @@ impl Actor {
                 // Who attaches while the view says that it runs is of the run that is over, and goes with it;
                 // who attaches after the exit was told is of the next.
                 self.reached(Stage::Ended);
+                if let Some(health) = &mut self.record.health {
+                    // Docker's: what does not run is not well.
+                    health.status = health::UNHEALTHY.into();
+                }
                 self.publish();
                 self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();
