@@ -35,6 +35,7 @@ const INSTALLED: &[(&str, &str)] = &[
     ("nftables", "networks"),
     ("iptables", "dockerd, which the benchmark compares with"),
     ("runc", "dockerd, which the benchmark compares with"),
+    ("python3-pip", "docker-py's own tests"),
 ];
 
 /// Packages to unpack, each with the program it is for.
