@@ -8,5 +8,6 @@ pub mod data_root;
 pub mod engine;
 pub mod hostnet;
 pub mod layout;
+pub mod metrics;
 pub mod phases;
 pub mod sandbox;

@@ -37,7 +37,7 @@ const INSTALLED: &[(&str, &str)] = &[
     ("iptables", "dockerd, which the benchmark compares with"),
     ("runc", "dockerd, which the benchmark compares with"),
     ("docker-compose", "Compose 1.29, with which tests bring up stacks"),
-    ("python3-pip", "Compose 5, which lies in PyPI as a wheel"),
+    ("python3-pip", "Compose 5, which lies in PyPI as a wheel, and docker-py's own tests"),
     ("curl", "asking published ports"),
 ];
 

@@ -48,6 +48,10 @@ pub struct Config {
     pub debug: bool,
     /// The least level that is logged.
     pub log_level: tracing::Level,
+    /// Whether the log is JSON, an object a line.
+    pub log_json: bool,
+    /// Where metrics are served besides the API.
+    pub metrics: Option<String>,
     /// Mirrors of Docker Hub, URLs without a trailing slash.
     pub registry_mirrors: Vec<String>,
     /// Hosts (`host[:port]`) and CIDR networks whose registries need no TLS.
@@ -184,6 +188,13 @@ impl Config {
             data_root: absolute("data-root", options.data_root.clone(), "/var/lib/bulkhead")?,
             exec_root: absolute("exec-root", options.exec_root.clone(), "/run/bulkhead")?,
         };
+        if !options.authorization_plugins.is_empty() {
+            // To go on without them would let in what they are there to keep out.
+            return Err(
+                "authorization plugins are not supported: use TLS client certificates, or a proxy that asks"
+                    .into(),
+            );
+        }
         let confinement = confinement::from(&options, &layout)?;
         let tls = tls(options.tls, options.tlsverify, options.tlscacert, options.tlscert, options.tlskey);
         let hosts = hosts(&options.hosts, &tls)?;
@@ -205,6 +216,12 @@ impl Config {
             layout,
             debug,
             log_level,
+            log_json: match options.log_format.as_deref() {
+                None | Some("" | "text") => false,
+                Some("json") => true,
+                Some(other) => return Err(format!("invalid log format: {other}")),
+            },
+            metrics: options.metrics_addr.map(|address| host::tcp_address(&address)).transpose()?,
             registry_mirrors: options.registry_mirrors.iter().map(|m| mirror(m)).collect::<Result<_, _>>()?,
             insecure_registries: options
                 .insecure_registries

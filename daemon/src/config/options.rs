@@ -33,6 +33,15 @@ pub struct Options {
     /// Least level that is logged: debug, info, warn, error, fatal
     #[arg(short = 'l', long, value_name = "LEVEL")]
     pub log_level: Option<String>,
+    /// Form of the log: text or json
+    #[arg(long, value_name = "FORM")]
+    pub log_format: Option<String>,
+    /// Address, HOST:PORT, to serve metrics on in the clear, and nothing else
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_addr: Option<String>,
+    /// Refused: there are no plugins that could be asked
+    #[arg(long = "authorization-plugin", value_name = "PLUGIN", hide = true)]
+    pub authorization_plugins: Vec<String>,
     /// File for the daemon's pid
     #[arg(short = 'p', long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
@@ -48,7 +57,7 @@ pub struct Options {
     /// Attempts for each layer
     #[arg(long, value_name = "N")]
     pub max_download_attempts: Option<i64>,
-    /// Containers' default log driver: json-file or none
+    /// Containers' default log driver: json-file, local, syslog, journald or none
     #[arg(long, value_name = "DRIVER")]
     pub log_driver: Option<String>,
     /// Containers' default log options

@@ -13,9 +13,11 @@ pub mod image;
 mod info;
 pub(crate) mod limits;
 pub mod logs;
+mod metrics;
 pub mod network;
 mod open;
 mod pressure;
+mod reload;
 pub mod spec;
 pub mod store;
 
@@ -164,6 +166,9 @@ pub(crate) struct Shared {
     /// What the files that machines are made of hold.
     pub(crate) digests: Arc<sandbox::Digests>,
     pub(crate) timelines: Timelines,
+    pub(crate) health_checks: container::health::Counts,
+    /// What a reload may change.
+    pub(crate) live: reload::Live,
 }
 
 impl Shared {

@@ -20,12 +20,14 @@ use tokio::task::JoinSet;
 
 use super::{
     Error, Result, Shared,
-    container::{Actor, record::Record, registry::Registry, state::State},
+    container::{Actor, health::Counts, record::Record, registry::Registry, state::State},
     events::Events,
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
     network::Networks,
-    pressure, store,
+    pressure,
+    reload::Live,
+    store,
 };
 use crate::{
     config::Config,
@@ -55,8 +57,20 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let templates = open_templates(&config, &events, &digests)?;
     let (registry, execs) = (Registry::default(), Execs::default());
     let timelines = Timelines::default();
-    let shared =
-        Arc::new(Shared { config, events, images, networks, registry, execs, templates, digests, timelines });
+    let (health_checks, live) = (Counts::default(), Live::new(&config));
+    let shared = Arc::new(Shared {
+        config,
+        events,
+        images,
+        networks,
+        registry,
+        execs,
+        templates,
+        digests,
+        timelines,
+        health_checks,
+        live,
+    });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -277,7 +291,7 @@ mod tests {
         for (text, valid) in [
             ("{}", true),
             (r#"{"insecure-registries": ["10.0.0.0/99"]}"#, false),
-            (r#"{"log-opts": {"max-size": "1m"}}"#, false),
+            (r#"{"log-opts": {"max-size": "x"}}"#, false),
             (r#"{"default-ulimits": {"odd": {"Name": "odd", "Soft": 1, "Hard": 1}}}"#, false),
         ] {
             assert_eq!(Engine::validate(&config(base.path(), text)).is_ok(), valid, "{text}");

@@ -620,6 +620,39 @@ pub struct ProcessInfo {
     pub cpu_ms: u64,
     /// The command line, or `[name]` when there is none.
     pub command: String,
+    /// More of it; an older agent does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<ProcessDetail>,
+}
+
+/// What `ps` shows in its longer forms.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProcessDetail {
+    /// The kernel's name.
+    pub name: String,
+    /// `R`, `S`, `D`, `T`, `t`, `Z`, `X` or `I`.
+    pub state: String,
+    /// Process group.
+    pub group: i32,
+    /// Session.
+    pub session: i32,
+    /// The terminal's foreground process group, -1 without a terminal.
+    pub foreground: i32,
+    /// Nice value.
+    pub nice: i32,
+    /// Threads.
+    pub threads: u32,
+    /// Effective user.
+    pub euid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Bytes of virtual memory.
+    pub virtual_bytes: u64,
+    /// Bytes in memory.
+    pub resident_bytes: u64,
+    /// Bytes of the guest's memory.
+    pub total_bytes: u64,
 }
 
 /// What happens without being asked for.

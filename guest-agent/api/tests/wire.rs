@@ -5,8 +5,8 @@
 use bulkhead_agent_api::{
     AgentError, Answer, Call, ContainerIdentity, ContainerState, CpuStats, Create, Disk, ErrorKind, Event,
     Exit, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface, InterfaceAddress, IoStats,
-    KnownOutput, MemoryStats, NetworkStats, ProcessId, ProcessInfo, ProcessState, Rootfs, Stats, Stdio,
-    StreamKind, StreamOpen, StreamReady, ToAgent,
+    KnownOutput, MemoryStats, NetworkStats, ProcessDetail, ProcessId, ProcessInfo, ProcessState, Rootfs,
+    Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -108,6 +108,7 @@ fn from_agent() -> Vec<FromAgent> {
         start_unix: 1_800_000_000,
         cpu_ms: 12,
         command: "sleep 1".into(),
+        detail: None,
     };
     let container = ContainerState {
         container: "c1".into(),
@@ -177,6 +178,35 @@ fn memory(wire: &mut Wire) {
     wire.message(&FromAgent::Answer { id: 11, result: Ok(Answer::Reclaimed { bytes: 4096 }) });
 }
 
+/// A process as a newer agent tells of it.
+fn process_detail(wire: &mut Wire) {
+    let detail = ProcessDetail {
+        name: "sleep".into(),
+        state: "S".into(),
+        group: 7,
+        session: 7,
+        foreground: -1,
+        nice: 5,
+        threads: 1,
+        euid: 33,
+        gid: 34,
+        virtual_bytes: 8192,
+        resident_bytes: 4096,
+        total_bytes: 1 << 29,
+    };
+    let process = ProcessInfo {
+        pid: 7,
+        ppid: 1,
+        uid: 33,
+        tty: "?".into(),
+        start_unix: 1_800_000_000,
+        cpu_ms: 12,
+        command: "sleep 1".into(),
+        detail: Some(detail),
+    };
+    wire.message(&FromAgent::Answer { id: 12, result: Ok(Answer::Processes { processes: vec![process] }) });
+}
+
 #[test]
 fn every_message_is_as_it_was() {
     let mut wire = Wire::default();
@@ -201,6 +231,7 @@ fn every_message_is_as_it_was() {
         wire.message(&ToAgent { id: 9, call });
     }
     memory(&mut wire);
+    process_detail(&mut wire);
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);
     }

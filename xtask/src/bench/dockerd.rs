@@ -64,6 +64,11 @@ impl Dockerd {
         Docker::new(self.forward.address())
     }
 
+    /// Its socket here.
+    pub(crate) fn socket(&self) -> &str {
+        self.forward.address()
+    }
+
     /// Its socket in the host.
     pub(crate) fn inner_socket(&self) -> String {
         self.scratch.join("d.sock")

@@ -9,7 +9,7 @@
 //! ```
 
 mod daemons;
-mod dockerd;
+pub(crate) mod dockerd;
 mod figures;
 mod networks;
 pub(crate) mod probe;
@@ -49,6 +49,9 @@ pub(crate) struct BenchArgs {
     /// How many containers are started at once, a row each.
     #[arg(long, value_delimiter = ',', default_value = "1,10,50", value_name = "N,N")]
     counts: Vec<usize>,
+    /// How many containers there are, created and not started, when lists and inspects are measured.
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    known: usize,
     /// How long containers are started at most, to see how many the host holds.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     fill_seconds: u64,

@@ -25,7 +25,6 @@ use crate::{
 
 pub(super) const ROUTES: &[Route] = table! {
     GET "/images/json" => list,
-    GET "/images/search" => search,
     GET "/images/get" => save,
     POST "/images/create" [WhileConnected] => create,
     POST "/images/load" [WhileConnected] => load,
@@ -39,10 +38,6 @@ pub(super) const ROUTES: &[Route] = table! {
 };
 
 const JSON: &str = "application/json";
-
-async fn search(_: Call) -> Result<Response<Body>> {
-    Err(refuse("searching registries is"))
-}
 
 async fn save(_: Call) -> Result<Response<Body>> {
     Err(refuse("docker save is"))

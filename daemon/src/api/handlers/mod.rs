@@ -7,7 +7,9 @@ pub mod images;
 pub mod later;
 pub mod logs;
 pub mod machine;
+pub mod metrics;
 pub mod networks;
+pub mod registry;
 pub mod stats;
 pub mod system;
 
@@ -20,6 +22,8 @@ pub(super) const TABLES: &[&[Route]] = &[
     containers::ROUTES,
     logs::ROUTES,
     machine::ROUTES,
+    metrics::ROUTES,
+    registry::ROUTES,
     stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Container, Grace, Reply, Stop, View,
+    health::{self, Check},
     hub::{Hub, Kind},
     machine,
     record::Record,
@@ -24,7 +25,7 @@ use super::{
     workload::{self, Watch, Workload},
 };
 use crate::{
-    api::types::container::{HostConfig, WaitError, WaitResponse},
+    api::types::container::{HealthcheckResult, HostConfig, WaitError, WaitResponse},
     engine::{
         Error, Result, Shared, WaitCondition,
         network::record::{Attachment, Endpoint, Network},
@@ -52,6 +53,8 @@ enum Report {
     Deleted(std::io::Result<()>),
     /// The agent has frozen the workload (true), or let it run on.
     Paused(u64, bool, Result<()>, Reply<()>),
+    /// A health check has ended that began at this time.
+    Probed(u64, Timestamp, HealthcheckResult),
     /// A state that could not be saved may be tried again.
     Unsaved,
     /// A running container is in a network, or out of it, or as before.
@@ -158,6 +161,7 @@ impl Actor {
                 if self.step(Event::Paused(paused)).await.is_err() {
                     self.publish();
                 }
+                self.watch_health();
             }
             Found::Gone(reason) => {
                 tracing::warn!(container = self.record.id, reason, "a container did not outlive the daemon");
@@ -260,6 +264,8 @@ impl Actor {
                 };
                 answer(reply, result);
             }
+            Report::Probed(turn, began, result) if turn == self.turn => self.probed(began, result).await,
+            Report::Probed(..) => {}
             Report::Unsaved => {
                 let passing = matches!(self.record.life.state, State::Starting(_) | State::Removing(_));
                 if !passing && let Err(error) = self.save(&self.record).await {
@@ -635,6 +641,8 @@ impl Actor {
                         attachment.endpoint = Some(endpoint);
                     }
                 }
+                let check = Check::of(&self.record.config);
+                self.record.health = health::begin(check.as_ref(), self.record.health.take());
             }
             Err(refusal) => {
                 tracing::error!(container = self.record.id, ?refusal, "a start came too late");
@@ -670,6 +678,7 @@ impl Actor {
                 self.shared.networks.tell_connected(&network, &self.record.id);
             }
         }
+        self.watch_health();
         self.tell("start", []);
         for reply in self.starters.drain(..) {
             answer(reply, Ok(()));
@@ -706,6 +715,38 @@ impl Actor {
             }
             let _ = reporter.send(Report::Over(turn, exit)).await;
         });
+    }
+
+    // ---- Health
+
+    /// Has the workload's health checked, if its container says how.
+    fn watch_health(&self) {
+        let (Some(check), Some(workload)) = (Check::of(&self.record.config), self.workload.clone()) else {
+            return;
+        };
+        let (reporter, turn) = (self.reporter.clone(), self.turn);
+        let tell = move |began, result| {
+            let reporter = reporter.clone();
+            // The actor's end is the container's.
+            async move { drop(reporter.send(Report::Probed(turn, began, result)).await) }
+        };
+        tokio::spawn(health::monitor(Arc::clone(&self.shared), workload, self.view.subscribe(), check, tell));
+    }
+
+    async fn probed(&mut self, began: Timestamp, result: HealthcheckResult) {
+        let State::Running(running) = &self.record.life.state else { return };
+        let (Some(check), Some(health)) = (Check::of(&self.record.config), &mut self.record.health) else {
+            return;
+        };
+        let changed = health::judge(&check, health, result, began, running.started_at);
+        let status = health.status.clone();
+        self.publish();
+        if changed {
+            self.tell(&format!("health_status: {status}"), []);
+            if let Err(error) = self.save(&self.record).await {
+                self.save_later(&error);
+            }
+        }
     }
 
     // ---- One step of the life
@@ -762,6 +803,10 @@ impl Actor {
                 // Who attaches while the view says that it runs is of the run that is over, and goes with it;
                 // who attaches after the exit was told is of the next.
                 self.reached(Stage::Ended);
+                if let Some(health) = &mut self.record.health {
+                    // Docker's: what does not run is not well.
+                    health.status = health::UNHEALTHY.into();
+                }
                 self.publish();
                 self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();

@@ -116,7 +116,7 @@ pub(super) fn inspect(
         created: record.created.to_string(),
         path,
         args,
-        state: state(&record.life),
+        state: container::State { health: record.health.clone(), ..state(&record.life) },
         image: record.image.to_string(),
         // These files are the guest's: they have no path on the host.
         resolv_conf_path: String::new(),
@@ -161,7 +161,8 @@ fn network_settings(
 }
 
 /// The line of `docker ps` about a state: `Up 2 minutes`, `Exited (0) 3 hours ago`.
-pub(super) fn status_line(state: &State, now: Timestamp) -> String {
+pub(super) fn status_line(record: &Record, now: Timestamp) -> String {
+    let (state, health) = (&record.life.state, record.health.as_ref().map(|health| health.status.as_str()));
     let ago = |since: Timestamp| human_duration(now.duration_since(since).as_secs());
     let of_rest = |rest: &Rest| match rest {
         Rest::Created(_) => "Created".to_owned(),
@@ -170,7 +171,14 @@ pub(super) fn status_line(state: &State, now: Timestamp) -> String {
     match state {
         State::Resting(rest) | State::Starting(rest) => of_rest(rest),
         State::Running(running) => {
-            format!("Up {}{}", ago(running.started_at), if running.paused { " (Paused)" } else { "" })
+            let note = match health {
+                _ if running.paused => " (Paused)".to_owned(),
+                Some(super::health::STARTING) => " (health: starting)".to_owned(),
+                Some(status) => format!(" ({status})"),
+                None => String::new(),
+            };
+            // `ago` without the word.
+            format!("Up {}{note}", ago(running.started_at))
         }
         State::Restarting(ended) => format!("Restarting ({}) {} ago", ended.code, ago(ended.finished_at)),
         State::Removing(_) => "Removal In Progress".into(),

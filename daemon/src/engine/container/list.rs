@@ -138,7 +138,7 @@ impl<'a> Criteria<'a> {
             && self.since.as_ref().is_none_or(|(at, other)| (created, id) > (*at, other))
             && self.ancestors.as_ref().is_none_or(|images| images.contains(&record.image.to_string()))
             && filters.any("network", |wanted| is_in_network(record, wanted))
-            && filters.exact("health", "none")
+            && filters.exact("health", record.health.as_ref().map_or("none", |health| health.status.as_str()))
             && filters.exact("isolation", "default")
             && filters.any("is-task", |value| matches!(value, "false" | "0"))
             && filters.any("expose", |port| exposes(record, port))
@@ -204,7 +204,7 @@ pub(super) fn summary(view: &View, shared: &Shared, now: Timestamp) -> Summary {
         ports: if running { port_summaries(record) } else { Vec::new() },
         labels: record.config.labels.clone().unwrap_or_default(),
         state: inspect::status(&record.life.state).into(),
-        status: inspect::status_line(&record.life.state, now),
+        status: inspect::status_line(record, now),
         host_config: SummaryHostConfig {
             network_mode: record.host_config.network_mode.clone(),
             annotations: record.host_config.annotations.clone().unwrap_or_default(),

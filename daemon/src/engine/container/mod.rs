@@ -9,6 +9,7 @@
 
 mod actor;
 mod create;
+pub(crate) mod health;
 pub(crate) mod hub;
 mod inspect;
 mod list;

@@ -187,7 +187,10 @@ impl Engine {
         let view = self.container(name)?.view();
         let workload = view.running()?;
         let call = Call::Resize { process: workload.init(), rows, columns };
-        workload.sandbox.call(call).await.map(drop).map_err(|error| Error::internal(error.to_string()))
+        workload.sandbox.call(call).await.map_err(|error| Error::internal(error.to_string()))?;
+        let size = [("height".to_owned(), rows.to_string()), ("width".to_owned(), columns.to_string())];
+        self.shared.publish(&view.record, "resize", size);
+        Ok(())
     }
 
     /// Everything about it.
@@ -199,7 +202,7 @@ impl Engine {
         let view = container.view();
         let record = &view.record;
         let log_path = match record.host_config.log_config.kind.as_str() {
-            "none" => String::new(),
+            kind if kind != "json-file" => String::new(),
             _ => self.shared.layout().container_log(&record.id).display().to_string(),
         };
         let exec_ids = self.shared.execs.running_in(&record.id);
@@ -238,7 +241,9 @@ impl Engine {
     pub async fn container_top(&self, name: Name<'_>, ps_args: &str) -> Result<types::container::Top> {
         let view = self.container(name)?.view();
         let processes = view.running()?.processes().await?;
-        top::top(&processes, ps_args, Timestamp::now())
+        let top = top::top(&processes, ps_args, Timestamp::now())?;
+        self.shared.publish(&view.record, "top", []);
+        Ok(top)
     }
 
     /// Waits for its exit or removal. Registered when this returns.
@@ -315,7 +320,7 @@ impl Engine {
         match (&view.record.life.state, &view.workload) {
             (State::Running(_), Some(workload)) => workload.log.source(),
             _ => Source::stopped(
-                &view.record.host_config.log_config.kind,
+                view.record.host_config.log_config.kind != "none",
                 &self.shared.layout().container_log(container.id()),
             ),
         }

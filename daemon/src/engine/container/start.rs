@@ -64,10 +64,11 @@ pub(crate) async fn start(
         .await
         .unwrap_or_else(|error| Err(Error::internal(error.to_string())))
         .map_err(internal)?;
-    let (log, log_start) =
-        Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
-            |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
-        )?;
+    let no_log =
+        |error: String| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") };
+    let settings = record.log_settings().map_err(|error| no_log(error.message))?;
+    let (log, log_start) = Log::begin(&settings, &shared.layout().container_log(&record.id))
+        .map_err(|error| no_log(error.to_string()))?;
     let mut joined = shared.networks.join(record).await.map_err(internal)?;
     let record = &network::with_endpoints(record, &joined);
     if let Some(resumption) = resumption {
@@ -193,9 +194,12 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Runni
         Err(error @ AdoptError::Mute(_)) => return Found::Gone(error.to_string()),
     };
     let path = shared.layout().container_log(&record.id);
-    let (driver, run) = (record.host_config.log_config.kind.clone(), running.log_start);
+    let (settings, run) = match record.log_settings() {
+        Ok(settings) => (settings, running.log_start),
+        Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
+    };
     // All of the run's log is read.
-    let resumed = tokio::task::spawn_blocking(move || Log::resume(&driver, &path, run)).await;
+    let resumed = tokio::task::spawn_blocking(move || Log::resume(&settings, &path, run)).await;
     let (log, durable) = match resumed.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
         Ok(resumed) => resumed,
         Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),

@@ -336,7 +336,8 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let machine = FakeMachine::start(base.path(), "s1");
         let (sandbox, events, agent) = machine.adopted(base.path(), "s1").await;
-        let (log, _) = Log::begin("json-file", &base.path().join("log")).unwrap();
+        let (log, _) =
+            Log::begin(&crate::engine::logs::Settings::plain("json-file"), &base.path().join("log")).unwrap();
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), "c"));
         let hub = Arc::new(Hub::new(Kind { terminal: false, stdin: false, stdin_once: false }));
         let opened = workload.sandbox.output(workload.init(), StreamKind::Stdout, Some(0));

@@ -14,6 +14,7 @@
 //! callback in [`Options`].
 
 mod archive;
+mod asking;
 mod catalog;
 mod changes;
 pub mod config;
@@ -47,6 +48,7 @@ use std::{
 
 use bulkhead_rootfs::layers::{DiffId, LayerStore};
 
+pub use asking::SEARCH_FILTERS;
 pub use config::{ImageConfig, RunConfig};
 pub use digest::Digest;
 pub use import::ImportRequest;
@@ -143,6 +145,14 @@ impl ImageStore {
             listener: options.listener,
             pruning: AtomicBool::new(false),
         }))
+    }
+
+    /// Takes other settings for registries.
+    ///
+    /// # Errors
+    /// They are malformed; then those of before stay.
+    pub fn reload(&self, settings: RegistrySettings) -> Result<()> {
+        self.registries.reload(settings).map_err(|error| Error::invalid(error.to_string()))
     }
 
     /// Tells the store where to ask for containers, and sweeps layers that neither they nor images use. To be

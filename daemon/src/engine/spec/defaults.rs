@@ -5,9 +5,13 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{files, mounts, parse_security};
 use crate::{
-    api::types::container::{Config, CreateRequest, HostConfig},
+    api::types::container::{Config, CreateRequest, Healthcheck, HostConfig},
     config::Config as DaemonConfig,
-    engine::{Error, Result, container::signal, logs},
+    engine::{
+        Error, Result,
+        container::{health, signal},
+        logs,
+    },
 };
 
 /// Fills what the user left open from the image's config, by Docker's rules.
@@ -213,8 +217,29 @@ fn check_config(config: &Config) -> Result<()> {
     if !config.stop_signal.is_empty() {
         signal::parse(&config.stop_signal)?;
     }
+    if let Some(check) = &config.healthcheck {
+        check_health(check)?;
+    }
     if config.stop_timeout.is_some_and(|seconds| seconds < -1) {
         return Err(Error::invalid("stop timeout cannot be less than -1"));
+    }
+    Ok(())
+}
+
+fn check_health(check: &Healthcheck) -> Result<()> {
+    let shortest = i64::try_from(health::SHORTEST.as_nanos()).unwrap_or(i64::MAX);
+    for (name, value) in [
+        ("Interval", check.interval),
+        ("Timeout", check.timeout),
+        ("StartPeriod", check.start_period),
+        ("StartInterval", check.start_interval),
+    ] {
+        if value != 0 && value < shortest {
+            return Err(Error::invalid(format!("{name} in Healthcheck cannot be less than 1ms")));
+        }
+    }
+    if check.retries < 0 {
+        return Err(Error::invalid("Retries in Healthcheck cannot be negative"));
     }
     Ok(())
 }
@@ -395,14 +420,6 @@ fn warnings(config: &Config, host: &HostConfig) -> Vec<String> {
     warn(
         host.memory > 0 && ![0, host.memory, host.memory.saturating_mul(2)].contains(&host.memory_swap),
         "Guests have no swap: memory is limited without swap.",
-    );
-    warn(
-        config
-            .healthcheck
-            .as_ref()
-            .and_then(|check| check.test.as_ref())
-            .is_some_and(|test| !test.is_empty() && test != &["NONE"]),
-        "Health checks are not supported yet: the container's health will not be known.",
     );
     warnings
 }

@@ -29,10 +29,13 @@ pub struct Session<'a> {
     path: String,
     credentials: Option<Credentials>,
     authorization: Mutex<Option<HeaderValue>>,
+    identity_token: Mutex<Option<String>>,
 }
 
 #[derive(Deserialize)]
 struct Token {
+    #[serde(default)]
+    refresh_token: String,
     #[serde(default)]
     token: String,
     #[serde(default)]
@@ -63,6 +66,7 @@ impl<'a> Session<'a> {
             path: path.to_owned(),
             credentials,
             authorization: Mutex::default(),
+            identity_token: Mutex::default(),
         };
         let ping =
             Outgoing { retry: false, ..Outgoing::get(session.endpoint.url(""), session.endpoint.insecure) };
@@ -200,6 +204,16 @@ impl<'a> Session<'a> {
         &self.path
     }
 
+    /// What a login gets instead of the password, once it is through.
+    pub(super) fn identity_token(&self) -> Option<String> {
+        self.identity_token.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether it is about no repository but about who we are.
+    fn is_login(&self) -> bool {
+        self.path.is_empty()
+    }
+
     fn authorization(&self) -> Option<HeaderValue> {
         self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -265,6 +279,9 @@ impl<'a> Session<'a> {
         let token: Token = serde_json::from_slice(&body).map_err(|error| {
             self.failed(url.clone(), &format!("unable to decode token response: {error}"))
         })?;
+        if self.is_login() && !token.refresh_token.is_empty() {
+            *self.identity_token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token.refresh_token);
+        }
         let token = if token.token.is_empty() { token.access_token } else { token.token };
         if token.is_empty() {
             Err(self.failed(url, "authorization server did not include a token in the response"))
@@ -291,17 +308,21 @@ impl<'a> Session<'a> {
         }
         let scope = format!("repository:{}:pull", self.path);
         if !credentials.identity_token.is_empty() {
-            let form = [
+            let mut form = vec![
                 ("grant_type", "refresh_token"),
                 ("service", bearer.service.as_str()),
                 ("client_id", "docker"),
                 ("scope", scope.as_str()),
                 ("refresh_token", credentials.identity_token.as_str()),
             ];
+            form.retain(|(name, _)| *name != "scope" || !self.is_login());
             let form = Some(query(&form));
             return Ok(Outgoing { form, ..Outgoing::get(realm.to_owned(), insecure) });
         }
-        let mut parameters = vec![("scope", scope.as_str())];
+        let mut parameters = match self.is_login() {
+            true => vec![("client_id", "docker"), ("offline_token", "true")],
+            false => vec![("scope", scope.as_str())],
+        };
         if !bearer.service.is_empty() {
             parameters.push(("service", bearer.service.as_str()));
         }
@@ -361,7 +382,7 @@ fn query(parameters: &[(&str, &str)]) -> String {
 }
 
 /// Percent-encodes all but what a query may always hold.
-fn encode(text: &str) -> String {
+pub(super) fn encode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'~') {
