@@ -1,35 +1,12 @@
 //! Egress policies: a container reaches what its label names, and nothing else.
 
 use anyhow::Context;
-use bulkhead_tests::{Host, Suite, docker::Container};
+use bulkhead_tests::{Suite, docker::Container};
 
-use crate::{Network, Test, docker, host, serve};
+use crate::{Background, Network, Test, docker, host, serve};
 
 /// The test host's own address.
 const HOST: &str = "10.0.2.15";
-
-/// The end of a program in the host, which ends with this.
-struct Background(Host, String);
-
-impl Background {
-    /// Runs a script until this is dropped. It has a directory of its own, which this gives.
-    fn start(script: &str) -> anyhow::Result<(Self, String)> {
-        let host = host()?;
-        let directory = host.sh("mktemp -d", &[])?;
-        let wrapped = format!("cd \"$1\"; (setsid sh -c '{script}') >out 2>&1 & echo $! >pid");
-        host.sh(&wrapped, &[&directory])?;
-        Ok((Self(host, directory.clone()), directory))
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        let _ = self.0.sh(
-            "kill -- -$(ps -o pgid= -p $(cat \"$1/pid\") | tr -d ' ') 2>/dev/null || kill $(cat \"$1/pid\")",
-            &[&self.1],
-        );
-    }
-}
 
 fn fetch(docker: &bulkhead_tests::Docker, options: &[&str], url: &str) -> anyhow::Result<bool> {
     let fetch = ["busybox", "timeout", "5", "wget", "-qO-", url];

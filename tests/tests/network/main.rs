@@ -47,6 +47,29 @@ impl Drop for Network {
     }
 }
 
+/// The end of a program in the host, which ends with this.
+struct Background(Host, String);
+
+impl Background {
+    /// Runs a script until this is dropped. It has a directory of its own, which this gives.
+    fn start(script: &str) -> anyhow::Result<(Self, String)> {
+        let host = host()?;
+        let directory = host.sh("mktemp -d", &[])?;
+        let wrapped = format!("cd \"$1\"; (setsid sh -c '{script}') >out 2>&1 & echo $! >pid");
+        host.sh(&wrapped, &[&directory])?;
+        Ok((Self(host, directory.clone()), directory))
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.sh(
+            "kill -- -$(ps -o pgid= -p $(cat \"$1/pid\") | tr -d ' ') 2>/dev/null || kill $(cat \"$1/pid\")",
+            &[&self.1],
+        );
+    }
+}
+
 fn unique(kind: &str) -> String {
     use std::sync::atomic::{AtomicU32, Ordering};
     static NEXT: AtomicU32 = AtomicU32::new(0);

@@ -10,7 +10,10 @@ fn what_makes_no_sense_is_refused_in_dockers_words() -> Test {
     for (arguments, words) in [
         (vec!["--subnet", "10.213.0.0/24"], "Pool overlaps with other one on this address space"),
         (vec!["--subnet", "10.214.0.1/24"], "invalid subnet 10.214.0.1/24: it should be 10.214.0.0/24"),
-        (vec!["--subnet", "10.214.0.0/24", "--gateway", "10.215.0.1"], "doesn't contain this address"),
+        (
+            vec!["--subnet", "10.214.0.0/24", "--gateway", "10.215.0.1"],
+            "no matching subnet for gateway 10.215.0.1",
+        ),
         (vec!["-d", "nosuch"], "nosuch"),
         (vec!["-o", "com.docker.network.bridge.enable_icc=maybe"], "is not a bool"),
     ] {

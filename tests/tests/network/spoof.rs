@@ -5,7 +5,7 @@ use std::{path::Path, process::Command};
 use anyhow::{Context, bail};
 use bulkhead_tests::image::{Image, LayerBuilder};
 
-use crate::{Network, Test, docker, unique};
+use crate::{Background, Network, Test, docker, unique};
 
 /// Builds the program of `frame.rs`, where the host sees it.
 pub(crate) fn program() -> anyhow::Result<tempfile::TempDir> {
@@ -161,20 +161,14 @@ fn an_interface_with_a_changed_address_reaches_nobody_and_the_metadata_service_i
                   ip route add default via $gw; ping -c 1 -W 3 $gw >/dev/null && echo moved; true";
     let text = docker.ok(&["run", "--rm", "--cap-add", "NET_ADMIN", "busybox", "sh", "-c", script])?;
     assert_eq!(text, "before");
-    let metadata = "ip addr add 169.254.169.254/32 dev lo; httpd -p 169.254.169.254:80 -h /etc";
     let host = crate::host()?;
-    host.sh(metadata, &[])?;
-    let fetched = docker.run(&[
-        "run",
-        "--rm",
-        "busybox",
-        "timeout",
-        "5",
-        "wget",
-        "-qO-",
-        "http://169.254.169.254/hostname",
-    ]);
+    host.sh("ip addr add 169.254.169.254/32 dev lo", &[])?;
+    let served = Background::start("exec busybox httpd -f -p 169.254.169.254:80 -h /etc");
+    let url = "http://169.254.169.254/hostname";
+    let fetched = docker.run(&["run", "--rm", "busybox", "timeout", "5", "wget", "-qO-", url]);
+    let here = host.sh("busybox wget -qO- \"$1\"", &[url]);
     host.sh("ip addr del 169.254.169.254/32 dev lo", &[])?;
+    drop((served, here?));
     assert_ne!(fetched?.code, 0);
     Ok(())
 }
