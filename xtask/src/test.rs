@@ -14,7 +14,7 @@ use bulkhead_tests::image::Image;
 use bulkhead_tests::suite::SuiteOwner;
 use clap::{Args, ValueEnum};
 
-use crate::bench::dockerd::Dockerd;
+use crate::bench::dockerd::{Bridge, Dockerd};
 use crate::bundle::{self, Bundle, cargo};
 use crate::deps;
 use crate::docker_py;
@@ -204,7 +204,7 @@ fn table(tree: &Tree) -> Result<()> {
     let place = venue::choose(&Bundle::existing(tree)?)?.open(tree, "table", MEMORY_MIB)?;
     let registry = Registry::start(&place.host)?;
     registry.push(&Image::busybox()?, "library/busybox", "latest")?;
-    let dockerd = Dockerd::start(&place.host, registry.address())?;
+    let dockerd = Dockerd::start(&place.host, registry.address(), Bridge::None)?;
     dockerd.docker().ok(&["pull", "-q", "busybox"])?;
     let mut tests = test_command(tree);
     tests.env("BULKHEAD_TABLE_DOCKER", format!("unix://{}", dockerd.socket()));
