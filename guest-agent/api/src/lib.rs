@@ -6,6 +6,7 @@
 //!        frames: agent sends Hello, then Answers and Events; daemon sends Calls
 //!  daemon ─connect guest port STREAM_PORT──▶ agent       one connection for each stdio stream
 //!        one frame StreamOpen →, one frame StreamReady ←, then raw bytes
+//!  daemon ─connect guest port FILES_PORT───▶ agent       one connection for each transfer of files: [`files`]
 //! ```
 //!
 //! **Who is the agent.** Anything in the guest that may open a vsock socket can connect to the host, so a
@@ -51,6 +52,7 @@
 use oci_spec::runtime;
 use serde::{Deserialize, Serialize};
 
+pub mod files;
 pub mod frame;
 
 /// Version of this wire, in [`Hello`].
