@@ -16,6 +16,7 @@ mod agent;
 mod dir;
 #[cfg(test)]
 pub(crate) mod fake;
+pub(crate) mod files;
 mod memory;
 mod plan;
 mod save;
@@ -34,7 +35,9 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::{Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen};
+use bulkhead_agent_api::{
+    Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen, files::FilesOpen,
+};
 use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
@@ -472,6 +475,14 @@ impl Sandbox {
     pub(crate) async fn input(&self, process: ProcessId) -> io::Result<InputStream> {
         let request = StreamOpen { process, stream: StreamKind::Stdin, from: Some(0) };
         Ok(InputStream::new(stream::open(&self.dir, &request).await?.0))
+    }
+
+    /// Opens a transfer of a container's files.
+    ///
+    /// # Errors
+    /// [`files::TransferError`].
+    pub(crate) async fn files(&self, open: &FilesOpen) -> Result<files::Transfer, files::TransferError> {
+        files::Transfer::open(&self.dir, open).await
     }
 
     /// Resolves when the VMM has ended.

@@ -69,12 +69,7 @@ pub(crate) async fn start(
         return resume::resume(run, resumption, booted).await;
     }
     let create = create_call(shared, record).map_err(internal)?;
-    let origin = match &shared.templates {
-        Some(store) => {
-            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
-        }
-        None => Origin::Cold,
-    };
+    let origin = origin(shared, record);
     let disk = shared.layout().container_disk(&record.id);
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
@@ -110,6 +105,16 @@ pub(crate) async fn start(
     timeline.mark(Stage::Connected);
     watch.timeline = Some(Arc::clone(timeline));
     Ok(Started { workload, watch, log_start, at })
+}
+
+/// Where a container's machine comes from.
+pub(super) fn origin(shared: &Shared, record: &Record) -> Origin {
+    match &shared.templates {
+        Some(store) => {
+            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
+        }
+        None => Origin::Cold,
+    }
 }
 
 /// Whose templates are good for a container.
@@ -186,7 +191,7 @@ pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<Conta
     }
 }
 
-fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
+pub(super) fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     let built = shared.spec(record)?;
     let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
     Ok(Create {

@@ -1,7 +1,7 @@
 //! Images: where they come from, how they are kept, what they are called.
 //!
 //! ```text
-//!   pull (registry)  load (archive)  import (tar)          list inspect history usage
+//!   pull (registry)  load (archive)  import, commit (tar)  list inspect history usage
 //!          └──────────────┴─────────────┘                             ▲
 //!                         ▼                                           │
 //!    layers ─▶ manifest ─▶ record ─▶ configuration ─▶ name  =  `store` (disk) + `catalog` (memory)
@@ -16,10 +16,11 @@
 mod archive;
 mod catalog;
 mod changes;
+mod commit;
 pub mod config;
 pub mod digest;
 mod errors;
-mod feed;
+pub(in crate::engine) mod feed;
 mod fetch;
 mod files;
 mod import;
@@ -28,9 +29,11 @@ mod pattern;
 pub mod platform;
 pub mod progress;
 mod pull;
+mod push;
 pub mod reference;
 pub mod registry;
 mod remove;
+mod save;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -47,12 +50,14 @@ use std::{
 
 use bulkhead_rootfs::layers::{DiffId, LayerStore};
 
+pub use commit::{CommitRequest, Committed};
 pub use config::{ImageConfig, RunConfig};
 pub use digest::Digest;
 pub use import::ImportRequest;
 pub use platform::Platform;
 pub use progress::{Message, Messages};
 pub use pull::PullRequest;
+pub use push::PushRequest;
 pub use reference::Reference;
 pub use registry::{Credentials, RegistrySettings};
 pub use remove::RemoveOptions;
