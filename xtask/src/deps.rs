@@ -35,6 +35,7 @@ const INSTALLED: &[(&str, &str)] = &[
     ("nftables", "networks"),
     ("iptables", "dockerd, which the benchmark compares with"),
     ("runc", "dockerd, which the benchmark compares with"),
+    ("skopeo", "tests: a tool of others' that reads and writes images"),
 ];
 
 /// Packages to unpack, each with the program it is for.
