@@ -4,6 +4,7 @@ use std::env;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,7 +45,12 @@ pub struct Daemon {
     exec_root: String,
     forward: Forward,
     process: Option<Child>,
+    /// Its end ends the thread that waits for a test which hangs.
+    _alive: mpsc::Sender<()>,
 }
+
+/// After so long, a little before the runner ends a test, the test's output gets the daemon's log.
+const HANGS_AFTER: Duration = Duration::from_secs(285);
 
 impl Daemon {
     /// Starts one and waits until it answers.
@@ -73,8 +79,13 @@ impl Daemon {
         }
         let forward = host.forward(&format!("{exec_root}/d.sock"))?;
         let bundle = bundle.to_owned();
+        let (alive, over) = mpsc::channel();
+        let (host, process) = (host.clone(), None);
         let mut daemon =
-            Daemon { host: host.clone(), options, bundle, scratch, exec_root, forward, process: None };
+            Daemon { host, options, bundle, scratch, exec_root, forward, process, _alive: alive };
+        if env::var_os("NEXTEST").is_some() {
+            tell_of_a_hang(daemon.host.clone(), daemon.log_path(), over);
+        }
         daemon.start_again()?;
         Ok(daemon)
     }
@@ -302,6 +313,16 @@ impl Daemon {
     fn log_path(&self) -> String {
         self.scratch.join("log")
     }
+}
+
+/// Prints the end of the daemon's log if the test is not over in time: the runner then ends it without a word.
+fn tell_of_a_hang(host: Host, log: String, over: mpsc::Receiver<()>) {
+    thread::spawn(move || {
+        if over.recv_timeout(HANGS_AFTER) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let tail = host.sh("date; uptime; tail -n 150 \"$1\"", &[&log]);
+            println!("--- the test is not over yet; its daemon's log:\n{}", tail.unwrap_or_default());
+        }
+    });
 }
 
 /// Runs a test with a daemon of its own; an error comes with the end of the daemon's log, and a success must leave

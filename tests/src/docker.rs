@@ -113,6 +113,18 @@ impl Docker {
         self.ok(&["inspect", "--format", template, name])
     }
 
+    /// What happened since the daemon began, until now by its own clock: `docker events` with these filters, each
+    /// event by a Go template, a line each. The clock of the host is not always ours.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn events(&self, filters: &[&str], format: &str) -> Result<String> {
+        let now = self.ok(&["info", "--format", "{{.SystemTime}}"])?;
+        let fixed = ["events", "--since", "1", "--until", &now, "--format", format];
+        let filters = filters.iter().flat_map(|filter| ["--filter", filter]);
+        self.ok(&fixed.into_iter().chain(filters).collect::<Vec<_>>())
+    }
+
     /// A container of this name, removed by force when dropped.
     #[must_use]
     pub fn container(&self) -> Container {

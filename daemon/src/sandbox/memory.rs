@@ -19,8 +19,8 @@ const SMALL_MIB: u32 = 128;
 /// The largest base: more is plugged.
 const LARGE_MIB: u32 = 512;
 
-/// What kernel and agent need in the guest, in MiB.
-const GUEST_MIB: u64 = 64;
+/// What kernel and agent need in the guest, in MiB. So that a limit of 64 MiB fits the small base.
+const GUEST_MIB: u64 = 60;
 
 /// The guest's kernel keeps 64 bytes of account for each page of 4 KiB.
 const ACCOUNT: u64 = 63;
@@ -112,15 +112,15 @@ mod tests {
         let region = 4096;
         assert_eq!(Memory::of(None, 512, region), Memory { base_mib: 512, plugged_mib: 0 });
         assert_eq!(Memory::of(Some(6 * MIB), 512, region), Memory { base_mib: 128, plugged_mib: 0 });
-        assert_eq!(Memory::of(Some(62 * MIB), 512, region), Memory { base_mib: 128, plugged_mib: 0 });
+        assert_eq!(Memory::of(Some(64 * MIB), 512, region), Memory { base_mib: 128, plugged_mib: 0 });
         assert_eq!(Memory::of(None, 64, region), Memory { base_mib: 64, plugged_mib: 0 });
     }
 
     #[test]
     fn others_have_one_of_two_bases() {
         let region = 4096;
-        assert_eq!(Memory::of(Some(256 * MIB + 1), 512, region), Memory { base_mib: 128, plugged_mib: 198 });
-        assert_eq!(Memory::of(Some(2048 * MIB), 512, region), Memory { base_mib: 512, plugged_mib: 1634 });
+        assert_eq!(Memory::of(Some(256 * MIB + 1), 512, region), Memory { base_mib: 128, plugged_mib: 194 });
+        assert_eq!(Memory::of(Some(2048 * MIB), 512, region), Memory { base_mib: 512, plugged_mib: 1630 });
         assert_eq!(Memory::of(None, 4096, region), Memory { base_mib: 512, plugged_mib: 3584 });
         assert_eq!(Memory::of(Some(u64::MAX), 512, region), Memory { base_mib: 512, plugged_mib: region });
     }

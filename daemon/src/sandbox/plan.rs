@@ -15,9 +15,10 @@
 
 use std::{
     fs::File,
+    num::NonZero,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, SystemTime},
 };
 
@@ -25,13 +26,12 @@ use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
 use bulkhead_vmm_api::{
     BlockConfig, DeviceConfig, FsConfig, LimitedDevice, MemoryDeviceConfig, Request, ShareKind, VsockConfig,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::phases::Stage;
 
 use super::{
-    BootError, CallError, Confinement, ConnectError, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec,
-    TAG,
+    BootError, Confinement, ControlError, DISK, Origin, Rates, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     memory::region_mib,
@@ -85,7 +85,16 @@ impl From<super::OpenMachine> for StartFiles {
     }
 }
 
+/// Turns for cold boots, some for each CPU: of a hundred kernels that boot at once none is up in time. Nothing of a
+/// tenant's runs in a guest before its agent has greeted, so nobody can hold a turn for longer than a boot takes.
+static TURNS: LazyLock<Semaphore> = LazyLock::new(|| {
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Semaphore::new((2 * cpus).max(4))
+});
+
 async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
+    // Never closed; and if it were, a boot without a turn is a boot.
+    let _turn = TURNS.acquire().await;
     let start = StartFiles::Boot {
         kernel: open("the guest kernel", &spec.kernel)?,
         initramfs: open("the initramfs", &spec.initramfs)?,
@@ -118,9 +127,6 @@ async fn restored(
     };
     Vmm::spawn(spec, start)?.up(RESTORED_WITHIN, ready).await
 }
-
-/// How soon a restored guest is asked again.
-const AGAIN: Duration = Duration::from_millis(2);
 
 /// A VMM that is coming up; dropped, nothing is left of it.
 struct Vmm {
@@ -205,26 +211,15 @@ impl Vmm {
         spec: &SandboxSpec,
         containers: Vec<ContainerIdentity>,
     ) -> Result<(Agent, mpsc::Receiver<Event>), BootError> {
-        loop {
-            let named = async {
-                let (agent, events) = Agent::connect(&self.dir).await?;
-                spec.timeline.mark(Stage::Greeted);
-                // Thawed without a wait in between: an agent that was not given a name does not obey.
-                let (named, thawed) =
-                    tokio::join!(personalize(&agent, containers.clone()), agent.call(Call::Thaw));
-                named?;
-                thawed?;
-                spec.timeline.mark(Stage::Personalised);
-                Ok::<_, BootError>((agent, events))
-            };
-            match named.await {
-                // The guest has taken the new connection for one of the old, which end when it is restored.
-                Err(BootError::Call(CallError::Gone) | BootError::Connect(ConnectError::Io(_))) => {
-                    tokio::time::sleep(AGAIN).await;
-                }
-                named => return named,
-            }
-        }
+        // The VMM lets a connection through once the guest has heard that all earlier ones have ended.
+        let (agent, events) = Agent::connect(&self.dir).await?;
+        spec.timeline.mark(Stage::Greeted);
+        // Thawed without a wait in between: an agent that was not given a name does not obey.
+        let (named, thawed) = tokio::join!(personalize(&agent, containers), agent.call(Call::Thaw));
+        named?;
+        thawed?;
+        spec.timeline.mark(Stage::Personalised);
+        Ok((agent, events))
     }
 
     /// Waits until it is `ready`, within bounds, or for its death.

@@ -50,19 +50,7 @@ fn limits_of_a_running_container_change_at_once_and_for_good() -> Test {
     );
 
     let filter = format!("container={}", container.name());
-    let events = docker.ok(&[
-        "events",
-        "--since",
-        "1h",
-        "--until",
-        "0s",
-        "--filter",
-        &filter,
-        "--filter",
-        "event=update",
-        "--format",
-        "{{.Action}}",
-    ])?;
+    let events = docker.events(&[&filter, "event=update"], "{{.Action}}")?;
     assert_eq!(events.lines().count(), 3, "{events}");
     Ok(())
 }

@@ -91,17 +91,7 @@ fn pausing_is_told_as_events() -> Test {
     container.docker(&["pause"])?;
     container.docker(&["unpause"])?;
     let filter = format!("container={}", container.name());
-    let events = docker.ok(&[
-        "events",
-        "--since",
-        "1h",
-        "--until",
-        "0s",
-        "--filter",
-        &filter,
-        "--format",
-        "{{.Action}}",
-    ])?;
+    let events = docker.events(&[&filter], "{{.Action}}")?;
     let actions: Vec<&str> = events.lines().collect();
     assert_eq!(actions, ["create", "start", "pause", "unpause"]);
     Ok(())

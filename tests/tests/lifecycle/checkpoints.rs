@@ -158,8 +158,7 @@ fn checkpoints_are_listed_removed_and_refused_as_dockers() -> Test {
         let gone = docker.run(&["start", "--checkpoint", "c1", name])?;
         assert!(gone.code != 0 && gone.stderr.contains("does not exist"), "{}", gone.stderr);
         docker.ok(&["start", name])?;
-        let events = ["events", "--since", "1", "--until", "0s", "--filter", "event=checkpoint"];
-        assert_eq!(docker.ok(&[&events[..], &["--format", "{{.Action}}"]].concat())?, "checkpoint");
+        assert_eq!(docker.events(&["event=checkpoint"], "{{.Action}}")?, "checkpoint");
         Ok(())
     })
 }

@@ -590,12 +590,6 @@ impl Actor {
             let oom = || shared.publish(&record, "oom", []);
             let exit = workload.watch(watch, &hub, oom).await;
             if let Some(death) = workload.death() {
-                if let Some(violation) = death.violation() {
-                    let call = violation.call.map_or_else(|| "unknown".to_owned(), |call| call.to_string());
-                    let thread = violation.thread.unwrap_or_else(|| "unknown".to_owned());
-                    let attributes = [("syscall".into(), call), ("thread".into(), thread)];
-                    shared.publish(&record, "jail-violation", attributes);
-                }
                 machine::remember(&shared, &record, death).await;
             }
             let _ = reporter.send(Report::Over(turn, exit)).await;

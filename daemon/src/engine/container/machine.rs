@@ -72,8 +72,13 @@ impl LastEnd {
     }
 }
 
-/// Logs why a machine died, and keeps it for whoever asks later.
+/// Logs why a machine died, and keeps it for whoever asks later. That it died of its jail is an event.
 pub(super) async fn remember(shared: &Shared, record: &Record, death: &Death) {
+    if let Some(violation) = death.violation() {
+        let call = violation.call.map_or_else(|| "unknown".to_owned(), |call| call.to_string());
+        let thread = violation.thread.unwrap_or_else(|| "unknown".to_owned());
+        shared.publish(record, "jail-violation", [("syscall".into(), call), ("thread".into(), thread)]);
+    }
     let last = LastEnd::of(death);
     tracing::error!(container = record.id, reason = last.reason, "a microVM died");
     for event in last.recent.iter().skip(last.recent.len().saturating_sub(LOGGED)) {

@@ -26,8 +26,8 @@ use crate::{
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, ResizeError, Sandbox, SandboxSpec,
-        TAG, template::TemplateUse,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec, TAG,
+        template::TemplateUse,
     },
 };
 
@@ -88,7 +88,12 @@ pub(crate) async fn start(
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
 
     // The workload is to find all of its memory: it may size itself by it.
-    let grown = async { sandbox.memory_is_there(memory).await.map_err(|error| memory_failure(&error)) };
+    let grown = async {
+        if memory.plugged_mib > 0 {
+            call(&sandbox, Call::AwaitMemory { plugged_mib: memory.plugged_mib }).await?;
+        }
+        Ok::<_, Failure>(())
+    };
     tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
     timeline.mark(Stage::Created);
     let stdio = stdio(record);
@@ -320,10 +325,6 @@ async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
         }
         Err(error) => Err(Failure { code: 128, error: error.to_string() }),
     }
-}
-
-fn memory_failure(error: &ResizeError) -> Failure {
-    Failure { code: 128, error: format!("failed to create task for container: memory: {error}") }
 }
 
 pub(super) fn boot_failure(error: &BootError) -> Failure {

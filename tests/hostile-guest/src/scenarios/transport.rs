@@ -12,7 +12,7 @@ const REGISTERS: u64 = 0x180;
 
 /// Reads and writes of every width at every offset, aligned or not, beyond the registers and across the window's end.
 pub(super) fn registers(machine: &Machine, _: u64) {
-    for device in machine.devices().filter(|device| !matches!(device.kind, Kind::Balloon | Kind::Mem)) {
+    for device in machine.devices() {
         let last = (0xff0..0x1000).chain([0x200, 0x7ff, 0x801]);
         for offset in (0..REGISTERS).chain(last) {
             for width in WIDTHS {
@@ -28,7 +28,7 @@ pub(super) fn registers(machine: &Machine, _: u64) {
         }
         device.reset();
     }
-    machine.devices().filter(|device| !matches!(device.kind, Kind::Balloon | Kind::Mem)).for_each(use_it);
+    machine.devices().for_each(use_it);
 }
 
 /// The status register, with every value in no order, queues and features being written in between.
@@ -182,7 +182,7 @@ pub(super) fn doorbells(machine: &Machine, rounds: u64) {
 
 /// Resets while requests are under way.
 pub(super) fn resets(machine: &Machine, _: u64) {
-    for device in machine.devices().filter(|device| !matches!(device.kind, Kind::Balloon | Kind::Mem)) {
+    for device in machine.devices() {
         let queue = request_queue(device.kind);
         for round in 0..60u64 {
             let mut driver = device.up();
