@@ -115,6 +115,11 @@ impl Container {
         }
     }
 
+    /// Its root file system.
+    pub fn mounted(&self) -> &Mounted {
+        &self.root
+    }
+
     /// Starts the first process.
     pub fn start(&mut self, poller: &Rc<Poller<Key>>, id: &Rc<ProcessId>, stdio: Stdio) -> Result<i32> {
         let root = self.root.root();

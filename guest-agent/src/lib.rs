@@ -5,7 +5,8 @@
 //! ```text
 //!   main ──▶ init (mounts, limits) ──▶ server (one loop, one thread)
 //!                                        ├── container ── rootfs, cgroup (devices), spawn ── child
-//!                                        └── stdio (input, output, window)
+//!                                        ├── stdio (input, output, window)
+//!                                        └── files: a child for each transfer
 //! ```
 //!
 //! Invariants:
@@ -20,6 +21,7 @@ pub mod child;
 pub mod container;
 pub mod devices;
 pub mod error;
+pub mod files;
 pub mod init;
 pub mod log;
 pub mod mount_options;

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::{CONTROL_PORT, NAMES_PORT, STREAM_PORT};
+use bulkhead_agent_api::{CONTROL_PORT, NAMES_PORT, STREAM_PORT, files::FILES_PORT};
 
 use crate::sys;
 
@@ -23,6 +23,12 @@ pub trait Transport {
     /// # Errors
     /// Of the system calls.
     fn listen(&self) -> io::Result<OwnedFd>;
+
+    /// A listening socket for transfers of files, which does not block.
+    ///
+    /// # Errors
+    /// Of the system calls.
+    fn listen_for_files(&self) -> io::Result<OwnedFd>;
 
     /// A listening socket for later daemons, which does not block.
     ///
@@ -58,6 +64,12 @@ impl Transport for Vsock {
     fn listen(&self) -> io::Result<OwnedFd> {
         let socket = sys::vsock_socket()?;
         sys::vsock_listen(&socket, STREAM_PORT)?;
+        Ok(socket)
+    }
+
+    fn listen_for_files(&self) -> io::Result<OwnedFd> {
+        let socket = sys::vsock_socket()?;
+        sys::vsock_listen(&socket, FILES_PORT)?;
         Ok(socket)
     }
 

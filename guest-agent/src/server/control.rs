@@ -312,6 +312,9 @@ mod tests {
         fn listen(&self) -> io::Result<OwnedFd> {
             Err(io::ErrorKind::Unsupported.into())
         }
+        fn listen_for_files(&self) -> io::Result<OwnedFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
         fn listen_for_control(&self) -> io::Result<OwnedFd> {
             Err(io::ErrorKind::Unsupported.into())
         }

@@ -4,7 +4,7 @@
 //!   epoll ─┬─ SIGCHLD ───────▶ reap: the only place that waits for children
 //!          ├─ later daemons ─▶ control
 //!          ├─ control ───────▶ calls ──▶ answers, at once or when a start or a disk has come
-//!          ├─ listener ──────▶ openings ──▶ a stream of a process
+//!          ├─ listeners ─────▶ openings ──▶ a stream of a process, or a transfer of files: a child
 //!          ├─ start channels ▶ Started or an error
 //!          ├─ stdio, streams ▶ bytes
 //!          ├─ memory.events ─▶ Oom
@@ -22,6 +22,7 @@ mod openings;
 mod pause;
 mod saving;
 mod shutdown;
+mod transfers;
 
 pub use shutdown::power_off;
 
@@ -47,9 +48,10 @@ use self::{
     calls::PendingCreate,
     control::{Control, Epoch},
     growth::Growth,
-    openings::Openings,
+    openings::{Openings, Port},
     pause::Freeze,
     saving::Stillness,
+    transfers::Transfers,
 };
 use crate::{
     child::status::{self, Message},
@@ -76,6 +78,8 @@ pub enum Key {
     Signals,
     /// The listening socket for streams.
     Listener,
+    /// The listening socket for transfers of files.
+    FilesListener,
     /// The control connection.
     Control,
     /// The listening socket for later daemons.
@@ -113,11 +117,13 @@ pub struct Server {
     transport: Box<dyn Transport>,
     signals: Watched<Key>,
     listener: Watched<Key>,
+    files_listener: Watched<Key>,
     daemons: Watched<Key>,
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
     names: Names,
+    transfers: Transfers,
     stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
@@ -150,6 +156,8 @@ impl Server {
         signals.want(true, false)?;
         let listener = poller.watch(transport.listen()?, Key::Listener);
         listener.want(true, false)?;
+        let files_listener = poller.watch(transport.listen_for_files()?, Key::FilesListener);
+        files_listener.want(true, false)?;
         let daemons = poller.watch(transport.listen_for_control()?, Key::Daemons);
         daemons.want(true, false)?;
         let uevents = watch_uevents(&poller)
@@ -161,11 +169,13 @@ impl Server {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
             names: Names::new(Rc::clone(&poller), transport.listen_for_names()?)?,
+            transfers: Transfers::default(),
             stillness: Stillness::default(),
             poller,
             transport,
             signals,
             listener,
+            files_listener,
             daemons,
             uevents,
             containers: BTreeMap::new(),
@@ -221,14 +231,19 @@ impl Server {
     fn handle(&mut self, ready: Ready<Key>) -> Option<Asked> {
         match ready.key {
             Key::Signals => self.reap(),
-            Key::Listener => self.openings.accept(&self.listener, self.transport.as_ref()),
+            Key::Listener => {
+                self.openings.accept(&self.listener, Port::Streams, self.transport.as_ref());
+            }
+            Key::FilesListener => {
+                self.openings.accept(&self.files_listener, Port::Files, self.transport.as_ref());
+            }
             Key::Control => {
                 let calls = self.control.ready(ready.readable, &mut self.scratch);
                 return calls.into_iter().find_map(|call| self.call(call));
             }
             Key::Daemons => self.control.accept(&self.daemons, self.transport.as_ref()),
             Key::Uevents => self.drain_uevents(),
-            Key::Opening(number) => self.open_stream(number),
+            Key::Opening(number) => self.opening_ready(number),
             Key::Start(id) => self.start_news(&id),
             Key::Source(id, kind) => self.source_ready(&id, kind),
             Key::Stream(id, kind) => self.stream_ready(&id, kind, ready.readable),
@@ -330,6 +345,7 @@ impl Server {
                 return;
             };
             let pid = pid.as_raw_nonzero().get();
+            self.transfers.ended(pid);
             let Some(id) = self.pids.remove(&pid) else { continue };
             // It may have begun to run, or said why it cannot, since epoll was asked.
             self.start_news(&id);

@@ -23,10 +23,6 @@ macro_rules! refusals {
 }
 
 refusals! {
-    changes => "docker diff is",
-    export => "docker export is",
-    archive => "docker cp is",
-    commit => "docker commit is",
     build => "building images is",
     session => "BuildKit's sessions are",
     volume => "volumes are",
@@ -34,12 +30,6 @@ refusals! {
 }
 
 pub(super) const ROUTES: &[Route] = table! {
-    GET "/containers/{name}/changes" => changes,
-    GET "/containers/{name}/export" => export,
-    GET "/containers/{name}/archive" => archive,
-    HEAD "/containers/{name}/archive" => archive,
-    PUT "/containers/{name}/archive" => archive,
-    POST "/commit" => commit,
     POST "/build" => build,
     POST "/build/prune" => build_prune,
     POST "/build/cancel" => build,

@@ -1,5 +1,6 @@
 //! The operations, a file a resource. Each handler: parse → one engine call → render.
 
+pub mod archive;
 pub mod checkpoints;
 pub mod containers;
 pub mod exec;
@@ -18,6 +19,7 @@ use super::router::Route;
 /// Every resource's routes.
 pub(super) const TABLES: &[&[Route]] = &[
     system::ROUTES,
+    archive::ROUTES,
     checkpoints::ROUTES,
     containers::ROUTES,
     logs::ROUTES,

@@ -7,6 +7,7 @@
 //!          └────────── view ◀────────┘
 //! ```
 
+pub(crate) mod access;
 mod actor;
 mod create;
 pub(crate) mod health;
@@ -36,6 +37,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
+use access::Lease;
 pub(crate) use actor::Actor;
 pub use list::{LIST_FILTERS, ListOptions};
 pub use prune::PRUNE_FILTERS;
@@ -95,6 +97,8 @@ pub(crate) enum Command {
     },
     /// Answered at once with what will resolve.
     Wait(WaitCondition, oneshot::Sender<oneshot::Receiver<WaitResponse>>),
+    /// Access to its files: answered when there is a sandbox for it.
+    Files(Reply<Lease>),
     /// Ends the actor and leaves the container as it is.
     Close(oneshot::Sender<()>),
 }

@@ -76,12 +76,7 @@ pub(crate) async fn start(
         return resume::resume(run, resumption, booted).await;
     }
     let create = create_call(shared, record).map_err(internal)?;
-    let origin = match &shared.templates {
-        Some(store) => {
-            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
-        }
-        None => Origin::Cold,
-    };
+    let origin = origin(shared, record);
     let disk = shared.layout().container_disk(&record.id);
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
@@ -153,6 +148,16 @@ pub(super) async fn resolver(
     started
         .map(Some)
         .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })
+}
+
+/// Where a container's machine comes from.
+pub(super) fn origin(shared: &Shared, record: &Record) -> Origin {
+    match &shared.templates {
+        Some(store) => {
+            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
+        }
+        None => Origin::Cold,
+    }
 }
 
 /// Whose templates are good for a container.
@@ -239,7 +244,7 @@ pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<Conta
     }
 }
 
-fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
+pub(super) fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
     let built = shared.spec(record)?;
     let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
     Ok(Create {

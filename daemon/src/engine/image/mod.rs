@@ -1,7 +1,7 @@
 //! Images: where they come from, how they are kept, what they are called.
 //!
 //! ```text
-//!   pull (registry)  load (archive)  import (tar)          list inspect history usage
+//!   pull (registry)  load (archive)  import, commit (tar)  list inspect history usage
 //!          └──────────────┴─────────────┘                             ▲
 //!                         ▼                                           │
 //!    layers ─▶ manifest ─▶ record ─▶ configuration ─▶ name  =  `store` (disk) + `catalog` (memory)
@@ -17,10 +17,11 @@ mod archive;
 mod asking;
 mod catalog;
 mod changes;
+mod commit;
 pub mod config;
 pub mod digest;
 mod errors;
-mod feed;
+pub(in crate::engine) mod feed;
 mod fetch;
 mod files;
 mod import;
@@ -29,9 +30,11 @@ mod pattern;
 pub mod platform;
 pub mod progress;
 mod pull;
+mod push;
 pub mod reference;
 pub mod registry;
 mod remove;
+mod save;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -49,12 +52,14 @@ use std::{
 use bulkhead_rootfs::layers::{DiffId, LayerStore};
 
 pub use asking::SEARCH_FILTERS;
+pub use commit::{CommitRequest, Committed};
 pub use config::{ImageConfig, RunConfig};
 pub use digest::Digest;
 pub use import::ImportRequest;
 pub use platform::Platform;
 pub use progress::{Message, Messages};
 pub use pull::PullRequest;
+pub use push::PushRequest;
 pub use reference::Reference;
 pub use registry::{Credentials, RegistrySettings};
 pub use remove::RemoveOptions;

@@ -1,10 +1,10 @@
-//! Speaking to registries: the OCI distribution specification and Docker's registry API v2, as a client that
-//! only reads.
+//! Speaking to registries: the OCI distribution specification and Docker's registry API v2, as a client.
 //!
 //! ```text
 //!  endpoints(domain) ─▶ Session::open      GET /v2/                      is anyone there, does it want to know us?
 //!                         │  manifest(tag)   GET /v2/<name>/manifests/…    capped, digest checked
 //!                         │  blob(digest)    GET /v2/<name>/blobs/…        streamed, resumed where it was cut
+//!                         │  begin_upload    POST, PATCH, PUT              in pieces, resumed where it was cut
 //!                         └─ 401 ─▶ auth      GET <realm>?scope=…          token, kept for the session
 //! ```
 //!
@@ -24,6 +24,7 @@ mod session;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tls;
+mod upload;
 
 use std::{
     path::PathBuf,
@@ -36,6 +37,7 @@ pub use client::Patience;
 pub use endpoint::{Endpoint, SettingError};
 pub use error::RegistryError;
 pub use session::{Session, Wanted};
+pub use upload::{Begun, Upload};
 
 use client::Client;
 use endpoint::Insecure;

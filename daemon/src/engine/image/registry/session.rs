@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use hyper::body::Incoming;
 use serde::Deserialize;
 
@@ -28,6 +28,8 @@ pub struct Session<'a> {
     /// The path of the repository, `library/busybox`.
     path: String,
     credentials: Option<Credentials>,
+    /// What a token is to allow.
+    actions: &'static str,
     authorization: Mutex<Option<HeaderValue>>,
     identity_token: Mutex<Option<String>>,
 }
@@ -59,12 +61,36 @@ impl<'a> Session<'a> {
         path: &str,
         credentials: Option<&Credentials>,
     ) -> Result<Session<'a>, RegistryError> {
+        Self::open_for("pull", registries, endpoint, path, credentials).await
+    }
+
+    /// The same, for one who also wants to write there.
+    ///
+    /// # Errors
+    /// No registry answers.
+    pub async fn open_to_push(
+        registries: &'a Registries,
+        endpoint: Endpoint,
+        path: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<Session<'a>, RegistryError> {
+        Self::open_for("pull,push", registries, endpoint, path, credentials).await
+    }
+
+    async fn open_for(
+        actions: &'static str,
+        registries: &'a Registries,
+        endpoint: Endpoint,
+        path: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<Session<'a>, RegistryError> {
         let credentials = credentials.filter(|_| !endpoint.mirror).cloned();
         let session = Self {
             registries,
             endpoint,
             path: path.to_owned(),
             credentials,
+            actions,
             authorization: Mutex::default(),
             identity_token: Mutex::default(),
         };
@@ -184,23 +210,46 @@ impl<'a> Session<'a> {
         path: &str,
         headers: HeaderMap,
     ) -> Result<Response<Incoming>, RegistryError> {
-        let mut outgoing = Outgoing::get(self.endpoint.url(path), self.endpoint.insecure);
-        outgoing.headers = headers;
-        outgoing.authorization = self.authorization();
+        let outgoing = Outgoing { headers, ..Outgoing::get(self.endpoint.url(path), self.endpoint.insecure) };
+        let response = self.send(outgoing).await?;
+        if response.status().is_success() { Ok(response) } else { Err(self.refusal(response).await) }
+    }
+
+    /// Asks for something else than a GET, as whoever we are; any status is an answer. Where the URL is another
+    /// server's, it is not told who.
+    pub(super) async fn ask(
+        &self,
+        method: Method,
+        url: String,
+        headers: HeaderMap,
+        bytes: Bytes,
+    ) -> Result<Response<Incoming>, RegistryError> {
+        // What changes something is tried again by whoever knows how far it came.
+        let retry = method == Method::HEAD;
+        let upload = Some((method, bytes));
+        self.send(Outgoing { headers, upload, retry, ..Outgoing::get(url, self.endpoint.insecure) }).await
+    }
+
+    async fn send(&self, mut outgoing: Outgoing) -> Result<Response<Incoming>, RegistryError> {
+        let ours = outgoing.url.starts_with(&self.endpoint.url(""));
+        if ours {
+            outgoing.authorization = self.authorization();
+        }
         let mut response = self.registries.client().send(&outgoing).await?;
-        if response.status() == StatusCode::UNAUTHORIZED && self.may_ask_again(&response) {
+        if ours && response.status() == StatusCode::UNAUTHORIZED && self.may_ask_again(&response) {
             self.authorize(response.headers()).await?;
             outgoing.authorization = self.authorization();
             response = self.registries.client().send(&outgoing).await?;
         }
-        if response.status().is_success() { Ok(response) } else { Err(self.refusal(response).await) }
+        Ok(response)
     }
 
     pub(super) fn registries(&self) -> &'a Registries {
         self.registries
     }
 
-    pub(super) fn path(&self) -> &str {
+    /// The repository's path.
+    pub fn path(&self) -> &str {
         &self.path
     }
 
@@ -225,7 +274,7 @@ impl<'a> Session<'a> {
         self.authorization().is_none() || !denied
     }
 
-    async fn refusal(&self, response: Response<Incoming>) -> RegistryError {
+    pub(super) async fn refusal(&self, response: Response<Incoming>) -> RegistryError {
         let idle = self.registries.client().patience().idle;
         refusal(response, idle).await
     }
@@ -306,7 +355,7 @@ impl<'a> Session<'a> {
         if realm.starts_with("http:") && !insecure {
             return Err(self.failed(realm.to_owned(), "a token server without TLS is not trusted"));
         }
-        let scope = format!("repository:{}:pull", self.path);
+        let scope = format!("repository:{}:{}", self.path, self.actions);
         if !credentials.identity_token.is_empty() {
             let mut form = vec![
                 ("grant_type", "refresh_token"),
