@@ -15,9 +15,10 @@
 
 use std::{
     fs::File,
+    num::NonZero,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, SystemTime},
 };
 
@@ -26,7 +27,7 @@ use bulkhead_vmm_api::{
     BlockConfig, DeviceConfig, FsConfig, LimitedDevice, MemoryDeviceConfig, NetConfig, Request, ShareKind,
     VsockConfig,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::phases::Stage;
 
@@ -85,7 +86,16 @@ impl From<super::OpenMachine> for StartFiles {
     }
 }
 
+/// Turns for cold boots, some for each CPU: of a hundred kernels that boot at once none is up in time. Nothing of a
+/// tenant's runs in a guest before its agent has greeted, so nobody can hold a turn for longer than a boot takes.
+static TURNS: LazyLock<Semaphore> = LazyLock::new(|| {
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Semaphore::new((2 * cpus).max(4))
+});
+
 async fn cold(spec: &SandboxSpec) -> Result<Booted, BootError> {
+    // Never closed; and if it were, a boot without a turn is a boot.
+    let _turn = TURNS.acquire().await;
     let start = StartFiles::Boot {
         kernel: open("the guest kernel", &spec.kernel)?,
         initramfs: open("the initramfs", &spec.initramfs)?,

@@ -21,9 +21,9 @@ const NAMES: [&str; 5] = ["docker-run-api", "docker-run-cli", "start-", "idle-",
 
 impl Bench<'_> {
     /// Containers, all of them without a network, on both sides: that is another figure.
-    pub(super) fn containers(&self, notes: &mut Vec<String>) -> Result<Vec<Figure>> {
+    pub(super) fn containers(&self, figures: &mut Vec<Figure>, notes: &mut Vec<String>) -> Result<()> {
         if !self.wants_any(&NAMES) {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let registry = Registry::start(self.host)?;
         registry.push(&Image::busybox()?, "library/busybox", "latest")?;
@@ -44,7 +44,6 @@ impl Bench<'_> {
         let cold = socket(COLD, &cold.inner_socket());
         let runc = socket(PEER, &theirs.inner_socket());
         self.probe(&["warm", "--daemon", &bulkhead])?;
-        let mut figures = Vec::new();
 
         if self.wants("docker-run-api") {
             let rounds = self.args.rounds.to_string();
@@ -72,7 +71,7 @@ impl Bench<'_> {
                 notes.push(format!("containers-held: memory was left when {seconds} s were over"));
             }
         }
-        Ok(figures)
+        Ok(())
     }
 
     fn bursts(&self, daemons: &[&str]) -> Result<Vec<Figure>> {

@@ -74,9 +74,9 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     println!("measuring on {}", venue.describe());
     let place = venue.open(tree, "bench", MEMORY_MIB)?;
     let bench = Bench { host: &place.host, bundle: &bundle, args, firecracker };
-    let (mut figures, mut notes) = (bench.machines()?, Vec::new());
-    figures.extend(bench.containers(&mut notes)?);
-    figures.extend(bench.networks()?);
+    let (mut figures, mut notes) = (Vec::new(), Vec::new());
+    // What was measured before something failed is shown.
+    let outcome = bench.measure(&mut figures, &mut notes);
     print!("{}", figures::table(&figures));
     notes.iter().for_each(|note| println!("{note}"));
     if venue == Venue::TestHost {
@@ -90,7 +90,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     fs::write(&path, serde_json::to_vec_pretty(&figures)?)
         .with_context(|| format!("write {}", path.display()))?;
     println!("{}", path.display());
-    Ok(())
+    outcome
 }
 
 struct Bench<'a> {
@@ -101,6 +101,13 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
+    fn measure(&self, figures: &mut Vec<Figure>, notes: &mut Vec<String>) -> Result<()> {
+        figures.extend(self.machines()?);
+        self.containers(figures, notes)?;
+        figures.extend(self.networks()?);
+        Ok(())
+    }
+
     fn wants(&self, name: &str) -> bool {
         self.args.only.is_empty() || self.args.only.iter().any(|part| name.contains(part.as_str()))
     }

@@ -157,7 +157,7 @@ pub(super) fn burst(daemons: &[Daemon], rounds: u32, counts: &[usize]) -> Result
     let mut samples = Samples::default();
     for &count in counts {
         // Many containers are samples enough.
-        let rounds = if count > 5 { rounds.min(2) } else { rounds };
+        let rounds = rounds.min(if count > 5 { 2 } else { 5 });
         for _ in 0..rounds {
             for daemon in daemons {
                 one_burst(daemon, count, &mut samples)
