@@ -38,7 +38,6 @@ const MAX_BLOCK_ID: usize = 20;
 const MAX_TAG: usize = 36;
 /// Context ids 0 to 2 have meanings of their own; all ones is "any" (virtio 1.3, 5.10.4).
 const CIDS: Range<u64> = 3..0xffff_ffff;
-/// Below this IPv4 does not work (RFC 791).
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]

@@ -31,7 +31,7 @@ fn remove_all(docker: &Docker) -> Test {
 #[test]
 fn many_that_come_and_go_at_once_leave_nothing() -> Test {
     // An emulated host takes seconds for each; `BULKHEAD_TEST_STARTS=200` asks for more.
-    let count: usize = env::var("BULKHEAD_TEST_STARTS").map_or(Ok(24), |count| count.parse())?;
+    let count: usize = env::var("BULKHEAD_TEST_STARTS").map_or(Ok(16), |count| count.parse())?;
     with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
         let docker = daemon.docker();
         docker.ok(&["pull", "-q", "busybox"])?;
@@ -58,7 +58,7 @@ fn killed_while_containers_come_and_go_it_leaves_nothing() -> Test {
         let docker = daemon.docker();
         docker.ok(&["pull", "-q", "busybox"])?;
         docker.ok(&["network", "create", "mine"])?;
-        for tenths in [2, 6, 12, 20] {
+        for tenths in [3, 9, 18] {
             let begun: Vec<_> = (0..3)
                 .map(|_| {
                     docker.spawn(&["run", "-d", "--network", "mine", "-p", "80", "busybox", "sleep", "1000"])
