@@ -3,7 +3,7 @@
 //!
 //! What comes is the guest's: frames and chunks are capped, and an archive passes through as bytes.
 
-use std::io;
+use std::{io, pin::Pin};
 
 use bulkhead_agent_api::{
     AgentError, MAX_FRAME,
@@ -13,7 +13,7 @@ use bulkhead_agent_api::{
 use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -80,15 +80,16 @@ impl Transfer {
 
     /// What is to be sent.
     pub(crate) fn outgoing(self) -> Outgoing {
-        Outgoing { reader: self.reader, writer: self.writer }
+        let mut reader = self.reader;
+        Outgoing { writer: self.writer, verdict: Box::pin(async move { verdict(&mut reader).await }) }
     }
 }
 
 /// What the agent takes. Dropped before [`Outgoing::finish`] it is no whole archive to the agent.
-#[derive(Debug)]
 pub(crate) struct Outgoing {
-    reader: OwnedReadHalf,
     writer: OwnedWriteHalf,
+    /// The agent's word, which may come at any time.
+    verdict: Pin<Box<dyn Future<Output = Result<(), TransferError>> + Send>>,
 }
 
 impl Outgoing {
@@ -97,7 +98,7 @@ impl Outgoing {
     /// # Errors
     /// The agent wants no more, and says why; or the connection's.
     pub(crate) async fn send(&mut self, mut piece: Bytes) -> Result<(), TransferError> {
-        let Self { reader, writer } = self;
+        let Self { writer, verdict } = self;
         let sent = async {
             while !piece.is_empty() {
                 let chunk = piece.split_to(piece.len().min(MAX_CHUNK));
@@ -108,11 +109,12 @@ impl Outgoing {
         };
         tokio::select! {
             biased;
-            answered = reader.ready(Interest::READABLE) => { answered?; }
-            sent = sent => return sent,
+            verdict = verdict => {
+                verdict?;
+                Err(invalid("the guest agent was done before the archive was").into())
+            }
+            sent = sent => sent,
         }
-        verdict(reader).await?;
-        Err(invalid("the guest agent was done before the archive was").into())
     }
 
     /// Sends the end, and waits until all was taken.
@@ -121,7 +123,7 @@ impl Outgoing {
     /// The agent's, or the connection's.
     pub(crate) async fn finish(mut self) -> Result<(), TransferError> {
         self.writer.write_all(&0_u32.to_le_bytes()).await?;
-        verdict(&mut self.reader).await
+        self.verdict.await
     }
 }
 

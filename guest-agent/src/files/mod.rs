@@ -15,6 +15,8 @@ mod chunks;
 mod layer;
 mod pack;
 mod root;
+#[cfg(test)]
+mod tests;
 mod unpack;
 mod xattrs;
 
@@ -118,14 +120,14 @@ fn serve(transfer: &Transfer<'_>) -> io::Result<()> {
             Ok((file, stat)) => {
                 let name = stat.name.clone();
                 connection.ready(Some(stat))?;
-                connection.send(|out| pack::pack(&root, file, &name, pack::Mounts::Ordinary, out))
+                connection.send(|out| pack::pack(&root, &file, &name, pack::Mounts::Ordinary, out))
             }
             Err(error) => connection.refuse(error),
         },
         FilesRequest::Export => match transfer.mounted.bare_root() {
             Ok(tree) => {
                 connection.ready(None)?;
-                connection.send(|out| pack::pack(&root, tree, "/", pack::Mounts::None, out))
+                connection.send(|out| pack::pack(&root, &tree, "/", pack::Mounts::None, out))
             }
             Err(error) => connection.refuse(error),
         },
@@ -145,7 +147,8 @@ fn serve(transfer: &Transfer<'_>) -> io::Result<()> {
         },
         FilesRequest::Put { path, keep_kinds, owner } => {
             let options = unpack::Options { keep_kinds: *keep_kinds, owner: owner.as_deref() };
-            let read_only = transfer.container.spec.root().as_ref().and_then(|root| root.readonly());
+            let read_only =
+                transfer.container.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly);
             let target = unpack::Target::open(&root, path, options, read_only == Some(true));
             match target {
                 Ok(target) => {

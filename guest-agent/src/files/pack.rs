@@ -57,12 +57,12 @@ pub(super) enum Mounts {
 /// Packs `file` and what is below it, under `name`; `/` stands for an archive of a root.
 pub(super) fn pack<W: Write>(
     root: &Root,
-    file: OwnedFd,
+    file: &OwnedFd,
     name: &str,
     mounts: Mounts,
     out: W,
 ) -> std::result::Result<(), Failure> {
-    let found = rustix::fs::fstat(&file).about("lstat", name.as_bytes())?;
+    let found = rustix::fs::fstat(file).about("lstat", name.as_bytes())?;
     let mut packer = Packer::new(root, out);
     packer.mounts = mounts;
     packer.at_root = name == "/" || name == ".";
@@ -70,10 +70,10 @@ pub(super) fn pack<W: Write>(
     if mounts == Mounts::None {
         // What is in it, and not the directory itself, whose place whoever unpacks it decides.
         packer.bare = true;
-        let dir = Dir::new(open_directory(&file).about("open", b"/")?).about("read", b"/")?;
+        let dir = Dir::new(open_directory(file).about("open", b"/")?).about("read", b"/")?;
         packer.below(dir, &found, &mut path, 0)?;
     } else {
-        packer.add(&file, &found, &mut path, 0)?;
+        packer.add(file, &found, &mut path, 0)?;
     }
     packer.finish()
 }

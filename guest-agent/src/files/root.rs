@@ -24,6 +24,7 @@ use crate::{
 const MAX_LINKS: usize = 255;
 
 /// Whose view of the files it is.
+#[derive(Clone, Copy)]
 pub(super) enum Place<'a> {
     /// The agent's own.
     Agent,

@@ -37,6 +37,7 @@ const MAX_TIMES: usize = 16 << 20;
 const HOLE: usize = 4096;
 
 /// How it is unpacked.
+#[derive(Clone, Copy)]
 pub(super) struct Options<'a> {
     /// Whether a directory must stay one, and everything else must not become one.
     pub(super) keep_kinds: bool,

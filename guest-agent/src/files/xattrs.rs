@@ -29,10 +29,9 @@ pub(super) fn read(file: &OwnedFd) -> rustix::io::Result<Xattrs> {
         if name.is_empty() || name.starts_with(OVERLAY) {
             continue;
         }
-        match value(file, name)? {
-            Some(value) => found.push((name.to_vec(), value)),
-            // Removed meanwhile.
-            None => {}
+        // It may have been removed meanwhile.
+        if let Some(value) = value(file, name)? {
+            found.push((name.to_vec(), value));
         }
     }
     found.sort();

@@ -21,16 +21,13 @@ use std::{
 };
 
 use bulkhead_agent_api::Call;
-use tokio::{
-    sync::{mpsc, oneshot},
-    task::JoinHandle,
-};
+use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::{
     sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 
-use super::{Reply, record::Record, start};
+use super::{Reply, record::Record, start, state::State, workload::Workload};
 use crate::{
     engine::{Error, Result, Shared},
     phases::{Timeline, TimelineKind},
@@ -62,7 +59,7 @@ pub(crate) struct Lease {
 
 impl Lease {
     /// To a container that runs: its files are there as long as it runs.
-    pub(super) fn running(sandbox: Arc<Sandbox>, guest: &str) -> Self {
+    fn running(sandbox: Arc<Sandbox>, guest: &str) -> Self {
         let (progress, cut) = (Arc::default(), CancellationToken::new());
         Self { sandbox, guest: guest.to_owned(), progress, cut, _counted: None }
     }
@@ -85,8 +82,89 @@ impl Lease {
     }
 }
 
-/// A sandbox without a workload, seen from the container's actor.
-pub(super) struct AtRest {
+/// Those who want a container's files, seen from its actor.
+#[derive(Default)]
+pub(super) struct Files {
+    at_rest: Option<AtRest>,
+    waiters: Vec<Reply<Lease>>,
+}
+
+impl Files {
+    /// Somebody wants them.
+    pub(super) fn want(&mut self, reply: Reply<Lease>) {
+        self.waiters.push(reply);
+    }
+
+    /// Gives leases, unless a start is under way: then when it is over. A sandbox that is booted for them becomes
+    /// the disk's user that whoever comes next waits for.
+    pub(super) fn serve(
+        &mut self,
+        shared: &Arc<Shared>,
+        record: &Record,
+        workload: Option<&Arc<Workload>>,
+        ending: &mut Option<JoinHandle<()>>,
+    ) {
+        if matches!(record.life.state, State::Starting(_)) {
+            return;
+        }
+        let id = &record.id;
+        for reply in std::mem::take(&mut self.waiters) {
+            let refused = match (&record.life.state, workload) {
+                (State::Running(_), Some(workload)) => {
+                    let _ = reply.send(Ok(Lease::running(Arc::clone(&workload.sandbox), workload.guest())));
+                    continue;
+                }
+                (State::Running(_), None) => format!("container {id} is not running"),
+                (State::Removing(_) | State::Dead(_), _) => format!("container {id} is marked for removal"),
+                (State::Resting(_) | State::Restarting(_) | State::Starting(_), _) => {
+                    self.at_rest(reply, shared, record, ending);
+                    continue;
+                }
+            };
+            let _ = reply.send(Err(Error::conflict(refused)));
+        }
+    }
+
+    fn at_rest(
+        &mut self,
+        reply: Reply<Lease>,
+        shared: &Arc<Shared>,
+        record: &Record,
+        ending: &mut Option<JoinHandle<()>>,
+    ) {
+        let refused = match &self.at_rest {
+            Some(at_rest) => at_rest.lease(reply).err(),
+            None => Some(reply),
+        };
+        if let Some(reply) = refused {
+            let (at_rest, end) = AtRest::begin(Arc::clone(shared), record.clone(), ending.take());
+            *ending = Some(end);
+            if let Err(reply) = self.at_rest.insert(at_rest).lease(reply) {
+                let _ = reply.send(Err(Error::internal("the container's files cannot be looked at")));
+            }
+        }
+    }
+
+    /// The disk is wanted for a start: what goes on comes to its end, and nothing begins.
+    pub(super) fn close(&mut self) {
+        if let Some(at_rest) = self.at_rest.take() {
+            at_rest.closing.cancel();
+        }
+    }
+
+    /// Ends everything now; whether there was anything.
+    pub(super) fn cut(&mut self) -> bool {
+        let at_rest = self.at_rest.take();
+        at_rest.iter().for_each(|at_rest| {
+            at_rest.closing.cancel();
+            at_rest.cut.cancel();
+        });
+        at_rest.is_some()
+    }
+}
+
+/// A sandbox without a workload.
+struct AtRest {
     requests: mpsc::UnboundedSender<Reply<Lease>>,
     closing: CancellationToken,
     cut: CancellationToken,
@@ -94,11 +172,7 @@ pub(super) struct AtRest {
 
 impl AtRest {
     /// Boots one once `before` is over; the handle is its end.
-    pub(super) fn begin(
-        shared: Arc<Shared>,
-        record: Record,
-        before: Option<JoinHandle<()>>,
-    ) -> (Self, JoinHandle<()>) {
+    fn begin(shared: Arc<Shared>, record: Record, before: Option<JoinHandle<()>>) -> (Self, JoinHandle<()>) {
         let (requests, queue) = mpsc::unbounded_channel();
         let (closing, cut) = (CancellationToken::new(), CancellationToken::new());
         let this = Self { requests, closing: closing.clone(), cut: cut.clone() };
@@ -113,22 +187,11 @@ impl AtRest {
     }
 
     /// Asks for a lease; given back when the sandbox is going.
-    pub(super) fn lease(&self, reply: Reply<Lease>) -> std::result::Result<(), Reply<Lease>> {
+    fn lease(&self, reply: Reply<Lease>) -> std::result::Result<(), Reply<Lease>> {
         if self.closing.is_cancelled() {
             return Err(reply);
         }
         self.requests.send(reply).map_err(|refused| refused.0)
-    }
-
-    /// Lets what goes on come to its end, and nothing begin.
-    pub(super) fn close(&self) {
-        self.closing.cancel();
-    }
-
-    /// Ends everything now.
-    pub(super) fn cut(&self) {
-        self.closing.cancel();
-        self.cut.cancel();
     }
 }
 
@@ -251,6 +314,3 @@ async fn boot(shared: &Shared, record: &Record) -> Result<Arc<Sandbox>> {
         }
     }
 }
-
-/// For whoever waits for an answer that an actor gives.
-pub(super) type Waiting = Vec<oneshot::Sender<Result<Lease>>>;

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Container, Grace, Reply, Stop, View,
-    access::{AtRest, Lease, Waiting},
+    access::Files,
     health::{self, Check},
     hub::{Hub, Kind},
     machine,
@@ -88,10 +88,8 @@ pub(crate) struct Actor {
     booted_with: Option<Box<HostConfig>>,
     /// What the next boot goes on from.
     resumption: Option<Resumption>,
-    /// A sandbox for its files while nothing runs.
-    at_rest: Option<AtRest>,
-    /// Those who want its files once its start is decided.
-    file_waiters: Waiting,
+    /// Those who want its files.
+    files: Files,
     /// The end of the last sandbox, to be waited for before another boots or the disk goes.
     ending: Option<JoinHandle<()>>,
 
@@ -137,8 +135,7 @@ impl Actor {
             boot: None,
             booted_with: None,
             resumption: None,
-            at_rest: None,
-            file_waiters: Vec::new(),
+            files: Files::default(),
             ending: None,
             starters: Vec::new(),
             stoppers: Vec::new(),
@@ -204,7 +201,7 @@ impl Actor {
             if !go_on {
                 return;
             }
-            self.serve_file_waiters();
+            self.files.serve(&self.shared, &self.record, self.workload.as_ref(), &mut self.ending);
         }
     }
 
@@ -226,10 +223,11 @@ impl Actor {
             Command::Wait(condition, reply) => {
                 let _ = reply.send(self.wait(condition));
             }
-            Command::Files(reply) => self.file_waiters.push(reply),
+            Command::Files(reply) => self.files.want(reply),
             Command::Close(done) => {
-                if let (Some(at_rest), Some(ending)) = (self.at_rest.take(), self.ending.take()) {
-                    at_rest.cut();
+                if self.files.cut()
+                    && let Some(ending) = self.ending.take()
+                {
                     let _ = ending.await;
                 }
                 let _ = done.send(());
@@ -603,44 +601,6 @@ impl Actor {
         Ok(())
     }
 
-    /// Gives leases on its files, unless a start is under way: then when it is over.
-    fn serve_file_waiters(&mut self) {
-        if matches!(self.record.life.state, State::Starting(_)) {
-            return;
-        }
-        for reply in std::mem::take(&mut self.file_waiters) {
-            match (&self.record.life.state, &self.workload) {
-                (State::Running(_), Some(workload)) => {
-                    let lease = Lease::running(Arc::clone(&workload.sandbox), workload.guest());
-                    answer(reply, Ok(lease));
-                }
-                (State::Running(_), None) => answer(reply, Err(self.not_running())),
-                (State::Removing(_) | State::Dead(_), _) => {
-                    let id = &self.record.id;
-                    answer(reply, Err(Error::conflict(format!("container {id} is marked for removal"))));
-                }
-                (State::Resting(_) | State::Restarting(_) | State::Starting(_), _) => {
-                    self.files_at_rest(reply)
-                }
-            }
-        }
-    }
-
-    fn files_at_rest(&mut self, reply: Reply<Lease>) {
-        let refused = match &self.at_rest {
-            Some(at_rest) => at_rest.lease(reply).err(),
-            None => Some(reply),
-        };
-        if let Some(reply) = refused {
-            let (at_rest, end) =
-                AtRest::begin(Arc::clone(&self.shared), self.record.clone(), self.ending.take());
-            self.ending = Some(end);
-            if let Err(reply) = self.at_rest.insert(at_rest).lease(reply) {
-                answer(reply, Err(Error::internal("the container's files cannot be looked at")));
-            }
-        }
-    }
-
     fn wait(&mut self, condition: WaitCondition) -> oneshot::Receiver<WaitResponse> {
         let (sender, receiver) = oneshot::channel();
         let active = matches!(self.record.life.state, State::Running(_) | State::Restarting(_));
@@ -881,9 +841,7 @@ impl Actor {
     }
 
     fn boot(&mut self) {
-        if let Some(at_rest) = self.at_rest.take() {
-            at_rest.close();
-        }
+        self.files.close();
         self.turn += 1;
         let cancel = CancellationToken::new();
         self.boot = Some(cancel.clone());
@@ -952,9 +910,7 @@ impl Actor {
     }
 
     fn delete(&mut self) {
-        if let Some(at_rest) = self.at_rest.take() {
-            at_rest.cut();
-        }
+        self.files.cut();
         let before = self.ending.take();
         let (layout, id, reporter) =
             (self.shared.layout().clone(), self.record.id.clone(), self.reporter.clone());
