@@ -147,7 +147,8 @@ fn ensure() -> Result<Installed> {
 
 fn pip(command: &str) -> Command {
     let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", command, "-q", "--disable-pip-version-check", "--root-user-action", "ignore"]);
+    pip.args(["-m", "pip", command, "-q", "--disable-pip-version-check"])
+        .env("PIP_ROOT_USER_ACTION", "ignore");
     pip
 }
 
