@@ -7,6 +7,7 @@
 //!   images/                     metadata and blobs of the image store
 //!   layers/                     the layer store (bulkhead-rootfs)
 //!   template.img                the formatted disk that writable layers are clones of
+//!   networks/ID.json            networks
 //!   templates/KEY/              0700: a saved idle machine, see `sandbox::saved`
 //!   forks/                      0700: machines being forked, gone when their clones run
 //!   volumes/NAME/_data          0701: a volume
@@ -60,6 +61,11 @@ impl Layout {
     /// The formatted disk that writable layers are clones of.
     pub fn disk_template(&self) -> PathBuf {
         self.data_root.join("template.img")
+    }
+
+    /// All networks.
+    pub fn networks(&self) -> PathBuf {
+        self.data_root.join("networks")
     }
 
     /// Machines that new ones are clones of.

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  create: resolved ─ disk ─ recorded
-//!  run:    prepared ─ spawned ─ attached ─ (restored) ─ greeted ─ personalised ─ created ─ started ─ connected
-//!          ─ running ─ exited ─ drained ─ ended ─ gone ─ removed
+//!  run:    prepared ─ spawned ─ attached ─ (restored) ─ greeted ─ personalised ─ (networked) ─ created
+//!          ─ started ─ connected ─ running ─ exited ─ drained ─ ended ─ gone ─ removed
 //! ```
 //!
 //! Whoever reaches a stage marks it: one atomic store. The last [`KEPT`] timelines are kept, those of removed
@@ -20,6 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::metrics::Histogram;
 use jiff::Timestamp;
 use serde::{Serialize, Serializer, ser::SerializeStruct};
 
@@ -64,6 +65,8 @@ stages! {
     Greeted "greeted",
     /// The guest has what is its own: its clock, and a clone its identity.
     Personalised "personalised",
+    /// Its interfaces are set up; not where it has none.
+    Networked "networked",
     /// The container's root is mounted.
     Created "created",
     /// The workload was executed.
@@ -84,6 +87,40 @@ stages! {
     Removed "removed",
 }
 
+impl Stage {
+    /// Whether it is a stage of a create or start, and not of what the workload makes of its time.
+    #[must_use]
+    pub const fn is_of_a_start(self) -> bool {
+        self as usize <= Self::Running as usize
+    }
+}
+
+/// How long stages took, of everything since the daemon began.
+#[derive(Debug, Default)]
+pub struct Histograms {
+    stages: [Histogram; Stage::ALL.len()],
+    create: Histogram,
+    start: Histogram,
+}
+
+impl Histograms {
+    /// From the stage before it to this one.
+    #[must_use]
+    pub fn of(&self, stage: Stage) -> &Histogram {
+        // Every stage has its place.
+        self.stages.get(stage as usize).unwrap_or(&self.start)
+    }
+
+    /// From the beginning to the answer.
+    #[must_use]
+    pub fn whole(&self, kind: TimelineKind) -> &Histogram {
+        match kind {
+            TimelineKind::Create => &self.create,
+            TimelineKind::Run => &self.start,
+        }
+    }
+}
+
 /// What a timeline is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -102,26 +139,39 @@ pub struct Timeline {
     began: Instant,
     /// By stage: microseconds since it began, plus one; 0 is not reached.
     reached: [AtomicU64; Stage::ALL.len()],
+    histograms: Option<Arc<Histograms>>,
 }
 
 impl Timeline {
     /// One that begins now and is in nobody's collection.
     #[must_use]
     pub fn begin(container: &str, kind: TimelineKind) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::new(container, kind, None))
+    }
+
+    fn new(container: &str, kind: TimelineKind, histograms: Option<Arc<Histograms>>) -> Self {
+        Self {
             container: container.to_owned(),
             kind,
             at: Timestamp::now(),
             began: Instant::now(),
             reached: std::array::from_fn(|_| AtomicU64::new(0)),
-        })
+            histograms,
+        }
     }
 
     /// The stage is reached now. The first time counts.
     pub fn mark(&self, stage: Stage) {
         let now = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX - 1).saturating_add(1);
-        if let Some(reached) = self.reached.get(stage as usize) {
-            let _ = reached.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+        let before = self.reached.iter().map(|at| at.load(Ordering::Relaxed)).max().unwrap_or(0).max(1);
+        if let Some(reached) = self.reached.get(stage as usize)
+            && reached.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+            && let Some(histograms) = self.histograms.as_ref().filter(|_| stage.is_of_a_start())
+        {
+            histograms.of(stage).observe(Duration::from_micros(now.saturating_sub(before)));
+            if matches!(stage, Stage::Recorded | Stage::Running) {
+                histograms.whole(self.kind).observe(Duration::from_micros(now - 1));
+            }
         }
     }
 
@@ -198,13 +248,22 @@ impl fmt::Display for Timeline {
 
 /// The last [`KEPT`] timelines.
 #[derive(Debug, Default)]
-pub struct Timelines(Mutex<VecDeque<Arc<Timeline>>>);
+pub struct Timelines {
+    kept: Mutex<VecDeque<Arc<Timeline>>>,
+    histograms: Arc<Histograms>,
+}
 
 impl Timelines {
+    /// How long stages took, of those that are no longer kept too.
+    #[must_use]
+    pub fn histograms(&self) -> &Histograms {
+        &self.histograms
+    }
+
     /// One that begins now.
     pub fn begin(&self, container: &str, kind: TimelineKind) -> Arc<Timeline> {
-        let timeline = Timeline::begin(container, kind);
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let timeline = Arc::new(Timeline::new(container, kind, Some(Arc::clone(&self.histograms))));
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == KEPT {
             kept.pop_front();
         }
@@ -215,7 +274,7 @@ impl Timelines {
     /// Those that are kept, oldest first; of one container, or of all.
     #[must_use]
     pub fn of(&self, container: Option<&str>) -> Vec<Arc<Timeline>> {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.iter().filter(|timeline| container.is_none_or(|id| timeline.container == id)).cloned().collect()
     }
 }

@@ -18,7 +18,8 @@ use rustix::fs::{Mode, OFlags};
 use crate::{
     devices,
     error::{Context, Result, internal, invalid},
-    log, sys,
+    log,
+    sys::{self, CgroupHook},
 };
 
 mod freezer;
@@ -88,7 +89,7 @@ impl Cgroup {
         }
         let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
         let program = devices::program(&devices::rules(rules)?);
-        sys::attach_device_program(&self.directory, &program).context("attach the device rules")
+        sys::attach_program(&self.directory, CgroupHook::Device, &program).context("attach the device rules")
     }
 
     /// Sets the limits that are given and leaves all others. When one cannot be set, those before it are put

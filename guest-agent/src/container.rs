@@ -14,7 +14,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{
-    ContainerIdentity, ContainerState, Create, Exit, ProcessId, ProcessState, Stdio, StreamKind,
+    ContainerIdentity, ContainerState, Create, Exit, InjectedFile, ProcessId, ProcessState, Stdio, StreamKind,
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process as ProcessSpec};
 use rustix::{
@@ -113,6 +113,11 @@ impl Container {
                 Err(error)
             }
         }
+    }
+
+    /// Its root file system.
+    pub fn mounted(&self) -> &Mounted {
+        &self.root
     }
 
     /// Starts the first process.
@@ -215,6 +220,11 @@ impl Container {
     /// Whether a process is between its fork and its `execve`.
     pub fn is_starting(&self) -> bool {
         self.init.iter().chain(self.execs.values()).any(|process| matches!(process.phase, Phase::Starting(_)))
+    }
+
+    /// Writes files that were injected at its creation anew.
+    pub fn rewrite(&self, files: &[InjectedFile]) -> Result<()> {
+        files.iter().try_for_each(|file| self.root.rewrite(file))
     }
 
     /// Whether the end of the first process ends all others by itself.

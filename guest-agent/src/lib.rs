@@ -5,7 +5,8 @@
 //! ```text
 //!   main ──▶ init (mounts, limits) ──▶ server (one loop, one thread)
 //!                                        ├── container ── rootfs, cgroup (devices), spawn ── child
-//!                                        └── stdio (input, output, window)
+//!                                        ├── stdio (input, output, window)
+//!                                        └── files: a child for each transfer
 //! ```
 //!
 //! Invariants:
@@ -21,10 +22,13 @@ pub mod container;
 pub mod copy_up;
 pub mod devices;
 pub mod error;
+pub mod files;
 pub mod forward;
 pub mod init;
 pub mod log;
 pub mod mount_options;
+pub mod names;
+pub mod network;
 pub mod poll;
 pub mod processes;
 pub mod rootfs;

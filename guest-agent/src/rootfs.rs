@@ -23,7 +23,9 @@ use bulkhead_agent_api::{Create, Disk, ForwardedSocket, InjectedFile, Rootfs};
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
     io::Errno,
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    },
 };
 
 use crate::{
@@ -56,6 +58,8 @@ pub struct Mounted {
     live: PathBuf,
     /// The paths of injected files, in the order of their numbers.
     injected: Vec<String>,
+    /// Where the image's layers are.
+    rootfs: Rootfs,
     /// Where the host's shares are mounted.
     shares: Option<PathBuf>,
     /// Who serves its forwarded sockets.
@@ -143,7 +147,8 @@ impl Mounted {
         let base = Path::new(CONTAINERS).join(&create.container);
         let live = Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
         let injected = create.files.iter().map(|file| file.path.clone()).collect();
-        let mut mounted = Self { base, live, injected, shares: None, forwarder: None };
+        let rootfs = create.rootfs.clone();
+        let mut mounted = Self { base, live, injected, rootfs, shares: None, forwarder: None };
         match mounted.mount(create, device) {
             Ok(()) => Ok(mounted),
             Err(error) => {
@@ -158,6 +163,38 @@ impl Mounted {
         self.base.join("root")
     }
 
+    /// The paths of injected files.
+    pub fn injected(&self) -> &[String] {
+        &self.injected
+    }
+
+    /// The writable layer alone, as overlayfs keeps it.
+    pub fn upper(&self) -> PathBuf {
+        self.base.join("disk/upper")
+    }
+
+    /// The root file system without anything that is mounted in it.
+    ///
+    /// # Errors
+    /// Of the system calls.
+    pub fn bare_root(&self) -> Result<OwnedFd> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        rustix::mount::open_tree(CWD, self.root(), flags).context("open_tree of the root")
+    }
+
+    /// The image alone, all of its layers as one; mounted nowhere, and gone with its descriptor.
+    ///
+    /// # Errors
+    /// Of the system calls.
+    pub fn image(&self) -> Result<OwnedFd> {
+        let mut layers = self.open_layers()?;
+        // Without a writable layer an overlay takes two at least, and what marks removals shows in none.
+        while layers.len() < 2 || self.rootfs.layers.len() == layers.len() {
+            layers.push(open_directory(CWD, &self.base.join("empty"))?);
+        }
+        overlay(&layers, None)
+    }
+
     /// Gives an injected file another content, for every process that sees it. One that was not injected (by the
     /// older daemon that made the container) is left out.
     pub fn rewrite(&self, file: &InjectedFile) -> Result<()> {
@@ -167,7 +204,7 @@ impl Mounted {
     }
 
     fn mount(&mut self, create: &Create, device: &Path) -> Result<()> {
-        self.build(&create.rootfs, device)?;
+        self.build(device)?;
         if let Some(tag) = &create.shares {
             let shares = self.shares.insert(mount_share(tag, MountFlags::NOATIME)?).clone();
             for copy in &create.copy_up {
@@ -177,7 +214,7 @@ impl Mounted {
         self.inject(&create.files, &create.sockets)
     }
 
-    fn build(&self, rootfs: &Rootfs, device: &Path) -> Result<()> {
+    fn build(&self, device: &Path) -> Result<()> {
         for name in ["disk", "files", "root", "empty"] {
             let path = self.base.join(name);
             fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
@@ -193,18 +230,19 @@ impl Mounted {
                 Err(error) => return Err(error).context(format_args!("mkdir {name} on the writable layer")),
             }
         }
-        let layers = if rootfs.layers.is_empty() {
-            vec![open_directory(CWD, &self.base.join("empty"))?]
-        } else {
-            let share =
-                open_directory(CWD, &mount_share(&rootfs.tag, MountFlags::RDONLY | MountFlags::NOATIME)?)?;
-            rootfs
-                .layers
-                .iter()
-                .map(|layer| open_directory(&share, Path::new(layer)))
-                .collect::<Result<Vec<_>>>()?
-        };
-        mount_overlay(&layers, &disk, &self.root())
+        let mount = overlay(&self.open_layers()?, Some(&disk))?;
+        let root = self.root();
+        rustix::mount::move_mount(&mount, c"", CWD, &root, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .context(format_args!("mount {}", root.display()))
+    }
+
+    fn open_layers(&self) -> Result<Vec<OwnedFd>> {
+        if self.rootfs.layers.is_empty() {
+            return Ok(vec![open_directory(CWD, &self.base.join("empty"))?]);
+        }
+        let flags = MountFlags::RDONLY | MountFlags::NOATIME;
+        let share = open_directory(CWD, &mount_share(&self.rootfs.tag, flags)?)?;
+        self.rootfs.layers.iter().map(|layer| open_directory(&share, Path::new(layer))).collect()
     }
 
     fn inject(&mut self, files: &[InjectedFile], sockets: &[ForwardedSocket]) -> Result<()> {
@@ -332,7 +370,8 @@ fn mount_share(tag: &str, flags: MountFlags) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn mount_overlay(layers: &[OwnedFd], disk: &Path, root: &Path) -> Result<()> {
+/// An overlay that is mounted nowhere yet: writable on a disk, or read-only.
+fn overlay(layers: &[OwnedFd], disk: Option<&Path>) -> Result<OwnedFd> {
     let context = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).context("fsopen overlay")?;
     let set = |key: &str, value: &Path| {
         rustix::mount::fsconfig_set_string(&context, key, value)
@@ -343,14 +382,14 @@ fn mount_overlay(layers: &[OwnedFd], disk: &Path, root: &Path) -> Result<()> {
         // Through its descriptor: a string parameter takes 255 bytes, and a name may have as many.
         set("lowerdir+", Path::new(&format!("/proc/self/fd/{}", layer.as_raw_fd())))?;
     }
-    set("upperdir", &disk.join("upper"))?;
-    set("workdir", &disk.join("work"))?;
+    if let Some(disk) = disk {
+        set("upperdir", &disk.join("upper"))?;
+        set("workdir", &disk.join("work"))?;
+    }
     rustix::mount::fsconfig_create(&context)
         .map_err(|error| internal(format!("mount the overlay: {error}{}", read_log(&context))))?;
-    let mount = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
-        .context("fsmount")?;
-    rustix::mount::move_mount(&mount, c"", CWD, root, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .context(format_args!("mount {}", root.display()))
+    rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+        .context("fsmount")
 }
 
 /// What the kernel says of a failed configuration.

@@ -152,14 +152,30 @@ pub struct BpfInstruction {
 const BPF_PROG_LOAD: u32 = 5;
 const BPF_PROG_ATTACH: u32 = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
-/// Loads a device program and attaches it to a cgroup for the cgroup's life.
+/// When the kernel asks a cgroup's program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum CgroupHook {
+    /// At the opening or making of a device node.
+    Device = 6,
+    /// At `connect` of an IPv4 socket.
+    Connect4 = 10,
+    /// At `sendto` of an IPv4 UDP socket.
+    SendMessage4 = 14,
+    /// At `recvfrom` of an IPv4 UDP socket.
+    ReceiveMessage4 = 19,
+    /// At `getpeername` of an IPv4 socket.
+    PeerName4 = 29,
+}
+
+/// Loads a program and attaches it to a cgroup for the cgroup's life.
 ///
 /// # Errors
 /// Of `bpf`.
-pub fn attach_device_program(cgroup: &OwnedFd, program: &[BpfInstruction]) -> io::Result<()> {
+pub fn attach_program(cgroup: &impl AsFd, hook: CgroupHook, program: &[BpfInstruction]) -> io::Result<()> {
     /// The head of `union bpf_attr` for BPF_PROG_LOAD.
     #[repr(C)]
     struct Load {
@@ -172,6 +188,9 @@ pub fn attach_device_program(cgroup: &OwnedFd, program: &[BpfInstruction]) -> io
         log: u64,
         kernel_version: u32,
         flags: u32,
+        name: [u8; 16],
+        interface: u32,
+        expected_attach_type: u32,
     }
     /// The same for BPF_PROG_ATTACH.
     #[repr(C)]
@@ -182,7 +201,10 @@ pub fn attach_device_program(cgroup: &OwnedFd, program: &[BpfInstruction]) -> io
         flags: u32,
     }
     let load = Load {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        program_type: match hook {
+            CgroupHook::Device => BPF_PROG_TYPE_CGROUP_DEVICE,
+            _ => BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
+        },
         count: u32::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
         instructions: program.as_ptr() as u64,
         // No function of the kernel is called that asks for a licence.
@@ -192,6 +214,9 @@ pub fn attach_device_program(cgroup: &OwnedFd, program: &[BpfInstruction]) -> io
         log: 0,
         kernel_version: 0,
         flags: 0,
+        name: [0; 16],
+        interface: 0,
+        expected_attach_type: hook as u32,
     };
     // SAFETY: Load begins as the kernel's structure does and its size is given; what it points to lives on.
     let fd =
@@ -199,9 +224,9 @@ pub fn attach_device_program(cgroup: &OwnedFd, program: &[BpfInstruction]) -> io
     // SAFETY: the kernel has made this descriptor for us.
     let program = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
     let attach = Attach {
-        target: cgroup.as_raw_fd() as u32,
+        target: cgroup.as_fd().as_raw_fd() as u32,
         program: program.as_raw_fd() as u32,
-        attach_type: BPF_CGROUP_DEVICE,
+        attach_type: hook as u32,
         flags: BPF_F_ALLOW_MULTI,
     };
     // SAFETY: as above.

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_api::{CONTROL_PORT, STREAM_PORT};
+use bulkhead_agent_api::{CONTROL_PORT, NAMES_PORT, STREAM_PORT, files::FILES_PORT};
 
 use crate::sys;
 
@@ -24,11 +24,23 @@ pub trait Transport {
     /// Of the system calls.
     fn listen(&self) -> io::Result<OwnedFd>;
 
+    /// A listening socket for transfers of files, which does not block.
+    ///
+    /// # Errors
+    /// Of the system calls.
+    fn listen_for_files(&self) -> io::Result<OwnedFd>;
+
     /// A listening socket for later daemons, which does not block.
     ///
     /// # Errors
     /// Of the system calls.
     fn listen_for_control(&self) -> io::Result<OwnedFd>;
+
+    /// A listening socket for the daemon's name queries, which does not block.
+    ///
+    /// # Errors
+    /// Of the system calls.
+    fn listen_for_names(&self) -> io::Result<OwnedFd>;
 
     /// Whether the peer of an accepted connection may open streams and control.
     fn is_daemon(&self, connection: BorrowedFd<'_>) -> bool;
@@ -55,9 +67,21 @@ impl Transport for Vsock {
         Ok(socket)
     }
 
+    fn listen_for_files(&self) -> io::Result<OwnedFd> {
+        let socket = sys::vsock_socket()?;
+        sys::vsock_listen(&socket, FILES_PORT)?;
+        Ok(socket)
+    }
+
     fn listen_for_control(&self) -> io::Result<OwnedFd> {
         let socket = sys::vsock_socket()?;
         sys::vsock_listen(&socket, CONTROL_PORT)?;
+        Ok(socket)
+    }
+
+    fn listen_for_names(&self) -> io::Result<OwnedFd> {
+        let socket = sys::vsock_socket()?;
+        sys::vsock_listen(&socket, NAMES_PORT)?;
         Ok(socket)
     }
 

@@ -356,7 +356,10 @@ impl Drop for Daemon {
             for p in $(ls -l /proc/[0-9]*/exe 2>/dev/null | sed -n 's|.* /proc/\([0-9]*\)/exe -> .*/[a-z]*-vmm.*|\1|p'); do
               if ls -l "/proc/$p/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "$p"; fi
             done
+            rm -rf "$1"
+            "$2" --data-root "$3" --exec-root "$1" purge-networks
             rm -rf "$1""#;
-        let _ = self.host.sh(kill_all, &[&self.exec_root]);
+        let program = self.bundle.join("bulkheadd").display().to_string();
+        let _ = self.host.sh(kill_all, &[&self.exec_root, &program, &self.data_root()]);
     }
 }

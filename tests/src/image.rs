@@ -75,6 +75,49 @@ impl Image {
         self.run[field] = value;
     }
 
+    /// Something like Alpine Linux: the directories and users of it that clients' own tests look for.
+    ///
+    /// # Errors
+    /// As [`Image::busybox`].
+    pub fn like_alpine() -> Result<Image> {
+        let mut layer = LayerBuilder::new();
+        for dir in [
+            "media",
+            "mnt",
+            "opt",
+            "run",
+            "srv",
+            "usr/local",
+            "usr/sbin",
+            "var/cache",
+            "var/lib",
+            "var/log",
+            "var/opt",
+        ] {
+            layer.directory(dir, 0o755)?;
+        }
+        layer.file(
+            "etc/passwd",
+            0o644,
+            b"root:x:0:0:root:/root:/bin/sh\npostgres:x:70:70::/var/lib/postgresql:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+        )?;
+        layer.file(
+            "etc/group",
+            0o644,
+            b"root:x:0:root\nwheel:x:10:root\npostgres:x:70:\nnobody:x:65534:\n",
+        )?;
+        layer.file("etc/alpine-release", 0o644, b"3.10.0\n")?;
+        Ok(Image::busybox()?.with_layer(layer.finish()?).with_command(&["/bin/sh"]))
+    }
+
+    /// This image with another command.
+    #[must_use]
+    pub fn with_command(&self, words: &[&str]) -> Image {
+        let mut image = self.clone();
+        image.run["Cmd"] = json!(words);
+        image
+    }
+
     /// This image with one more layer on top.
     #[must_use]
     pub fn with_layer(&self, layer: Layer) -> Image {

@@ -38,8 +38,6 @@ const MAX_BLOCK_ID: usize = 20;
 const MAX_TAG: usize = 36;
 /// Context ids 0 to 2 have meanings of their own; all ones is "any" (virtio 1.3, 5.10.4).
 const CIDS: Range<u64> = 3..0xffff_ffff;
-/// Below this IPv4 does not work (RFC 791).
-const MIN_MTU: u16 = 68;
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
@@ -123,8 +121,8 @@ pub struct Devices {
     pub fs: Vec<FsConfig>,
     /// Context id and listening socket.
     pub vsock: Option<(u64, UnixListener)>,
-    /// [`DeviceConfig::net`] with the taps that are there from the beginning.
-    pub net: Vec<(NetConfig, Option<OwnedFd>)>,
+    /// [`DeviceConfig::net`].
+    pub net: Vec<NetConfig>,
     /// [`DeviceConfig::rng`].
     pub rng: bool,
     /// [`DeviceConfig::balloon`].
@@ -318,20 +316,9 @@ fn check_devices(
         }
         None => None,
     };
-    let mut net = Vec::new();
-    for slot in config.net {
-        if slot.mac.first().is_none_or(|first| first & 1 != 0) || slot.mac == [0; 6] {
-            return Err(value_error("net", format!("{}: not a unicast MAC address", slot.id)));
-        }
-        if slot.mtu < MIN_MTU {
-            return Err(value_error("net", format!("{}: MTU {} below {MIN_MTU}", slot.id, slot.mtu)));
-        }
-        let tap = slot.tap.map(|number| inherited.take("net", number)).transpose()?;
-        net.push((slot, tap));
-    }
     let region = config.memory.map(|device| check_region(memory, device.region_mib)).transpose()?;
     let (block, fs, rng, balloon) = (config.block, config.fs, config.rng, config.balloon);
-    Ok(Devices { block, fs, vsock, net, rng, balloon, region })
+    Ok(Devices { block, fs, vsock, net: config.net, rng, balloon, region })
 }
 
 fn check_region(memory: u64, mib: u32) -> Result<Range<u64>, ConfigError> {

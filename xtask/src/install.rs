@@ -61,6 +61,7 @@ After=network-online.target
 Wants=network-online.target
 
 [Service]
+Type=notify
 ExecStart={prefix}/bin/bulkheadd --kernel {prefix}/lib/bulkhead/vmlinux --initramfs {prefix}/lib/bulkhead/initramfs.cpio
 ExecReload=/bin/kill -HUP $MAINPID
 KillMode=process

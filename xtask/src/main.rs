@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod demo;
 mod deps;
+mod docker_py;
 mod fuzz;
 mod host;
 mod install;

@@ -7,13 +7,17 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use bulkhead_tests::Registry;
 use bulkhead_tests::daemon::BUNDLE_VARIABLE;
 use bulkhead_tests::hostile::GUEST_VARIABLE;
+use bulkhead_tests::image::Image;
 use bulkhead_tests::suite::SuiteOwner;
 use clap::{Args, ValueEnum};
 
+use crate::bench::dockerd::{Bridge, Dockerd};
 use crate::bundle::{self, Bundle, cargo};
 use crate::deps;
+use crate::docker_py;
 use crate::sh;
 use crate::tidy;
 use crate::tree::Tree;
@@ -42,6 +46,10 @@ enum Part {
     Unit,
     /// Real clients against a real daemon.
     E2e,
+    /// The integration tests of Docker's library for Python.
+    DockerPy,
+    /// The CLI's tables against Debian's dockerd: whether what is expected of us is what Docker does.
+    Table,
 }
 
 pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
@@ -55,6 +63,12 @@ pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
             Part::Lint => lint(tree),
             Part::Unit => unit(tree, &args.filter),
             Part::E2e => end_to_end(tree, args),
+            Part::DockerPy => {
+                let bundle =
+                    if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
+                docker_py::run(tree, &bundle, &args.filter)
+            }
+            Part::Table => table(tree),
         }?;
         println!("{part:?}: passed in {} s", start.elapsed().as_secs());
     }
@@ -183,6 +197,18 @@ fn run_share(
         bail!("{failed}; the shared daemon's log: {}", log.display());
     }
     suite.finish()
+}
+
+/// Has dockerd meet the expectations that the CLI's tables record.
+fn table(tree: &Tree) -> Result<()> {
+    let place = venue::choose(&Bundle::existing(tree)?)?.open(tree, "table", MEMORY_MIB)?;
+    let registry = Registry::start(&place.host)?;
+    registry.push(&Image::busybox()?, "library/busybox", "latest")?;
+    let dockerd = Dockerd::start(&place.host, registry.address(), Bridge::None)?;
+    dockerd.docker().ok(&["pull", "-q", "busybox"])?;
+    let mut tests = test_command(tree);
+    tests.env("BULKHEAD_TABLE_DOCKER", format!("unix://{}", dockerd.socket()));
+    sh::run(tests.args(["--test", "cli", "table::"]))
 }
 
 fn test_command(tree: &Tree) -> Command {

@@ -194,6 +194,31 @@ mod tests {
         assert!(routes().all(|route| route.path.starts_with('/') && !route.path.ends_with('/')));
     }
 
+    /// Every operation of the published description has a route of its own, and what has none there is ours.
+    #[test]
+    fn every_published_operation_is_routed() {
+        let published = include_str!("operations.txt").lines().filter(|line| !line.starts_with('#'));
+        let published: Vec<(&str, &str)> = published.filter_map(|line| line.split_once(' ')).collect();
+        assert_eq!(published.len(), 107);
+        let same = |ours: &str, theirs: &str| {
+            let wild = |segment: &str| segment.starts_with('{');
+            ours.split('/').count() == theirs.split('/').count()
+                && ours.split('/').zip(theirs.split('/')).all(|(a, b)| a == b || (wild(a) && wild(b)))
+        };
+        for (method, path) in &published {
+            assert!(
+                routes().any(|route| route.method.as_str() == *method && same(route.path, path)),
+                "{method} {path} has no route"
+            );
+        }
+        let own = routes().filter(|route| {
+            !published.iter().any(|(method, path)| route.method.as_str() == *method && same(route.path, path))
+        });
+        let mut own: Vec<String> = own.map(|route| format!("{} {}", route.method, route.path)).collect();
+        own.sort();
+        insta::assert_snapshot!("routes_beside_the_published", own.join("\n"));
+    }
+
     /// The table against the API's reference: what is routed, in one place for the eye.
     #[test]
     fn the_table() {

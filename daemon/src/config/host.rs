@@ -51,6 +51,18 @@ impl Host {
     }
 }
 
+/// An address of TCP with its port, which must be there.
+///
+/// # Errors
+/// It is none.
+pub(super) fn tcp_address(text: &str) -> Result<String, String> {
+    match tcp(text, 0) {
+        Ok(address) if !address.ends_with(":0") => Ok(address),
+        Ok(_) => Err(format!("invalid address ({text}): a port is missing")),
+        Err(why) => Err(format!("invalid address ({text}): {why}")),
+    }
+}
+
 fn tcp(address: &str, default_port: u16) -> Result<String, String> {
     if address.contains(['/', '?', '#', '@']) {
         return Err("should not contain a path element".into());

@@ -18,7 +18,17 @@ use std::{
 pub use host::Host;
 pub use options::Options;
 
-use crate::{api::types::container::Ulimit, layout::Layout, sandbox::Confinement};
+use ipnet::IpNet;
+
+use crate::{
+    api::types::container::Ulimit,
+    engine::network::{
+        egress::policy::{Policy, PolicyError},
+        ipam::PoolSpec,
+    },
+    layout::Layout,
+    sandbox::Confinement,
+};
 
 /// The daemon's settings, valid and complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +48,10 @@ pub struct Config {
     pub debug: bool,
     /// The least level that is logged.
     pub log_level: tracing::Level,
+    /// Whether the log is JSON, an object a line.
+    pub log_json: bool,
+    /// Where metrics are served besides the API.
+    pub metrics: Option<String>,
     /// Mirrors of Docker Hub, URLs without a trailing slash.
     pub registry_mirrors: Vec<String>,
     /// Hosts (`host[:port]`) and CIDR networks whose registries need no TLS.
@@ -60,6 +74,16 @@ pub struct Config {
     pub shm_size: u64,
     /// Containers' resource limits.
     pub ulimits: BTreeMap<String, Ulimit>,
+    /// Whether there is a default bridge network.
+    pub bridge: bool,
+    /// The default bridge's own address with its network's prefix; None: of the pools.
+    pub bip: Option<IpNet>,
+    /// MTU of networks that do not say, in bytes.
+    pub mtu: u16,
+    /// Blocks that networks' subnets are cut from; empty: Docker's.
+    pub address_pools: Vec<PoolSpec>,
+    /// What containers may reach that do not say; None: everything.
+    pub egress: Option<Policy>,
     /// Name servers of containers; empty: the host's.
     pub dns: Vec<String>,
     /// Options of `resolv.conf`.
@@ -164,6 +188,13 @@ impl Config {
             data_root: absolute("data-root", options.data_root.clone(), "/var/lib/bulkhead")?,
             exec_root: absolute("exec-root", options.exec_root.clone(), "/run/bulkhead")?,
         };
+        if !options.authorization_plugins.is_empty() {
+            // To go on without them would let in what they are there to keep out.
+            return Err(
+                "authorization plugins are not supported: use TLS client certificates, or a proxy that asks"
+                    .into(),
+            );
+        }
         let confinement = confinement::from(&options, &layout)?;
         let tls = tls(options.tls, options.tlsverify, options.tlscacert, options.tlscert, options.tlskey);
         let hosts = hosts(&options.hosts, &tls)?;
@@ -185,6 +216,12 @@ impl Config {
             layout,
             debug,
             log_level,
+            log_json: match options.log_format.as_deref() {
+                None | Some("" | "text") => false,
+                Some("json") => true,
+                Some(other) => return Err(format!("invalid log format: {other}")),
+            },
+            metrics: options.metrics_addr.map(|address| host::tcp_address(&address)).transpose()?,
             registry_mirrors: options.registry_mirrors.iter().map(|m| mirror(m)).collect::<Result<_, _>>()?,
             insecure_registries: options
                 .insecure_registries
@@ -204,6 +241,20 @@ impl Config {
             no_new_privileges: options.no_new_privileges.unwrap_or(false),
             shm_size,
             ulimits: options.default_ulimits.unwrap_or_default(),
+            bridge: bridge(options.bridge.as_deref())?,
+            bip: options.bip.as_deref().map(bip).transpose()?,
+            egress: options
+                .egress
+                .as_deref()
+                .map(str::parse)
+                .transpose()
+                .map_err(|error: PolicyError| error.to_string())?,
+            mtu: range("mtu", options.mtu.map(u32::from), 1500, 68..=65_535)?.try_into().unwrap_or(1500),
+            address_pools: options
+                .default_address_pools
+                .iter()
+                .map(|pool| PoolSpec::new(pool.base, pool.size))
+                .collect::<Result<_, _>>()?,
             dns: addresses(options.dns)?,
             dns_opts: options.dns_opts,
             dns_search: options.dns_search,
@@ -352,6 +403,25 @@ fn addresses(texts: Vec<String>) -> Result<Vec<String>, String> {
         Some(wrong) => Err(format!("{wrong} is not an ip address")),
         None => Ok(texts),
     }
+}
+
+/// `--bridge`: there is none, or the daemon's own; one that others have made is theirs.
+fn bridge(text: Option<&str>) -> Result<bool, String> {
+    match text {
+        None | Some("") => Ok(true),
+        Some("none") => Ok(false),
+        Some(other) => Err(format!("invalid bridge {other:?}: the daemon makes its own, or none")),
+    }
+}
+
+/// `--bip`: an address and its network.
+fn bip(text: &str) -> Result<IpNet, String> {
+    let net: IpNet =
+        text.parse().map_err(|_| format!("invalid bip: {text:?} is not an address with a prefix"))?;
+    if net.addr().is_ipv6() || net.addr() == net.network() || net.prefix_len() > 30 {
+        return Err(format!("invalid bip: {text:?} is not an IPv4 address in a network"));
+    }
+    Ok(net)
 }
 
 fn positive(name: &str, value: Option<i64>, default: usize) -> Result<usize, String> {

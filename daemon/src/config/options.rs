@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::api::types::container::Ulimit;
+use crate::{api::types::container::Ulimit, engine::network::ipam::PoolSpec};
 
 /// Options with dockerd's names, unchecked. In the file, lists have plural names, as dockerd's have; our own
 /// may stand under the key `bulkhead`.
@@ -33,6 +33,15 @@ pub struct Options {
     /// Least level that is logged: debug, info, warn, error, fatal
     #[arg(short = 'l', long, value_name = "LEVEL")]
     pub log_level: Option<String>,
+    /// Form of the log: text or json
+    #[arg(long, value_name = "FORM")]
+    pub log_format: Option<String>,
+    /// Address, HOST:PORT, to serve metrics on in the clear, and nothing else
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_addr: Option<String>,
+    /// Refused: there are no plugins that could be asked
+    #[arg(long = "authorization-plugin", value_name = "PLUGIN", hide = true)]
+    pub authorization_plugins: Vec<String>,
     /// File for the daemon's pid
     #[arg(short = 'p', long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
@@ -48,7 +57,7 @@ pub struct Options {
     /// Attempts for each layer
     #[arg(long, value_name = "N")]
     pub max_download_attempts: Option<i64>,
-    /// Containers' default log driver: json-file or none
+    /// Containers' default log driver: json-file, local, syslog, journald or none
     #[arg(long, value_name = "DRIVER")]
     pub log_driver: Option<String>,
     /// Containers' default log options
@@ -66,6 +75,21 @@ pub struct Options {
     /// Containers' default resource limits
     #[arg(skip)]
     pub default_ulimits: Option<BTreeMap<String, Ulimit>>,
+    /// "none": no default bridge network
+    #[arg(short = 'b', long, value_name = "BRIDGE")]
+    pub bridge: Option<String>,
+    /// Address of the default bridge, with its network's prefix
+    #[arg(long, value_name = "CIDR")]
+    pub bip: Option<String>,
+    /// What containers may reach that have no label bulkhead.egress: deny, or allow:TARGET,… (docs/egress.md)
+    #[arg(long, value_name = "POLICY")]
+    pub egress: Option<String>,
+    /// MTU of networks that do not say
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u16>,
+    /// Block that networks' subnets are cut from, base=CIDR,size=PREFIX (repeatable)
+    #[arg(long = "default-address-pool", value_name = "POOL", value_parser = address_pool)]
+    pub default_address_pools: Vec<PoolSpec>,
     /// Name server of containers (repeatable)
     #[arg(long, value_name = "ADDRESS")]
     pub dns: Vec<String>,
@@ -142,6 +166,20 @@ const OURS: [&str; 11] = [
     "templates",
     "template-domain-label",
 ];
+
+/// `base=10.1.0.0/16,size=24`.
+fn address_pool(text: &str) -> Result<PoolSpec, String> {
+    let wrong = || format!("{text:?} is not base=CIDR,size=PREFIX");
+    let (mut base, mut size) = (None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("base", value)) => base = value.parse().ok(),
+            Some(("size", value)) => size = value.parse().ok(),
+            _ => return Err(wrong()),
+        }
+    }
+    PoolSpec::new(base.ok_or_else(wrong)?, size.ok_or_else(wrong)?)
+}
 
 /// Flags and the file's text as one. Errors are worded as dockerd's.
 pub(super) fn merge(flags: &Options, file: &[u8]) -> Result<Options, String> {

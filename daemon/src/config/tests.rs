@@ -105,7 +105,7 @@ fn values_that_are_not_valid_are_refused() {
     for (arguments, file, message) in [
         (&["-l", "loud"][..], "", "invalid logging level: loud"),
         (&["--data-root", "d"], "", "data-root must be an absolute path: d"),
-        (&["--log-driver", "syslog"], "", "logger: no log driver named 'syslog' is registered"),
+        (&["--log-driver", "gelf"], "", "logger: no log driver named 'gelf' is registered"),
         (&["--registry-mirror", "m:5000"], "", "invalid mirror: no scheme"),
         (&["--registry-mirror", "http://u:p@m"], "", "invalid mirror: username/password"),
         (&["--insecure-registry", "http://m"], "", "insecure registry http://m should not contain '://'"),

@@ -74,6 +74,7 @@ impl Engine {
         let failed = |error: String| Error::internal(format!("Cannot checkpoint container {name}: {error}"));
         let view = container.view();
         let workload = Arc::clone(view.awake("its checkpoint")?);
+        super::container::network::check_order(&view.record)?;
         let State::Running(running) = &view.record.life.state else {
             return Err(Error::conflict(format!("container {} is not running", view.record.id)));
         };
@@ -249,11 +250,12 @@ fn resumption(shared: &Shared, record: &Record, path: &Path) -> Result<Resumptio
 /// What the log has of the run that was saved: it comes once, whether the run went on after the checkpoint or
 /// was cut off before all of its output was taken.
 fn known_output(shared: &Shared, record: &Record, log_start: u64) -> Result<KnownOutput> {
-    let driver = &record.host_config.log_config.kind;
-    if driver == "none" {
+    let settings = record.log_settings()?;
+    // Of a log that loses its oldest lines nobody can tell how much of that run it has had.
+    if !settings.keeps() || settings.rotates() {
         return Ok(KnownOutput { stdout: u64::MAX, stderr: u64::MAX });
     }
-    let (_, durable) = Log::resume(driver, &shared.layout().container_log(&record.id), log_start)?;
+    let (_, durable) = Log::resume(&settings, &shared.layout().container_log(&record.id), log_start)?;
     Ok(KnownOutput { stdout: durable.stdout, stderr: durable.stderr })
 }
 

@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use jiff::Timestamp;
@@ -42,11 +45,12 @@ pub const FILTER_KEYS: [&str; 14] = [
 pub struct Events {
     past: Mutex<VecDeque<Arc<Message>>>,
     live: broadcast::Sender<Arc<Message>>,
+    published: AtomicU64,
 }
 
 impl Default for Events {
     fn default() -> Self {
-        Self { past: Mutex::default(), live: broadcast::Sender::new(LAG) }
+        Self { past: Mutex::default(), live: broadcast::Sender::new(LAG), published: AtomicU64::new(0) }
     }
 }
 
@@ -93,6 +97,7 @@ impl Events {
             past.pop_front();
         }
         past.push_back(Arc::clone(&message));
+        self.published.fetch_add(1, Ordering::Relaxed);
         // It fails when nobody listens.
         let _ = self.live.send(message);
     }
@@ -107,6 +112,11 @@ impl Events {
             past.iter().filter(|message| selection.includes(message)).cloned().collect()
         };
         Subscription { past, live, selection }
+    }
+
+    /// How many events there were.
+    pub fn published(&self) -> u64 {
+        self.published.load(Ordering::Relaxed)
     }
 
     /// How many subscribers there are.

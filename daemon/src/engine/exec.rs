@@ -15,10 +15,13 @@ use std::{
 
 use bulkhead_agent_api::{Answer, Call, Exit, ProcessState, Stdio, StreamKind};
 use oci_spec::runtime::Process;
-use tokio::{sync::oneshot, task::JoinSet};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
 
 use super::{
-    AttachOptions, Attachment, Engine, Error, Name, Result, Shared,
+    AttachOptions, Attachment, Engine, Error, Name, Output, Result, Shared,
     container::{
         hub::{Hub, Kind},
         names, pump,
@@ -48,6 +51,8 @@ struct Exec {
     process: Process,
     hub: Arc<Hub>,
     state: Mutex<State>,
+    /// Its exit code, once it has ended and its output was taken.
+    ended: watch::Sender<Option<i32>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -65,6 +70,9 @@ impl Exec {
 
     fn set(&self, state: State) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        if let State::Exited { code, .. } = state {
+            self.ended.send_replace(Some(code));
+        }
     }
 
     /// Claims the one start that an exec has.
@@ -98,13 +106,13 @@ impl Execs {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn insert(&self, exec: Exec) -> Result<()> {
+    fn insert(&self, exec: &Arc<Exec>) -> Result<()> {
         self.with(|execs| {
             execs.retain(|_, exec| !matches!(exec.state(), State::Exited { at, .. } if at.elapsed() > KEPT));
             if execs.values().filter(|other| other.container == exec.container).count() >= MAX_IN_CONTAINER {
                 return Err(Error::conflict("the container has too many execs"));
             }
-            execs.insert(exec.id.clone(), Arc::new(exec));
+            execs.insert(exec.id.clone(), Arc::clone(exec));
             Ok(())
         })
     }
@@ -138,59 +146,19 @@ impl Engine {
     pub async fn exec_create(&self, container: Name<'_>, request: CreateRequest) -> Result<String> {
         let view = self.shared.registry.find(container)?.view();
         view.awake("exec")?;
-        let spec = self.shared.spec(&view.record, &[])?.spec;
-        let process = spec::exec(&spec, &request)?;
-        let kind = Kind { terminal: request.tty, stdin: request.attach_stdin, stdin_once: true };
-        let exec = Exec {
-            id: names::new_id(),
-            container: view.record.id.clone(),
-            request,
-            process,
-            hub: Arc::new(Hub::new(kind)),
-            state: Mutex::new(State::Created),
-        };
-        let id = exec.id.clone();
-        let action = format!("exec_create: {}", exec.command_line());
-        self.shared.execs.insert(exec)?;
-        // A container that was removed in the meantime has already forgotten its execs.
-        if let Err(error) = self.shared.registry.find(&view.record.id) {
-            self.shared.execs.forget(&view.record.id);
-            return Err(error);
-        }
-        self.shared.publish(&view.record, &action, [("execID".into(), id.clone())]);
-        Ok(id)
+        create(&self.shared, &view.record, request).map(|exec| exec.id.clone())
     }
 
-    /// Starts it. None when detached.
+    /// Claims its one start, which the answer then does: the caller may first say that it goes well so far.
     ///
     /// # Errors
-    /// It was started before; the container does not run; the command cannot be executed.
-    pub async fn exec_start(&self, id: &str, request: StartRequest) -> Result<Option<Attachment>> {
+    /// It was started before; the container does not run.
+    pub fn exec_start(&self, id: &str, request: StartRequest) -> Result<Starting> {
         let exec = self.shared.execs.find(id)?;
         let view = self.shared.registry.find(&exec.container)?.view();
         let workload = Arc::clone(view.awake("exec")?);
         exec.claim()?;
-        let action = format!("exec_start: {}", exec.command_line());
-        self.shared.publish(&view.record, &action, [("execID".into(), exec.id.clone())]);
-
-        let attachment = (!request.detach).then(|| {
-            exec.hub.attach(AttachOptions {
-                logs: false,
-                stream: true,
-                stdin: exec.request.attach_stdin,
-                stdout: exec.request.attach_stdout,
-                stderr: exec.request.attach_stderr,
-            })
-        });
-        let size = request.console_size.or(exec.request.console_size);
-        // In a task of its own: a client that hangs up must not leave it half started.
-        let shared = Arc::clone(&self.shared);
-        let started = tokio::spawn(async move {
-            let stdio = stdio(&exec, request.detach, size);
-            start(shared, view.record, exec, workload, stdio).await
-        });
-        started.await.unwrap_or_else(|error| Err(Error::internal(error.to_string())))?;
-        Ok(attachment)
+        Ok(Starting { shared: Arc::clone(&self.shared), record: view.record, exec, workload, request })
     }
 
     /// Sets its terminal's size.
@@ -243,6 +211,116 @@ impl Engine {
             pid: pid.into(),
         })
     }
+}
+
+fn create(shared: &Shared, record: &Record, request: CreateRequest) -> Result<Arc<Exec>> {
+    let spec = shared.spec(record, &[])?.spec;
+    let process = spec::exec(&spec, &request)?;
+    let kind = Kind { terminal: request.tty, stdin: request.attach_stdin, stdin_once: true };
+    let exec = Arc::new(Exec {
+        id: names::new_id(),
+        container: record.id.clone(),
+        request,
+        process,
+        hub: Arc::new(Hub::new(kind)),
+        state: Mutex::new(State::Created),
+        ended: watch::Sender::new(None),
+    });
+    let action = format!("exec_create: {}", exec.command_line());
+    shared.execs.insert(&exec)?;
+    // A container that was removed in the meantime has already forgotten its execs.
+    if let Err(error) = shared.registry.find(&record.id) {
+        shared.execs.forget(&record.id);
+        return Err(error);
+    }
+    shared.publish(record, &action, [("execID".into(), exec.id.clone())]);
+    Ok(exec)
+}
+
+/// A start that was claimed and has to be done, whatever becomes of the client.
+pub struct Starting {
+    shared: Arc<Shared>,
+    record: Arc<Record>,
+    exec: Arc<Exec>,
+    workload: Arc<Workload>,
+    request: StartRequest,
+}
+
+impl Starting {
+    /// Starts the process; None when detached.
+    ///
+    /// # Errors
+    /// The command cannot be executed; the container has ended.
+    pub async fn start(self) -> Result<Option<Attachment>> {
+        let Self { shared, record, exec, workload, request } = self;
+        let action = format!("exec_start: {}", exec.command_line());
+        shared.publish(&record, &action, [("execID".into(), exec.id.clone())]);
+        let attachment = (!request.detach).then(|| {
+            exec.hub.attach(AttachOptions {
+                logs: false,
+                stream: true,
+                stdin: exec.request.attach_stdin,
+                stdout: exec.request.attach_stdout,
+                stderr: exec.request.attach_stderr,
+            })
+        });
+        let size = request.console_size.or(exec.request.console_size);
+        // In a task of its own: a client that hangs up must not leave it half started.
+        let started = tokio::spawn(async move {
+            let stdio = stdio(&exec, request.detach, size);
+            start(shared, record, exec, workload, stdio).await
+        });
+        started.await.unwrap_or_else(|error| Err(Error::internal(error.to_string())))?;
+        Ok(attachment)
+    }
+}
+
+/// A process that the daemon itself runs in a container.
+pub(crate) struct Spawned {
+    exec: Arc<Exec>,
+    workload: Arc<Workload>,
+    /// What it writes, to the end.
+    pub(crate) output: mpsc::Receiver<Output>,
+}
+
+impl Spawned {
+    /// Waits for its end: its exit code.
+    pub(crate) async fn exit(&self) -> i32 {
+        let mut ended = self.exec.ended.subscribe();
+        // The sender is in `self`: it cannot be gone.
+        ended.wait_for(Option::is_some).await.ok().and_then(|code| *code).unwrap_or(137)
+    }
+
+    /// Kills it.
+    pub(crate) async fn kill(&self) {
+        let kill = Call::Signal { process: self.workload.exec(&self.exec.id), signal: libc::SIGKILL };
+        if let Err(error) = self.workload.sandbox.call(kill).await {
+            tracing::debug!(exec = self.exec.id, %error, "an exec was not killed");
+        }
+    }
+}
+
+/// Runs a process in a container, with the events of every exec.
+///
+/// # Errors
+/// It cannot be executed.
+pub(crate) async fn spawn(
+    shared: &Arc<Shared>,
+    record: &Arc<Record>,
+    workload: &Arc<Workload>,
+    request: CreateRequest,
+) -> Result<Spawned> {
+    let exec = create(shared, record, request)?;
+    exec.claim()?;
+    let starting = Starting {
+        shared: Arc::clone(shared),
+        record: Arc::clone(record),
+        exec: Arc::clone(&exec),
+        workload: Arc::clone(workload),
+        request: StartRequest::default(),
+    };
+    let attachment = starting.start().await?.ok_or_else(|| Error::internal("an exec has no output"))?;
+    Ok(Spawned { exec, workload: Arc::clone(workload), output: attachment.output })
 }
 
 fn stdio(exec: &Exec, detach: bool, size: Option<[u32; 2]>) -> Stdio {
@@ -413,6 +491,7 @@ mod tests {
             process: Process::default(),
             hub: Arc::new(Hub::new(kind)),
             state: Mutex::new(state),
+            ended: watch::Sender::new(None),
         }
     }
 
@@ -432,8 +511,8 @@ mod tests {
         let one = exec("c1", State::Running { pid: 5 });
         let two = exec("c2", State::Exited { code: 3, at: Instant::now() });
         let (one_id, two_id) = (one.id.clone(), two.id.clone());
-        execs.insert(one).unwrap();
-        execs.insert(two).unwrap();
+        execs.insert(&Arc::new(one)).unwrap();
+        execs.insert(&Arc::new(two)).unwrap();
         assert_eq!(execs.running_in("c1"), std::slice::from_ref(&one_id));
         assert!(execs.running_in("c2").is_empty());
         execs.forget("c1");

@@ -16,7 +16,10 @@ use tokio::task::JoinSet;
 
 use super::{
     Engine, Error, Name, Result, Shared,
-    container::{Actor, Command, names, record::Record, resume::Resumption, state::Lifecycle},
+    container::{
+        Actor, Command, names, network::check_order, record::Record, resume::Resumption, state::Lifecycle,
+    },
+    network::record::Attachment,
     store,
 };
 use crate::{
@@ -84,6 +87,7 @@ impl Engine {
             |error: &dyn std::fmt::Display| Error::internal(format!("cannot fork container {name}: {error}"));
         let view = self.shared.registry.find(name)?.view();
         let workload = Arc::clone(view.awake("its fork")?);
+        check_order(&view.record)?;
         let Ok(_saving) = workload.saving.try_lock() else {
             return Err(Error::conflict(format!("cannot fork container {name}: it is being saved already")));
         };
@@ -232,7 +236,19 @@ fn clone_of(parent: &Record, id: String, name: String) -> Record {
     if parent.id.get(..12) == Some(&*config.hostname) {
         config.hostname = id.get(..12).unwrap_or(&id).to_owned();
     }
-    Record { id, name, created: Timestamp::now(), config, life: Lifecycle::default(), ..parent.clone() }
+    let mut host_config = parent.host_config.clone();
+    // The parent has its host ports and its addresses; a clone gets others.
+    for binding in
+        host_config.port_bindings.iter_mut().flat_map(|ports| ports.values_mut()).flatten().flatten()
+    {
+        binding.host_port.clear();
+    }
+    let mut networks = parent.networks.clone();
+    for attachment in networks.values_mut() {
+        *attachment = Attachment { ipv4: None, ipv6: None, mac: None, endpoint: None, ..attachment.clone() };
+    }
+    let created = Timestamp::now();
+    Record { id, name, created, config, host_config, networks, life: Lifecycle::default(), ..parent.clone() }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ impl Engine {
     /// What `docker info` shows.
     pub async fn info(&self) -> Info {
         let shared = &self.shared;
-        let config = &shared.config;
+        let config = &*shared.live.now();
         let (mut running, mut paused, mut stopped) = (0, 0, 0);
         let containers = shared.registry.all();
         for container in &containers {
@@ -43,7 +43,7 @@ impl Engine {
             driver_status: Vec::new(),
             plugins: Plugins {
                 volume: vec![super::volume::DRIVER.into()],
-                network: vec!["none".into()],
+                network: ["bridge", "host", "null"].map(str::to_owned).to_vec(),
                 authorization: None,
                 log: logs::DRIVERS.map(str::to_owned).to_vec(),
             },
@@ -89,7 +89,7 @@ impl Engine {
     }
 
     fn registry_config(&self) -> RegistryConfig {
-        let config = &self.shared.config;
+        let config = &*self.shared.live.now();
         let (networks, hosts): (Vec<_>, Vec<_>) =
             config.insecure_registries.iter().cloned().partition(|registry| registry.contains('/'));
         let hub = IndexInfo {

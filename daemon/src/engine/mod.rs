@@ -8,14 +8,18 @@ pub mod container;
 pub mod error;
 pub mod events;
 pub mod exec;
+pub mod files;
 mod fork;
 pub mod image;
 mod info;
 pub(crate) mod limits;
 pub mod logs;
+mod metrics;
 pub mod mounts;
+pub mod network;
 mod open;
 mod pressure;
+mod reload;
 pub mod spec;
 pub mod store;
 pub mod volume;
@@ -158,6 +162,7 @@ pub(crate) struct Shared {
     pub(crate) events: Arc<events::Events>,
     pub(crate) images: Arc<image::ImageStore>,
     pub(crate) volumes: Arc<volume::store::VolumeStore>,
+    pub(crate) networks: network::Networks,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
     /// None: every microVM is booted.
@@ -165,6 +170,9 @@ pub(crate) struct Shared {
     /// What the files that machines are made of hold.
     pub(crate) digests: Arc<sandbox::Digests>,
     pub(crate) timelines: Timelines,
+    pub(crate) health_checks: container::health::Counts,
+    /// What a reload may change.
+    pub(crate) live: reload::Live,
 }
 
 impl Shared {
@@ -191,7 +199,7 @@ impl Shared {
             config: &record.config,
             host: &record.host_config,
             daemon: &self.config,
-            addresses: &[],
+            network: &self.networks.facts(record),
             resolv_conf: &resolv_conf,
             binds,
         })

@@ -1,7 +1,7 @@
 //! Opens the engine: what is on disk is loaded, what runs is taken over, what is nobody's goes.
 //!
 //! ```text
-//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ adopt running sandboxes (all at once)
+//!   directories ─▶ disk template ─▶ images ─▶ records ─▶ networks ─▶ adopt running sandboxes (all at once)
 //!     ─▶ discard every other sandbox ─▶ tell images which layers are in use ─▶ actors: restart policies
 //! ```
 
@@ -20,11 +20,14 @@ use tokio::task::JoinSet;
 
 use super::{
     Error, Result, Shared,
-    container::{Actor, record::Record, registry::Registry, state::State},
+    container::{Actor, health::Counts, record::Record, registry::Registry, state::State},
     events::Events,
     exec::Execs,
     image::{self, ContainerUse, ImageStore},
-    pressure, store,
+    network::Networks,
+    pressure,
+    reload::Live,
+    store,
     volume::store::VolumeStore,
 };
 use crate::{
@@ -48,13 +51,29 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     })
     .await
     .map_err(|error| Error::internal(error.to_string()))??;
+    let daemon_id = std::fs::read_to_string(config.layout.daemon_id())
+        .map_err(|error| failed("read", &config.layout.daemon_id(), &error))?;
+    let networks = Networks::open(Arc::clone(&config), Arc::clone(&events), &daemon_id).await?;
     let digests = Arc::new(sandbox::Digests::default());
     let templates = open_templates(&config, &events, &digests)?;
     let (registry, execs) = (Registry::default(), Execs::default());
     let timelines = Timelines::default();
+    let (health_checks, live) = (Counts::default(), Live::new(&config));
     let volumes = Arc::new(volumes);
-    let shared =
-        Arc::new(Shared { config, events, images, volumes, registry, execs, templates, digests, timelines });
+    let shared = Arc::new(Shared {
+        config,
+        events,
+        images,
+        volumes,
+        networks,
+        registry,
+        execs,
+        templates,
+        digests,
+        timelines,
+        health_checks,
+        live,
+    });
 
     let actors = adopt(&shared, records).await;
     let kept: HashSet<String> = actors.iter().filter_map(Actor::sandbox).collect();
@@ -62,6 +81,9 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     sandbox::sweep(&sandboxes, &kept, SWEEP_WITHIN, &shared.config.vm.confinement)
         .await
         .map_err(|error| failed("look through", &sandboxes, &error))?;
+
+    // Every running container is back in its networks.
+    shared.networks.sweep().await;
 
     if let Some(templates) = &shared.templates {
         let vm = &shared.config.vm;
@@ -72,6 +94,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     for actor in actors {
         tokio::spawn(actor.run(true));
     }
+    tokio::spawn(super::network::egress::watch(Arc::downgrade(&shared)));
     tokio::spawn(pressure::watch(Arc::downgrade(&shared), shared.config.vm.reclaim_below_percent));
     Ok(shared)
 }
@@ -273,7 +296,7 @@ mod tests {
         for (text, valid) in [
             ("{}", true),
             (r#"{"insecure-registries": ["10.0.0.0/99"]}"#, false),
-            (r#"{"log-opts": {"max-size": "1m"}}"#, false),
+            (r#"{"log-opts": {"max-size": "x"}}"#, false),
             (r#"{"default-ulimits": {"odd": {"Name": "odd", "Soft": 1, "Hard": 1}}}"#, false),
         ] {
             assert_eq!(Engine::validate(&config(base.path(), text)).is_ok(), valid, "{text}");

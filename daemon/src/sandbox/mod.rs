@@ -16,6 +16,7 @@ mod agent;
 mod dir;
 #[cfg(test)]
 pub(crate) mod fake;
+pub(crate) mod files;
 mod memory;
 mod plan;
 mod save;
@@ -29,12 +30,16 @@ use std::{
     collections::HashSet,
     fs::File,
     io,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use bulkhead_agent_api::{Answer, Call, ContainerIdentity, Event, Hello, ProcessId, StreamKind, StreamOpen};
+use bulkhead_agent_api::{
+    Answer, Call, ContainerIdentity, Event, Hello, NAMES_PORT, ProcessId, StreamKind, StreamOpen,
+    files::FilesOpen,
+};
 use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
@@ -80,6 +85,27 @@ pub const TAG: &str = "layers";
 
 /// The virtio-fs tag below which volumes and bind mounts are shared.
 pub const SHARES: &str = "shares";
+
+/// How many network slots a machine has. An empty one costs a boot one look of the guest's kernel.
+pub const NICS: u8 = 4;
+
+/// The name of a network slot.
+fn nic(slot: u8) -> String {
+    format!("net{slot}")
+}
+
+/// A network slot's tap.
+#[derive(Debug)]
+pub struct Nic {
+    /// Below [`NICS`].
+    pub slot: u8,
+    /// Opened with `IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: OwnedFd,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// In bytes.
+    pub mtu: u16,
+}
 
 /// How long a running guest may take to answer a restarted daemon.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
@@ -411,6 +437,35 @@ impl Sandbox {
         plan::set_rates(&self.control, &self.dir, rates).await
     }
 
+    /// A connection for the guest's name queries ([`bulkhead_agent_api::names`]); an earlier one ends.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub async fn names(&self) -> io::Result<tokio::net::UnixStream> {
+        vsock::connect(&self.dir, NAMES_PORT).await
+    }
+
+    /// Gives network slots their taps.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn plug(&self, nics: &[Nic]) -> Result<(), ControlError> {
+        let request = |nic: &Nic| Request::AttachTap { id: self::nic(nic.slot), mac: nic.mac, mtu: nic.mtu };
+        let requests: Vec<_> = nics.iter().map(|nic| (request(nic), Some(nic.tap.as_fd()))).collect();
+        if requests.is_empty() {
+            return Ok(());
+        }
+        self.control.call_all(&self.dir, &requests).await
+    }
+
+    /// Takes a network slot's tap away.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn unplug(&self, slot: u8) -> Result<(), ControlError> {
+        self.control(&Request::DetachTap { id: nic(slot) }).await.map(drop)
+    }
+
     /// How much memory it has been given.
     ///
     /// # Errors
@@ -486,6 +541,14 @@ impl Sandbox {
     pub(crate) async fn input(&self, process: ProcessId) -> io::Result<InputStream> {
         let request = StreamOpen { process, stream: StreamKind::Stdin, from: Some(0) };
         Ok(InputStream::new(stream::open(&self.dir, &request).await?.0))
+    }
+
+    /// Opens a transfer of a container's files.
+    ///
+    /// # Errors
+    /// [`files::TransferError`].
+    pub(crate) async fn files(&self, open: &FilesOpen) -> Result<files::Transfer, files::TransferError> {
+        files::Transfer::open(&self.dir, open).await
     }
 
     /// Resolves when the VMM has ended.

@@ -6,7 +6,7 @@
 //!  1 directory                               directory              undo: remove it
 //!  2 user id, control group                  user id, control group undo: given back with the directory
 //!  3 spawn the VMM                           spawn the VMM          undo: kill it, and wait
-//!  4 attach disk, layers (while it boots)    attach disk, layers, resume
+//!  4 attach disk, layers (as it boots)       attach all, resume
 //!  5 wait for Hello                          connect to the agent   or hear of the VMM's death
 //!  6 begin to grow, personalize              personalize, thaw; a clone begins to grow when it is resumed
 //! ```
@@ -24,15 +24,15 @@ use std::{
 
 use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, FsServer, LimitedDevice, MemoryDeviceConfig, Request, ShareKind,
-    VsockConfig,
+    BlockConfig, DeviceConfig, FsConfig, FsServer, LimitedDevice, MemoryDeviceConfig, NetConfig, Request,
+    ShareKind, VsockConfig,
 };
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::phases::Stage;
 
 use super::{
-    BootError, Confinement, ControlError, DISK, Origin, Rates, SHARES, Sandbox, SandboxSpec, TAG,
+    BootError, Confinement, ControlError, DISK, NICS, Origin, Rates, SHARES, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
     memory::region_mib,
@@ -276,7 +276,7 @@ pub(super) fn devices() -> DeviceConfig {
             FsConfig { tag: SHARES.into(), server: FsServer::Process },
         ],
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
-        net: Vec::new(),
+        net: (0..NICS).map(|slot| NetConfig { id: super::nic(slot) }).collect(),
         rng: true,
         balloon: true,
         memory: Some(MemoryDeviceConfig { region_mib: region_mib() }),
@@ -320,6 +320,7 @@ fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootErr
 pub(super) async fn personalize(agent: &Agent, containers: Vec<ContainerIdentity>) -> Result<(), BootError> {
     let mut entropy = vec![0; MIN_ENTROPY];
     getrandom::fill(&mut entropy).map_err(|e| BootError::io("no entropy", std::io::Error::other(e)))?;
+
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let unix_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
     let identity = Identity { entropy, unix_ns, hostname: String::new(), containers };

@@ -6,6 +6,8 @@
 //!        frames: agent sends Hello, then Answers and Events; daemon sends Calls
 //!  daemon ─connect guest port STREAM_PORT──▶ agent       one connection for each stdio stream
 //!        one frame StreamOpen →, one frame StreamReady ←, then raw bytes
+//!  daemon ─connect guest port NAMES_PORT───▶ agent       name queries to the daemon, answers back ([`names`])
+//!  daemon ─connect guest port FILES_PORT───▶ agent       one connection for each transfer of files: [`files`]
 //! ```
 //!
 //! **Who is the agent.** Anything in the guest that may open a vsock socket can connect to the host, so a
@@ -48,10 +50,14 @@
 //! user's name ([`USER`]), which groups are added ([`GROUP_ADD_ANNOTATION`]), who is PID 1
 //! ([`INIT_ANNOTATION`]).
 
+use std::net::IpAddr;
+
 use oci_spec::runtime;
 use serde::{Deserialize, Serialize};
 
+pub mod files;
 pub mod frame;
+pub mod names;
 
 /// Version of this wire, in [`Hello`].
 pub const VERSION: u32 = 1;
@@ -61,6 +67,9 @@ pub const CONTROL_PORT: u32 = 1024;
 
 /// The guest port on which the agent takes stdio streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// The guest port on which the agent takes the connection for name queries; a second replaces the first.
+pub const NAMES_PORT: u32 = 1026;
 
 /// How many unacknowledged bytes of one output stream the agent holds.
 pub const OUTPUT_WINDOW: usize = 1 << 20;
@@ -233,6 +242,26 @@ pub enum Call {
         /// The time.
         unix_ns: u64,
     },
+    /// Finds the network device, whose tap the machine has, and makes it an interface as said. Answer:
+    /// [`Answer::Done`]. Called again for an interface that is there, it is made as said anew.
+    NetworkConnect(Box<Interface>),
+    /// Takes an interface away, its device included, so that the daemon can take its tap.
+    NetworkDisconnect {
+        /// [`Interface::mac`].
+        mac: [u8; 6],
+    },
+    /// Replaces the default routes, of both families: without a gateway of its family, there is none.
+    NetworkRoutes {
+        /// At most one a family.
+        gateways: Vec<Gateway>,
+    },
+    /// Replaces the content of files that were injected by `Create`.
+    NetworkFiles {
+        /// The container's id.
+        container: String,
+        /// By their paths.
+        files: Vec<InjectedFile>,
+    },
     /// Kills everything, unmounts and flushes. The answer says that the disks are whole: whoever asked may kill
     /// the machine then, which spares it its kernel's way down. One that is not killed powers itself off. No
     /// answer but the connection's end is an older agent's, which powers off at once.
@@ -391,6 +420,40 @@ pub struct InjectedFile {
     pub content: String,
     /// Its mode, 0o644 for instance.
     pub mode: u32,
+}
+
+/// A network interface as the agent is to make it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// The MAC address that the device has now. It differs from `mac` in a clone of a machine whose driver
+    /// knows the address of before.
+    pub device: [u8; 6],
+    /// The MAC address that it is to have.
+    pub mac: [u8; 6],
+    /// Its name, `eth0` for instance: at most 15 bytes.
+    pub name: String,
+    /// Its MTU in bytes.
+    pub mtu: u16,
+    /// Its addresses; others that it had go.
+    pub addresses: Vec<InterfaceAddress>,
+}
+
+/// An interface's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// The prefix length of its network, which is on the link.
+    pub prefix: u8,
+}
+
+/// Where a default route leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gateway {
+    /// [`Interface::mac`].
+    pub mac: [u8; 6],
+    /// The next hop.
+    pub address: IpAddr,
 }
 
 /// How a process's stdio is made.
@@ -594,6 +657,39 @@ pub struct ProcessInfo {
     pub cpu_ms: u64,
     /// The command line, or `[name]` when there is none.
     pub command: String,
+    /// More of it; an older agent does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<ProcessDetail>,
+}
+
+/// What `ps` shows in its longer forms.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProcessDetail {
+    /// The kernel's name.
+    pub name: String,
+    /// `R`, `S`, `D`, `T`, `t`, `Z`, `X` or `I`.
+    pub state: String,
+    /// Process group.
+    pub group: i32,
+    /// Session.
+    pub session: i32,
+    /// The terminal's foreground process group, -1 without a terminal.
+    pub foreground: i32,
+    /// Nice value.
+    pub nice: i32,
+    /// Threads.
+    pub threads: u32,
+    /// Effective user.
+    pub euid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Bytes of virtual memory.
+    pub virtual_bytes: u64,
+    /// Bytes in memory.
+    pub resident_bytes: u64,
+    /// Bytes of the guest's memory.
+    pub total_bytes: u64,
 }
 
 /// What happens without being asked for.

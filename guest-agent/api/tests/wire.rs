@@ -4,9 +4,10 @@
 
 use bulkhead_agent_api::{
     AgentError, Answer, Call, ContainerIdentity, ContainerState, CopyUp, CpuStats, Create, Disk, ErrorKind,
-    Event, Exit, ForwardedSocket, FromAgent, Hello, Identity, InjectedFile, IoStats, KnownOutput,
-    MemoryStats, NetworkStats, ProcessId, ProcessInfo, ProcessState, Rootfs, Stats, Stdio, StreamKind,
-    StreamOpen, StreamReady, ToAgent,
+    Event, Exit, ForwardedSocket, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface,
+    InterfaceAddress, IoStats, KnownOutput, MemoryStats, NetworkStats, ProcessDetail, ProcessId, ProcessInfo,
+    ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    files::{Change, ChangeKind, FilesDone, FilesOpen, FilesReady, FilesRequest, PathStat},
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -63,6 +64,24 @@ fn calls() -> Vec<Call> {
         Call::Delete { process: init() },
         Call::SetClock { unix_ns: 1_800_000_000_000_000_001 },
         Call::Shutdown,
+        Call::NetworkConnect(Box::new(Interface {
+            device: [2, 66, 172, 17, 0, 2],
+            mac: [2, 66, 172, 17, 0, 3],
+            name: "eth0".into(),
+            mtu: 1500,
+            addresses: vec![
+                InterfaceAddress { address: "172.17.0.2".parse().unwrap(), prefix: 16 },
+                InterfaceAddress { address: "fd00::2".parse().unwrap(), prefix: 64 },
+            ],
+        })),
+        Call::NetworkDisconnect { mac: [2, 66, 172, 17, 0, 2] },
+        Call::NetworkRoutes {
+            gateways: vec![Gateway { mac: [2, 66, 172, 17, 0, 2], address: "172.17.0.1".parse().unwrap() }],
+        },
+        Call::NetworkFiles {
+            container: "c1".into(),
+            files: vec![InjectedFile { path: "/etc/hosts".into(), content: "x\n".into(), mode: 0o644 }],
+        },
     ]
 }
 
@@ -93,6 +112,7 @@ fn from_agent() -> Vec<FromAgent> {
         start_unix: 1_800_000_000,
         cpu_ms: 12,
         command: "sleep 1".into(),
+        detail: None,
     };
     let container = ContainerState {
         container: "c1".into(),
@@ -179,6 +199,67 @@ fn memory(wire: &mut Wire) {
     wire.message(&FromAgent::Answer { id: 11, result: Ok(Answer::Reclaimed { bytes: 4096 }) });
 }
 
+/// A process as a newer agent tells of it.
+fn process_detail(wire: &mut Wire) {
+    let detail = ProcessDetail {
+        name: "sleep".into(),
+        state: "S".into(),
+        group: 7,
+        session: 7,
+        foreground: -1,
+        nice: 5,
+        threads: 1,
+        euid: 33,
+        gid: 34,
+        virtual_bytes: 8192,
+        resident_bytes: 4096,
+        total_bytes: 1 << 29,
+    };
+    let process = ProcessInfo {
+        pid: 7,
+        ppid: 1,
+        uid: 33,
+        tty: "?".into(),
+        start_unix: 1_800_000_000,
+        cpu_ms: 12,
+        command: "sleep 1".into(),
+        detail: Some(detail),
+    };
+    wire.message(&FromAgent::Answer { id: 12, result: Ok(Answer::Processes { processes: vec![process] }) });
+}
+
+/// Transfers of files.
+fn files(wire: &mut Wire) {
+    let path = || "/etc/".to_owned();
+    for request in [
+        FilesRequest::Stat { path: path() },
+        FilesRequest::Get { path: path() },
+        FilesRequest::Put { path: path(), keep_kinds: true, owner: Some("web:5".into()) },
+        FilesRequest::Put { path: path(), keep_kinds: false, owner: None },
+        FilesRequest::Export,
+        FilesRequest::Changes,
+        FilesRequest::Diff,
+    ] {
+        wire.message(&FilesOpen { container: "c1".into(), request });
+    }
+    let error = || Some(AgentError { kind: ErrorKind::NotFound, message: "why".into() });
+    let stat = PathStat {
+        name: "etc".into(),
+        size: 4096,
+        mode: 0o120_777,
+        mtime: -1,
+        mtime_nsec: 5,
+        link_target: "/x".into(),
+    };
+    wire.message(&FilesReady { error: None, stat: Some(stat) });
+    wire.message(&FilesReady { error: error(), stat: None });
+    wire.message(&FilesDone { error: None });
+    wire.message(&FilesDone { error: error() });
+    for kind in [ChangeKind::Modified, ChangeKind::Added, ChangeKind::Deleted] {
+        wire.message(&Change { path: "/etc".into(), kind });
+    }
+}
+
 #[test]
 fn every_message_is_as_it_was() {
     let mut wire = Wire::default();
@@ -203,6 +284,8 @@ fn every_message_is_as_it_was() {
         wire.message(&ToAgent { id: 9, call });
     }
     memory(&mut wire);
+    process_detail(&mut wire);
+    files(&mut wire);
     shares(&mut wire);
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);

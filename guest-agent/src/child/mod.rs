@@ -101,6 +101,16 @@ fn prepare(plan: &Plan<'_>, place: &Place<'_>) -> Result<()> {
     process::take_stdio(plan, terminal.as_ref())
 }
 
+/// Makes `root` this process's root directory, with the files and directories that the spec binds into it and
+/// nothing else: the view that a container has of its files when nothing of it runs. For a process that has a
+/// mount namespace of its own.
+///
+/// # Errors
+/// What cannot be mounted.
+pub fn enter_at_rest(container: &Checked, root: &Path) -> Result<()> {
+    mounts::enter_at_rest(container, root)
+}
+
 /// Namespaces of `clone3` for a container's first process. The cgroup namespace is not among them: its
 /// root is the cgroup that its maker is in, so it is made by the child.
 pub fn clone_flags(container: &Checked) -> u64 {

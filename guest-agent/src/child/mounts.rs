@@ -53,9 +53,27 @@ const PROC: u64 = 0x9fa0;
 
 /// Makes `root` this process's root directory, with the spec's mounts and devices.
 pub(super) fn enter(container: &Checked, root: &Path) -> Result<()> {
+    let mounts = parse(container)?;
+    enter_with(&mounts, root)?;
+    let own_dev = mounts
+        .iter()
+        .all(|(mount, options)| mount.destination() != Path::new("/dev") || options.bind.is_none());
+    if own_dev {
+        make_devices(container)?;
+    }
+    Ok(())
+}
+
+/// Makes `root` this process's root directory, with what the spec binds and nothing else.
+pub(super) fn enter_at_rest(container: &Checked, root: &Path) -> Result<()> {
+    let mut mounts = parse(container)?;
+    mounts.retain(|(_, options)| options.bind.is_some());
+    enter_with(&mounts, root)
+}
+
+fn enter_with(mounts: &[(&Mount, MountOptions)], root: &Path) -> Result<()> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).context("make the mounts private")?;
-    let mounts = parse(container)?;
     // What comes from outside is picked up while outside is in reach.
     let sources =
         mounts.iter().map(|(mount, options)| bind_source(mount, options)).collect::<Result<Vec<_>>>()?;
@@ -75,12 +93,6 @@ pub(super) fn enter(container: &Checked, root: &Path) -> Result<()> {
             message: format!("mount {}: {}", target.display(), error.message),
             ..error
         })?;
-    }
-    let own_dev = mounts
-        .iter()
-        .all(|(mount, options)| mount.destination() != Path::new("/dev") || options.bind.is_none());
-    if own_dev {
-        make_devices(container)?;
     }
     Ok(())
 }

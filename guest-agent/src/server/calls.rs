@@ -14,7 +14,7 @@ use crate::{
     child,
     container::{Container, Phase, Process},
     error::{Context, Result, conflict, invalid, not_found},
-    processes,
+    network, processes,
     rootfs::{self, DiskState},
     spec::{self, Checked},
     sys,
@@ -129,6 +129,12 @@ impl Server {
             Call::Update { container, resources } => {
                 let container = self.containers.get(&container).ok_or_else(no_container)?;
                 container.cgroup.update(&resources)?;
+            }
+            Call::NetworkConnect(interface) => network::connect(&interface)?,
+            Call::NetworkDisconnect { mac } => network::disconnect(mac)?,
+            Call::NetworkRoutes { gateways } => network::set_routes(&gateways)?,
+            Call::NetworkFiles { container, files } => {
+                self.containers.get(&container).ok_or_else(no_container)?.rewrite(&files)?;
             }
             Call::Stats { container } => {
                 let container = self.containers.get(&container).ok_or_else(no_container)?;

@@ -312,7 +312,13 @@ mod tests {
         fn listen(&self) -> io::Result<OwnedFd> {
             Err(io::ErrorKind::Unsupported.into())
         }
+        fn listen_for_files(&self) -> io::Result<OwnedFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
         fn listen_for_control(&self) -> io::Result<OwnedFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn listen_for_names(&self) -> io::Result<OwnedFd> {
             Err(io::ErrorKind::Unsupported.into())
         }
         fn is_daemon(&self, _: BorrowedFd<'_>) -> bool {

@@ -4,10 +4,11 @@
 //!   epoll ─┬─ SIGCHLD ───────▶ reap: the only place that waits for children
 //!          ├─ later daemons ─▶ control
 //!          ├─ control ───────▶ calls ──▶ answers, at once or when a start or a disk has come
-//!          ├─ listener ──────▶ openings ──▶ a stream of a process
+//!          ├─ listeners ─────▶ openings ──▶ a stream of a process, or a transfer of files: a child
 //!          ├─ start channels ▶ Started or an error
 //!          ├─ stdio, streams ▶ bytes
 //!          ├─ memory.events ─▶ Oom
+//!          ├─ names ─────────▶ questions and answers of the resolver
 //!          └─ uevents ───────▶ a disk may have come
 //! ```
 //!
@@ -21,6 +22,7 @@ mod openings;
 mod pause;
 mod saving;
 mod shutdown;
+mod transfers;
 
 pub use shutdown::power_off;
 
@@ -46,15 +48,17 @@ use self::{
     calls::PendingCreate,
     control::{Control, Epoch},
     growth::Growth,
-    openings::Openings,
+    openings::{Openings, Port},
     pause::Freeze,
     saving::Stillness,
+    transfers::Transfers,
 };
 use crate::{
     child::status::{self, Message},
     container::{Container, Phase, Process},
     error::internal,
     log,
+    names::Names,
     poll::{Poller, Ready, Watched},
     stdio::{TURN, input::Input},
     transport::Transport,
@@ -74,6 +78,8 @@ pub enum Key {
     Signals,
     /// The listening socket for streams.
     Listener,
+    /// The listening socket for transfers of files.
+    FilesListener,
     /// The control connection.
     Control,
     /// The listening socket for later daemons.
@@ -90,6 +96,16 @@ pub enum Key {
     Stream(Rc<ProcessId>, StreamKind),
     /// A container's memory.events.
     Memory(Rc<str>),
+    /// The listening socket for the daemon's name queries.
+    NamesListener,
+    /// The daemon's connection for them.
+    NamesLink,
+    /// The resolver's socket for datagrams.
+    NamesUdp,
+    /// The resolver's listening socket.
+    NamesTcp,
+    /// A program's connection to the resolver.
+    NamesClient(u64),
 }
 
 /// A call that is to be answered later: on which connection, and its number.
@@ -101,10 +117,13 @@ pub struct Server {
     transport: Box<dyn Transport>,
     signals: Watched<Key>,
     listener: Watched<Key>,
+    files_listener: Watched<Key>,
     daemons: Watched<Key>,
     uevents: Option<Watched<Key>>,
     control: Control,
     openings: Openings,
+    names: Names,
+    transfers: Transfers,
     stillness: Stillness,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
@@ -137,6 +156,8 @@ impl Server {
         signals.want(true, false)?;
         let listener = poller.watch(transport.listen()?, Key::Listener);
         listener.want(true, false)?;
+        let files_listener = poller.watch(transport.listen_for_files()?, Key::FilesListener);
+        files_listener.want(true, false)?;
         let daemons = poller.watch(transport.listen_for_control()?, Key::Daemons);
         daemons.want(true, false)?;
         let uevents = watch_uevents(&poller)
@@ -147,11 +168,14 @@ impl Server {
         Ok(Self {
             control: Control::new(Rc::clone(&poller), hello),
             openings: Openings::new(Rc::clone(&poller)),
+            names: Names::new(Rc::clone(&poller), transport.listen_for_names()?)?,
+            transfers: Transfers::default(),
             stillness: Stillness::default(),
             poller,
             transport,
             signals,
             listener,
+            files_listener,
             daemons,
             uevents,
             containers: BTreeMap::new(),
@@ -207,18 +231,28 @@ impl Server {
     fn handle(&mut self, ready: Ready<Key>) -> Option<Asked> {
         match ready.key {
             Key::Signals => self.reap(),
-            Key::Listener => self.openings.accept(&self.listener, self.transport.as_ref()),
+            Key::Listener => {
+                self.openings.accept(&self.listener, Port::Streams, self.transport.as_ref());
+            }
+            Key::FilesListener => {
+                self.openings.accept(&self.files_listener, Port::Files, self.transport.as_ref());
+            }
             Key::Control => {
                 let calls = self.control.ready(ready.readable, &mut self.scratch);
                 return calls.into_iter().find_map(|call| self.call(call));
             }
             Key::Daemons => self.control.accept(&self.daemons, self.transport.as_ref()),
             Key::Uevents => self.drain_uevents(),
-            Key::Opening(number) => self.open_stream(number),
+            Key::Opening(number) => self.opening_ready(number),
             Key::Start(id) => self.start_news(&id),
             Key::Source(id, kind) => self.source_ready(&id, kind),
             Key::Stream(id, kind) => self.stream_ready(&id, kind, ready.readable),
             Key::Memory(container) => self.memory_news(&container),
+            Key::NamesListener => self.names.accept_daemon(self.transport.as_ref()),
+            Key::NamesLink => self.names.link_ready(&mut self.scratch),
+            Key::NamesUdp => self.names.udp_ready(&mut self.scratch),
+            Key::NamesTcp => self.names.tcp_ready(),
+            Key::NamesClient(number) => self.names.client_ready(number, &mut self.scratch),
         }
         None
     }
@@ -311,6 +345,7 @@ impl Server {
                 return;
             };
             let pid = pid.as_raw_nonzero().get();
+            self.transfers.ended(pid);
             let Some(id) = self.pids.remove(&pid) else { continue };
             // It may have begun to run, or said why it cannot, since epoll was asked.
             self.start_news(&id);

@@ -1,15 +1,18 @@
-//! Stream connections, from `accept` to the process whose stream they become.
+//! Connections that have not yet said what they are for: streams, from `accept` to the process whose stream they
+//! become, and transfers of files, up to their first frame.
 
 use std::{collections::BTreeMap, os::fd::AsFd, rc::Rc};
 
 use bulkhead_agent_api::{
     AgentError, ErrorKind, MAX_STREAM_OPEN, StreamKind, StreamOpen, StreamReady,
+    files::{FilesOpen, MAX_FILES_OPEN},
     frame::{self, FrameError},
 };
 use rustix::{
     io::Errno,
     net::{SendFlags, SocketFlags},
 };
+use serde::de::DeserializeOwned;
 
 use super::{Key, Server};
 use crate::{
@@ -26,10 +29,23 @@ const MAX_OPENINGS: usize = 64;
 pub(super) struct Openings {
     poller: Rc<Poller<Key>>,
     next: u64,
-    waiting: BTreeMap<u64, (Watched<Key>, Vec<u8>)>,
+    waiting: BTreeMap<u64, Waiting>,
 }
 
-/// A connection whose first frame has come.
+/// On which port a connection came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Port {
+    Streams,
+    Files,
+}
+
+struct Waiting {
+    connection: Watched<Key>,
+    port: Port,
+    bytes: Vec<u8>,
+}
+
+/// A stream's connection whose first frame has come.
 struct Opened {
     connection: Watched<Key>,
     open: StreamOpen,
@@ -37,12 +53,18 @@ struct Opened {
     early: Vec<u8>,
 }
 
+/// What a first frame says.
+enum First {
+    Stream(Opened),
+    Files(Watched<Key>, FilesOpen),
+}
+
 impl Openings {
     pub(super) fn new(poller: Rc<Poller<Key>>) -> Self {
         Self { poller, next: 0, waiting: BTreeMap::new() }
     }
 
-    pub(super) fn accept(&mut self, listener: &Watched<Key>, transport: &dyn Transport) {
+    pub(super) fn accept(&mut self, listener: &Watched<Key>, port: Port, transport: &dyn Transport) {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         while let Ok(connection) = rustix::net::accept_with(listener, flags) {
             if !transport.is_daemon(connection.as_fd()) {
@@ -55,7 +77,7 @@ impl Openings {
                 log::warn(format_args!("a stream connection: {error}"));
                 continue;
             }
-            self.waiting.insert(number, (connection, Vec::new()));
+            self.waiting.insert(number, Waiting { connection, port, bytes: Vec::new() });
             while self.waiting.len() > MAX_OPENINGS {
                 self.waiting.pop_first();
             }
@@ -63,8 +85,8 @@ impl Openings {
     }
 
     /// Reads more of a connection's first frame; the connection is closed when that cannot be one.
-    fn read(&mut self, number: u64) -> Option<Opened> {
-        let (connection, mut bytes) = self.waiting.remove(&number)?;
+    fn read(&mut self, number: u64) -> Option<First> {
+        let Waiting { connection, port, mut bytes } = self.waiting.remove(&number)?;
         let mut buffer = [0; MAX_STREAM_OPEN];
         match rustix::io::read(&connection, &mut buffer) {
             Ok(0) => return None,
@@ -72,10 +94,21 @@ impl Openings {
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => return None,
         }
-        match decode(&bytes) {
-            Ok(Some((open, used))) => Some(Opened { connection, open, early: bytes.split_off(used) }),
+        let first = match port {
+            Port::Streams => decode(&bytes, MAX_STREAM_OPEN).map(|first| first.map(Said::Stream)),
+            Port::Files => decode(&bytes, MAX_FILES_OPEN).map(|first| first.map(Said::Files)),
+        };
+        match first {
+            Ok(Some(Said::Stream((open, used)))) => {
+                Some(First::Stream(Opened { connection, open, early: bytes.split_off(used) }))
+            }
+            // Nothing more comes before the answer.
+            Ok(Some(Said::Files((open, used)))) if used == bytes.len() => {
+                Some(First::Files(connection, open))
+            }
+            Ok(Some(Said::Files(_))) => None,
             Ok(None) => {
-                self.waiting.insert(number, (connection, bytes));
+                self.waiting.insert(number, Waiting { connection, port, bytes });
                 None
             }
             Err(error) => {
@@ -87,17 +120,32 @@ impl Openings {
     }
 }
 
-fn decode(bytes: &[u8]) -> Result<Option<(StreamOpen, usize)>, FrameError> {
+/// A first frame, and how many bytes it took.
+enum Said {
+    Stream((StreamOpen, usize)),
+    Files((FilesOpen, usize)),
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8], max: usize) -> Result<Option<(T, usize)>, FrameError> {
     let opened = frame::decode(bytes)?;
-    if opened.is_none() && bytes.len() > MAX_STREAM_OPEN {
+    if opened.is_none() && bytes.len() > max {
         return Err(FrameError::TooLong(bytes.len()));
     }
     Ok(opened)
 }
 
 impl Server {
-    pub(super) fn open_stream(&mut self, number: u64) {
-        let Some(Opened { connection, open, early }) = self.openings.read(number) else { return };
+    /// Takes more of what a new connection says, and serves it when that is enough.
+    pub(super) fn opening_ready(&mut self, number: u64) {
+        match self.openings.read(number) {
+            Some(First::Stream(opened)) => self.open_stream(opened),
+            Some(First::Files(connection, open)) => self.open_files(&connection, &open),
+            None => {}
+        }
+    }
+
+    fn open_stream(&mut self, opened: Opened) {
+        let Opened { connection, open, early } = opened;
         let checked = self.check(&open);
         let (from, error) = match checked {
             Ok(from) => (from, None),

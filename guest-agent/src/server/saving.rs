@@ -87,6 +87,9 @@ impl Server {
         {
             return Err(conflict("a process is being started"));
         }
+        if !self.transfers.is_empty() {
+            return Err(conflict("files are being copied"));
+        }
         if let Err(error) = self.freeze() {
             self.unfreeze();
             return Err(error);

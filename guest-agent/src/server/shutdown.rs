@@ -23,12 +23,14 @@ impl Server {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let Some(found) = self.containers.get(container) else { return };
-            if !found.cgroup.is_populated() {
+            let populated = found.cgroup.is_populated();
+            if !populated && !self.transfers.of(container) {
                 break;
             }
-            if let Err(error) = found.cgroup.kill() {
+            if populated && let Err(error) = found.cgroup.kill() {
                 log::warn(error);
             }
+            self.transfers.kill(container);
             self.wait_for_children();
             if Instant::now() > deadline {
                 log::warn(format_args!("processes of {container} do not end"));

@@ -63,6 +63,11 @@ pub enum LayerError {
     /// The layer is not in the store.
     #[error("layer {0} is not in the store")]
     NotFound(DiffId),
+    /// The layer was unpacked when archives were not written down.
+    #[error(
+        "layer {0} was unpacked by an older version, which did not keep its archive: remove its images and pull them again"
+    )]
+    NoArchive(DiffId),
     /// The store's filesystem failed.
     #[error("layer store {}: {action}: {source}", .path.display())]
     Store {
@@ -75,6 +80,20 @@ pub enum LayerError {
     },
 }
 
+impl From<bulkhead_tar::Error> for LayerError {
+    fn from(error: bulkhead_tar::Error) -> Self {
+        match error {
+            bulkhead_tar::Error::Archive(problem) => Self::Archive(problem),
+            bulkhead_tar::Error::Entry { name, problem } => Self::Entry { name, problem },
+            // A stream tells of its own limit in the form in which streams tell of errors.
+            bulkhead_tar::Error::Source(error) => match error.downcast::<Self>() {
+                Ok(own) => own,
+                Err(error) => Self::Source(error),
+            },
+        }
+    }
+}
+
 impl LayerError {
     /// Where callers branch.
     #[must_use]
@@ -85,7 +104,7 @@ impl LayerError {
             }
             Self::Source(_) => LayerErrorKind::Source,
             Self::NoSpace { .. } => LayerErrorKind::NoSpace,
-            Self::NotFound(_) => LayerErrorKind::NotFound,
+            Self::NotFound(_) | Self::NoArchive(_) => LayerErrorKind::NotFound,
             Self::Store { .. } => LayerErrorKind::Store,
         }
     }

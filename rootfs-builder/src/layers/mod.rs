@@ -6,6 +6,8 @@
 //!    <64 hex digits>/        one layer, named by its diff id (sha256 of the uncompressed tar)
 //!      info.json             [`LayerInfo`]
 //!      root/                 the tree: regular files and directories only
+//!      archive.split         what else its archive held, see [`LayerArchive`]
+//!      kept/                 files that later entries of the archive replaced; mostly absent
 //!    tmp/                    what is being unpacked or removed; emptied when the store is opened
 //! ```
 //!
@@ -14,7 +16,7 @@
 //! nothing but garbage in `tmp`.
 //!
 //! ```text
-//!  reader ─▶ Stream (sha256, byte cap) ─▶ tar::Reader (headers, PAX, GNU) ─▶ Unpacker ─▶ Tree (openat2) ─▶ disk
+//!  reader ─▶ Stream (sha256, byte cap, split) ─▶ bulkhead_tar::Reader (headers, PAX, GNU) ─▶ Unpacker ─▶ Tree (openat2) ─▶ disk
 //! ```
 //!
 //! Layers are hostile. No path of a layer is ever given to the kernel whole without
@@ -24,16 +26,17 @@
 mod compress;
 mod error;
 mod id;
-mod path;
+mod name;
+mod split;
 mod store;
 mod stream;
-mod tar;
 mod tree;
 mod unpack;
 
 pub use compress::decompress;
 pub use error::{LayerError, LayerErrorKind};
 pub use id::{DiffId, DiffIdError};
+pub use split::LayerArchive;
 pub use store::{LayerInfo, LayerStore};
 
 /// Caps on one layer, against archives that are made to exhaust the host.

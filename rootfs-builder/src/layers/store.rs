@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     DiffId, LayerError, Limits,
-    unpack::{self, UnpackError, Unpacked},
+    split::LayerArchive,
+    unpack::{self, Places, UnpackError, Unpacked},
 };
 
 /// What is known of an unpacked layer; stored beside its tree.
@@ -39,6 +40,8 @@ pub struct LayerStore {
 const TMP: &str = "tmp";
 const ROOT: &str = "root";
 const TRASH: &str = "trash";
+const SPLIT: &str = "archive.split";
+const KEPT: &str = "kept";
 const INFO: &str = "info.json";
 
 impl LayerStore {
@@ -130,6 +133,26 @@ impl LayerStore {
         })
     }
 
+    /// The layer's archive, uncompressed, as it came.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`], [`LayerError::NoArchive`], or it cannot be opened.
+    pub fn archive(&self, diff_id: &DiffId) -> Result<LayerArchive, LayerError> {
+        let failed = |error| self.failed(&format!("reading the archive of {diff_id}"), error);
+        let dir = self.layer_dir(diff_id);
+        let split = match File::open(dir.join(SPLIT)) {
+            Ok(split) => split,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.contains(diff_id) => {
+                return Err(LayerError::NoArchive(*diff_id));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(LayerError::NotFound(*diff_id));
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        LayerArchive::open(split, self.open_root(diff_id)?, &dir.join(KEPT), *diff_id).map_err(failed)
+    }
+
     /// Removes a layer. Whoever has it open (a running VMM) keeps a directory that empties; so the caller
     /// removes only what no container uses. Removing what is not there is no error.
     ///
@@ -181,11 +204,14 @@ impl LayerStore {
         limits: &Limits,
     ) -> Result<LayerInfo, LayerError> {
         let temporary = Temporary(self.temporary());
-        let (root, trash) = (temporary.0.join(ROOT), temporary.0.join(TRASH));
-        for dir in [&temporary.0, &root, &trash] {
+        let within = |name: &str| temporary.0.join(name);
+        let places =
+            Places { root: within(ROOT), trash: within(TRASH), split: within(SPLIT), kept: within(KEPT) };
+        for dir in [&temporary.0, &places.root, &places.trash] {
             fs::create_dir(dir).map_err(|error| self.failed("making a directory", error))?;
         }
-        let unpacked = unpack::unpack(reader, limits, &root, &trash).map_err(|error| match error {
+        let unpacked = unpack::unpack(reader, limits, &places).map_err(|error| match error {
+            UnpackError::Layer(LayerError::Store { action, source, .. }) => self.failed(&action, source),
             UnpackError::Layer(error) => error,
             UnpackError::Store(action, error) => self.failed(&action, error),
         })?;

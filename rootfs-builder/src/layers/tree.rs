@@ -19,7 +19,7 @@ use rustix::{
 };
 use std::os::fd::OwnedFd;
 
-use super::path::{EntryPath, MAX_PATH};
+use bulkhead_tar::{EntryPath, MAX_PATH};
 
 /// How many symbolic links a name may lead through, as Linux has it.
 const MAX_LINKS: u32 = 40;
@@ -70,6 +70,8 @@ pub(super) struct Tree {
 /// The directory that is being worked in.
 struct Current {
     path: EntryPath,
+    /// Where it is: not below the symbolic links that its path may lead through.
+    real: EntryPath,
     dir: OwnedFd,
     times: Timestamps,
 }
@@ -122,17 +124,17 @@ impl Tree {
         set_up_directory(&dir, &meta, mtime)
     }
 
-    /// Makes a file, in the place of whatever is there; `fill` writes its content.
+    /// Makes a file, in the place of whatever is there; `fill` writes its content, and is told where it is.
     pub(super) fn file<E: From<TreeError>>(
         &mut self,
         path: &EntryPath,
         meta: &Meta,
         mtime: Time,
-        fill: impl FnOnce(&mut File) -> std::result::Result<(), E>,
+        fill: impl FnOnce(&mut File, &EntryPath) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let encoded = meta.encode().map_err(TreeError::from)?;
-        let mut file = self.create(path)?;
-        fill(&mut file)?;
+        let (mut file, real) = self.create(path)?;
+        fill(&mut file, &real)?;
         set_meta(&file, &encoded)?;
         set_mtime(&file, mtime)?;
         Ok(())
@@ -190,7 +192,7 @@ impl Tree {
                 make_opaque(&dir)
             }
             Ok(_) => Ok(()),
-            Err(Errno::NOENT) => self.file(path, &Meta::whiteout(), (0, 0), |_| Ok(())),
+            Err(Errno::NOENT) => self.file(path, &Meta::whiteout(), (0, 0), |_, _| Ok(())),
             Err(errno) => Err(io("looking up a name")(errno)),
         }
     }
@@ -206,22 +208,24 @@ impl Tree {
         self.leave()
     }
 
-    /// A new empty file; what had its name goes.
-    fn create(&mut self, path: &EntryPath) -> Result<File> {
+    /// A new empty file, and where it is; what had its name goes.
+    fn create(&mut self, path: &EntryPath) -> Result<(File, EntryPath)> {
         let Some((parent, name)) = path.split() else {
             return Err(TreeError::Refused("the layer's root must be a directory".into()));
         };
         self.enter(&parent)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-        match open_beneath(self.current_dir(), &name, flags) {
+        let made = match open_beneath(self.current_dir(), &name, flags) {
             Err(Errno::EXIST) => {
                 self.vacate(&name)?;
                 open_beneath(self.current_dir(), &name, flags)
             }
             other => other,
-        }
-        .map(File::from)
-        .map_err(io("making a file"))
+        };
+        let file = made.map(File::from).map_err(io("making a file"))?;
+        let mut real = self.current.as_ref().map_or_else(EntryPath::default, |current| current.real.clone());
+        real.push(&name)?;
+        Ok((file, real))
     }
 
     /// Moves what has the name in the current directory out of the tree.
@@ -237,15 +241,16 @@ impl Tree {
             return Ok(());
         }
         self.leave()?;
-        let dir = match open_beneath(&self.root, path.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY) {
-            Ok(dir) => dir,
+        let (dir, real) = match open_beneath(&self.root, path.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY)
+        {
+            Ok(dir) => (dir, path.clone()),
             Err(Errno::NOENT | Errno::NOTDIR) => {
                 self.walk(path, true)?.ok_or_else(|| not_a_directory(path))?
             }
             Err(errno) => return Err(io("opening a directory")(errno)),
         };
         let times = times_of(&dir)?;
-        self.current = Some(Current { path: path.clone(), dir, times });
+        self.current = Some(Current { path: path.clone(), real, dir, times });
         Ok(())
     }
 
@@ -267,14 +272,14 @@ impl Tree {
         match open_beneath(&self.root, path.as_bytes(), OFlags::RDONLY | OFlags::DIRECTORY) {
             Ok(dir) => Ok(Some(dir)),
             Err(Errno::NOENT) => Ok(None),
-            Err(Errno::NOTDIR) => self.walk(path, false),
+            Err(Errno::NOTDIR) => Ok(self.walk(path, false)?.map(|(dir, _)| dir)),
             Err(errno) => Err(io("opening a directory")(errno)),
         }
     }
 
-    /// Opens a directory component by component, reading the symbolic links on the way. A missing one is made
-    /// when `create` is set, else the answer is None.
-    fn walk(&mut self, path: &EntryPath, create: bool) -> Result<Option<OwnedFd>> {
+    /// Opens a directory component by component, reading the symbolic links on the way; where it is in the end,
+    /// too. A missing one is made when `create` is set, else the answer is None.
+    fn walk(&mut self, path: &EntryPath, create: bool) -> Result<Option<(OwnedFd, EntryPath)>> {
         let mut todo: Vec<Vec<u8>> = path.components().rev().map(<[u8]>::to_vec).collect();
         let mut done = EntryPath::default();
         let (mut links, mut steps) = (0, 0);
@@ -335,7 +340,7 @@ impl Tree {
             }
             done.push(&name)?;
         }
-        Ok(Some(dir))
+        Ok(Some((dir, done)))
     }
 }
 

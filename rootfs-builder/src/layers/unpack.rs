@@ -1,19 +1,20 @@
 //! From an archive's entries to a layer's tree.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{Read, Write},
     os::fd::OwnedFd,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use bulkhead_layer_format::{Meta, OVERLAY_PREFIX, Xattr};
+use bulkhead_tar::{self as tar, Entry, EntryPath, Kind, MAX_NAME, MAX_PATH};
 
 use super::{
     DiffId, LayerError, Limits,
-    path::{EntryPath, MAX_NAME, MAX_PATH, Name},
+    name::Name,
+    split::{SplitWriter, keep_replaced},
     stream::Stream,
-    tar::{self, Entry, Kind, entry_error},
     tree::{Tree, TreeError},
 };
 
@@ -45,22 +46,31 @@ impl From<LayerError> for UnpackError {
     }
 }
 
-/// Unpacks a whole stream into the directory `root`, which must be empty; what entries replace goes to the
-/// empty directory `trash`.
-pub(super) fn unpack<R: Read>(
-    reader: R,
-    limits: &Limits,
-    root: &Path,
-    trash: &Path,
-) -> Result<Unpacked, UnpackError> {
-    let mut archive = tar::Reader::new(Stream::new(reader, limits.stream_bytes));
+/// Where things go, all on one file system.
+pub(super) struct Places {
+    /// The tree: an empty directory.
+    pub(super) root: PathBuf,
+    /// What entries replace: an empty directory, gone afterwards.
+    pub(super) trash: PathBuf,
+    /// The archive, split: made.
+    pub(super) split: PathBuf,
+    /// Replaced files that the split needs: made when there are any.
+    pub(super) kept: PathBuf,
+}
+
+/// Unpacks a whole stream.
+pub(super) fn unpack<R: Read>(reader: R, limits: &Limits, places: &Places) -> Result<Unpacked, UnpackError> {
+    let split =
+        SplitWriter::create(&places.split).map_err(|error| store_error("writing the archive down", error))?;
+    let mut archive = tar::Reader::new(Stream::new(reader, limits.stream_bytes, split));
     let open = |path: &Path| {
         File::open(path).map(OwnedFd::from).map_err(|error| store_error("opening a new directory", error))
     };
-    let tree = Tree::new(open(root)?, open(trash)?).map_err(|error| tree_error(b".", error))?;
+    let tree =
+        Tree::new(open(&places.root)?, open(&places.trash)?).map_err(|error| tree_error(b".", error))?;
     let mut unpacker = Unpacker { tree, buffer: vec![0; 128 << 10], size: 0 };
     let mut entries = 0;
-    while let Some(entry) = archive.next()? {
+    while let Some(entry) = archive.next().map_err(LayerError::from)? {
         entries += 1;
         unpacker.entry(&entry, &mut archive)?;
         if entries + unpacker.tree.implied() > limits.entries {
@@ -68,9 +78,9 @@ pub(super) fn unpack<R: Read>(
         }
     }
     unpacker.tree.finish().map_err(|error| tree_error(b".", error))?;
-    let (diff_id, stream_bytes) = archive.into_stream().finish()?;
-    // The trash may be as large as the layer: gone before the layer counts as done.
-    fs::remove_dir_all(trash).map_err(|error| store_error("removing replaced entries", error))?;
+    let (diff_id, stream_bytes) = archive.into_source().finish()?;
+    keep_replaced(&places.trash, &places.kept)
+        .map_err(|error| store_error("removing replaced entries", error))?;
     Ok(Unpacked { diff_id, size: unpacker.size, entries, stream_bytes })
 }
 
@@ -81,7 +91,11 @@ struct Unpacker {
 }
 
 impl Unpacker {
-    fn entry<R: Read>(&mut self, entry: &Entry, archive: &mut tar::Reader<R>) -> Result<(), UnpackError> {
+    fn entry<R: Read>(
+        &mut self,
+        entry: &Entry,
+        archive: &mut tar::Reader<Stream<R>>,
+    ) -> Result<(), UnpackError> {
         let refused = |problem: String| entry_error(&entry.name, problem);
         let failed = |error| tree_error(&entry.name, error);
         let path = EntryPath::clean(&entry.name).map_err(refused)?;
@@ -120,13 +134,18 @@ impl Unpacker {
         entry: &Entry,
         path: &EntryPath,
         meta: &Meta,
-        archive: &mut tar::Reader<R>,
+        archive: &mut tar::Reader<Stream<R>>,
     ) -> Result<(), UnpackError> {
         let (buffer, size) = (&mut self.buffer, &mut self.size);
-        let fill = |file: &mut File| -> Result<(), FillError> {
+        let fill = |file: &mut File, path: &EntryPath| -> Result<(), FillError> {
+            if archive.left() > 0 {
+                let begun = archive.source_mut().split().begin_content(path.as_bytes(), file);
+                begun.map_err(|error| FillError::Tree(TreeError::Io("writing the archive down", error)))?;
+            }
             loop {
-                let count = archive.read_data(buffer).map_err(FillError::Archive)?;
+                let count = archive.read_data(buffer).map_err(|error| FillError::Archive(error.into()))?;
                 if count == 0 {
+                    archive.source_mut().split().end_content();
                     return Ok(());
                 }
                 file.write_all(&buffer[..count])
@@ -148,7 +167,7 @@ impl Unpacker {
         meta: &Meta,
         content: &[u8],
     ) -> Result<(), UnpackError> {
-        let fill = |file: &mut File| {
+        let fill = |file: &mut File, _: &EntryPath| {
             file.write_all(content).map_err(|error| TreeError::Io("writing a symbolic link", error))
         };
         self.tree.file(path, meta, entry.mtime, fill).map_err(|error| tree_error(&entry.name, error))
@@ -231,4 +250,8 @@ fn tree_error(name: &[u8], error: TreeError) -> UnpackError {
             store_error(format!("{action} for layer entry {name:?}"), error)
         }
     }
+}
+
+fn entry_error(name: &[u8], problem: impl Into<String>) -> LayerError {
+    tar::Error::of_entry(name, problem).into()
 }

@@ -1,5 +1,9 @@
 //! The Engine API itself, byte by byte where it matters.
 
+mod bollard;
+mod operations;
+mod websocket;
+
 use bulkhead_tests::Suite;
 use bulkhead_tests::http::{Client, Response};
 use serde_json::{Value, json};

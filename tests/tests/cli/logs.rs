@@ -53,3 +53,58 @@ fn follow_shows_lines_as_they_come_and_ends_with_the_container() -> Test {
     assert!(child.wait()?.success());
     Ok(())
 }
+
+#[test]
+fn full_files_go_and_their_lines_with_them() -> Test {
+    let docker = docker()?;
+    for driver in ["json-file", "local"] {
+        let options = ["--log-driver", driver, "--log-opt", "max-size=4k", "--log-opt", "max-file=3"];
+        let compress = ["--log-opt", "compress=true", "busybox", "seq", "1", "1000"];
+        let container = docker.run_detached(&[&options[..], &compress].concat())?;
+        container.docker(&["wait"])?;
+        let text = container.docker(&["logs"])?;
+        let lines: Vec<u32> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+        assert_eq!(lines.last(), Some(&1000), "{driver}");
+        assert!(lines.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{driver}: {lines:?}");
+        assert!((20..500).contains(&lines.len()), "{driver}: {} lines of 1000", lines.len());
+        assert_eq!(
+            docker.ok(&["logs", "--tail", "100", container.name()])?.lines().count(),
+            100.min(lines.len())
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn details_are_what_the_options_choose() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(&[
+        "--label=team=blue sky",
+        "--env=TIER=front",
+        "--log-opt=labels=team",
+        "--log-opt=env=TIER",
+        "--log-opt=tag={{.Name}}",
+        "busybox",
+        "echo",
+        "text",
+    ])?;
+    container.docker(&["wait"])?;
+    let details = docker.ok(&["logs", "--details", container.name()])?;
+    assert_eq!(details, format!("TIER=front,tag={},team=blue+sky text", container.name()));
+    let refused = docker.run(&["create", "--log-opt", "max-file=0", "busybox"])?;
+    assert!(refused.stderr.contains("max-file cannot be less than 1"), "{}", refused.stderr);
+    let refused = docker.run(&["create", "--log-driver", "splunk", "busybox"])?;
+    assert!(refused.stderr.contains("no log driver named 'splunk' is registered"), "{}", refused.stderr);
+    Ok(())
+}
+
+#[test]
+fn until_ends_at_a_time() -> Test {
+    let docker = docker()?;
+    let container = docker.run_detached(&["busybox", "sh", "-c", "echo one; sleep 2; echo two"])?;
+    container.docker(&["wait"])?;
+    let stamped = docker.ok(&["logs", "-t", container.name()])?;
+    let first = stamped.split(' ').next().unwrap_or_default();
+    assert_eq!(docker.ok(&["logs", "--until", first, container.name()])?, "one");
+    Ok(())
+}

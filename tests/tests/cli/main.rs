@@ -9,6 +9,7 @@ mod logs;
 mod pause;
 mod soak;
 mod streams;
+mod table;
 mod writes;
 
 /// An error fails the test, with its whole story.

@@ -5,8 +5,11 @@ mod containers;
 mod daemon_death;
 mod failures;
 mod forks;
+mod health;
 mod machine;
 mod memory;
+mod random_death;
+mod settings;
 mod templates;
 
 /// An error fails the test, with its whole story.

@@ -30,7 +30,8 @@ fn host_clock() -> anyhow::Result<u64> {
 
 /// What a clone says of itself, one value a line: what is random, what names it, what time it is.
 const WHO: &str = "cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' ';
-    cat /proc/sys/kernel/random/boot_id; cat /etc/machine-id; hostname; date +%s; cut -d. -f1 /proc/uptime";
+    cat /proc/sys/kernel/random/boot_id; cat /etc/machine-id; hostname; date +%s; cut -d. -f1 /proc/uptime;
+    cat /sys/class/net/eth0/address";
 
 #[test]
 fn a_hundred_clones_differ_in_all_that_must() -> Test {
@@ -53,7 +54,9 @@ fn a_hundred_clones_differ_in_all_that_must() -> Test {
         }
         let after = host_clock()?;
         assert_eq!(daemon.restored_runs()?, (100, 101));
-        for (what, field) in ["uuid", "urandom", "boot_id", "machine-id", "hostname"].iter().zip(0..) {
+        let fields =
+            [("uuid", 0), ("urandom", 1), ("boot_id", 2), ("machine-id", 3), ("hostname", 4), ("MAC", 7)];
+        for (what, field) in fields {
             let distinct: HashSet<&String> = said
                 .iter()
                 .map(|who| who.get(field).context("a line is missing"))

@@ -107,7 +107,7 @@ pub struct DeviceConfig {
     pub fs: Vec<FsConfig>,
     /// virtio-vsock.
     pub vsock: Option<VsockConfig>,
-    /// virtio-net, `eth0` first.
+    /// virtio-net slots. Their taps come with [`Request::AttachTap`].
     pub net: Vec<NetConfig>,
     /// Whether there is a virtio-rng fed by the host's getrandom.
     pub rng: bool,
@@ -160,18 +160,13 @@ pub struct VsockConfig {
     pub listener: FdNumber,
 }
 
-/// A virtio-net device over a tap.
+/// A virtio-net slot. Until it gets a tap there is no device in it: the guest's kernel reads device id 0 in
+/// its window (virtio 1.3, 4.2.2) and goes on. The guest looks again when it is told to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// Names the slot in requests.
     pub id: String,
-    /// The MAC address the guest sees.
-    pub mac: [u8; 6],
-    /// A tap opened with `IFF_NO_PI | IFF_VNET_HDR`; it can also come with [`Request::AttachTap`].
-    pub tap: Option<FdNumber>,
-    /// The MTU offered to the guest.
-    pub mtu: u16,
 }
 
 /// The virtio-mem device. All of its memory is absent when the machine boots.
@@ -243,8 +238,19 @@ pub enum Request {
         /// [`FsConfig::tag`].
         tag: String,
     },
-    /// Gives a network slot its tap: one fd.
+    /// Gives a network slot its tap: one fd, a tap opened with `IFF_NO_PI | IFF_VNET_HDR`. In a machine that
+    /// was restored with a device in the slot, the driver keeps the address that it knows.
     AttachTap {
+        /// [`NetConfig::id`].
+        id: String,
+        /// The MAC address the guest sees, a unicast one.
+        mac: [u8; 6],
+        /// The MTU offered to the guest, at least 68.
+        mtu: u16,
+    },
+    /// Takes a network slot's tap away: the link goes down, and once its driver has let go of the device,
+    /// there is none any more.
+    DetachTap {
         /// [`NetConfig::id`].
         id: String,
     },

@@ -14,6 +14,7 @@ use bulkhead_agent_api::{FromAgent, Hello, StreamOpen, StreamReady, ToAgent, fra
 use bulkhead_rootfs::layers::{LayerStore, Limits};
 use bulkhead_vmm::fuzzing::Target;
 
+mod api;
 pub mod mutate;
 
 /// The directory of stored corpora.
@@ -25,7 +26,7 @@ pub fn corpora() -> PathBuf {
 /// All targets by name.
 pub fn targets() -> impl Iterator<Item = (&'static str, Target)> {
     let others: [(&str, Target); 2] = [("agent_frames", agent_frames), ("layer", layer)];
-    bulkhead_vmm::fuzzing::TARGETS.iter().copied().chain(others)
+    bulkhead_vmm::fuzzing::TARGETS.iter().copied().chain(others).chain(api::TARGETS)
 }
 
 /// What a guest says in its agent's name: any bytes as every kind of frame.

@@ -16,7 +16,7 @@ use std::{
 };
 
 use bulkhead_layer_format::{Meta, XATTR};
-use bulkhead_vmm_api::{NetConfig, ShareKind};
+use bulkhead_vmm_api::ShareKind;
 
 use super::input::Input;
 use crate::devices::virtio::{
@@ -25,7 +25,7 @@ use crate::devices::virtio::{
     device::{DeviceError, VIRTIO_RING_F_EVENT_IDX, VirtioDevice},
     fs::Fs,
     mem::{BLOCK, Mem},
-    net::Net,
+    net::{Net, NetIdentity},
     rng::Rng,
     testing::{Bench, Desc, MEMORY_SIZE},
     vsock::Vsock,
@@ -95,12 +95,12 @@ pub(super) fn new_fs() -> Fs {
 }
 
 pub(super) fn new_net() -> (Net, UnixDatagram) {
-    let config = NetConfig { id: "net".into(), mac: [2, 0, 0, 0, 0, 1], tap: None, mtu: 1500 };
     let (near, far) = UnixDatagram::pair().expect("a pair of sockets");
     near.set_nonblocking(true).expect("a socket");
     far.set_nonblocking(true).expect("a socket");
-    let mut device = Net::new(&config).expect("a network device");
-    device.attach_socket(near).expect("a link");
+    let mut device = Net::new().expect("a network device");
+    let identity = NetIdentity { mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+    device.attach_socket(near, identity).expect("a link");
     (device, far)
 }
 

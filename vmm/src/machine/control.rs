@@ -23,7 +23,7 @@ use rustix::{
 use super::{
     Machine, devices::AttachError, elastic::ElasticError, signals::Signals, snapshot::SnapshotError,
 };
-use crate::recorder::Rare;
+use crate::{devices::virtio::net::NetIdentity, recorder::Rare};
 
 /// Clients at a time; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 16;
@@ -193,7 +193,10 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
             machine.attach_server(&tag, channel, area)?;
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
-        Request::AttachTap { id } => machine.attach_tap(&id, fds.next().ok_or(error)?)?,
+        Request::AttachTap { id, mac, mtu } => {
+            machine.attach_tap(&id, fds.next().ok_or(error)?, NetIdentity { mac, mtu })?;
+        }
+        Request::DetachTap { id } => machine.detach_tap(&id)?,
         Request::SetMemory { plugged_mib } => machine.set_memory(plugged_mib)?,
         Request::SetBalloon { mib } => machine.set_balloon(mib)?,
         Request::SetRateLimit { device, limits } => machine.set_rate_limit(&device, limits)?,

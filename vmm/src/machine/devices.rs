@@ -35,7 +35,7 @@ use crate::{
         fs::{Forward, Fs},
         mem::Mem,
         mmio::{self, MmioTransport, register},
-        net::Net,
+        net::{Net, NetIdentity},
         rng::Rng,
         vsock::Vsock,
         worker::{FailureHandler, Port, Worker},
@@ -213,12 +213,9 @@ impl DeviceSet {
             let device = Vsock::new(cid, listener).map_err(DeviceSetError::device(name))?;
             assembly.add(name, "", device)?;
         }
-        for (index, (slot, tap)) in config.net.into_iter().enumerate() {
+        for (index, slot) in config.net.into_iter().enumerate() {
             let name = format!("net{index}");
-            let mut device = Net::new(&slot).map_err(DeviceSetError::device(&name))?;
-            if let Some(tap) = tap {
-                device.attach(tap).map_err(DeviceSetError::device(&name))?;
-            }
+            let device = Net::new().map_err(DeviceSetError::device(&name))?;
             let added = assembly.add(&name, &slot.id, device)?;
             net.insert(slot.id, added);
         }
@@ -292,8 +289,22 @@ impl DeviceSet {
     }
 
     /// See [`super::Machine::attach_tap`].
-    pub(super) fn attach_tap(&self, id: &str, tap: OwnedFd) -> Result<(), AttachError> {
-        find("net", &self.net, id)?.attach(tap).map_err(AttachError::refused)
+    pub(super) fn attach_tap(
+        &self,
+        id: &str,
+        tap: OwnedFd,
+        identity: NetIdentity,
+    ) -> Result<(), AttachError> {
+        find("net", &self.net, id)?.attach(tap, identity).map_err(AttachError::refused)
+    }
+
+    /// See [`super::Machine::detach_tap`].
+    pub(super) fn detach_tap(&self, id: &str) -> Result<(), AttachError> {
+        if find("net", &self.net, id)?.detach() {
+            Ok(())
+        } else {
+            Err(AttachError::Refused(format!("net device {id:?} has no tap")))
+        }
     }
 
     /// The balloon, where there is one.

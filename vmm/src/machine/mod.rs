@@ -33,7 +33,10 @@ use vcpu::Vcpus;
 
 use crate::{
     console::Console,
-    devices::{serial::SerialPort, virtio::device::GuestMemory},
+    devices::{
+        serial::SerialPort,
+        virtio::{device::GuestMemory, net::NetIdentity},
+    },
 };
 
 /// A KVM operation failed.
@@ -163,8 +166,16 @@ impl Machine {
     ///
     /// # Errors
     /// There is no such slot, or it refuses the descriptor.
-    pub fn attach_tap(&self, id: &str, tap: OwnedFd) -> Result<(), AttachError> {
-        self.devices.attach_tap(id, tap)
+    pub fn attach_tap(&self, id: &str, tap: OwnedFd, identity: NetIdentity) -> Result<(), AttachError> {
+        self.devices.attach_tap(id, tap, identity)
+    }
+
+    /// Takes a network slot's tap away.
+    ///
+    /// # Errors
+    /// There is no such slot, or it has no tap.
+    pub fn detach_tap(&self, id: &str) -> Result<(), AttachError> {
+        self.devices.detach_tap(id)
     }
 
     /// Asks the guest to have this much memory, in MiB, beyond what the machine was built with.

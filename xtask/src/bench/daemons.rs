@@ -10,14 +10,14 @@ use bulkhead_tests::image::Image;
 use bulkhead_tests::{Daemon, DaemonOptions, Docker, Registry};
 
 use super::Bench;
-use super::dockerd::Dockerd;
+use super::dockerd::{Bridge, Dockerd};
 use super::figures::{Aim, Figure, Samples, Unit};
 
 const PEER: &str = "dockerd-runc";
 const COLD: &str = "bulkhead-cold";
 
 /// What each container figure's name begins with.
-const NAMES: [&str; 5] = ["docker-run-api", "docker-run-cli", "start-", "idle-", "containers-held"];
+const NAMES: [&str; 6] = ["docker-run-api", "docker-run-cli", "start-", "idle-", "containers-held", "known-"];
 
 impl Bench<'_> {
     /// Containers, all of them without a network, on both sides: that is another figure.
@@ -37,7 +37,7 @@ impl Bench<'_> {
         };
         let ours = start(&[])?;
         let cold = start(&["--templates=false"])?;
-        let theirs = Dockerd::start(self.host, registry.address())?;
+        let theirs = Dockerd::start(self.host, registry.address(), Bridge::None)?;
         theirs.docker().ok(&["pull", "-q", "busybox"])?;
         let socket = |name: &str, socket: &str| format!("{name}={socket}");
         let bulkhead = socket("bulkhead", &ours.inner_socket());
@@ -61,6 +61,17 @@ impl Bench<'_> {
         }
         if self.wants_any(&["start-", "idle-"]) {
             figures.extend(self.bursts(&[&bulkhead, &cold, &runc])?);
+        }
+        if self.wants("known-") {
+            let (rounds, count) = (self.args.rounds.to_string(), self.args.known.to_string());
+            let command =
+                ["known", "--rounds", &rounds, "--count", &count, "--daemon", &bulkhead, "--daemon", &runc];
+            let samples = Samples::parse(&self.probe(&command)?)?;
+            for what in ["create", "ps", "inspect", "events"] {
+                let (name, ours) = (format!("known-{count}-{what}"), format!("bulkhead {what}"));
+                let peer = format!("{PEER} {what}");
+                figures.push(Figure::beside(&name, Unit::Milliseconds, &samples, &ours, (PEER, &peer))?);
+            }
         }
         if self.wants("containers-held") {
             let seconds = self.args.fill_seconds.to_string();

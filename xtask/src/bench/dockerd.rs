@@ -17,26 +17,35 @@ pub(crate) struct Dockerd {
     forward: Forward,
 }
 
+/// Whether containers get a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bridge {
+    /// It makes none: no bridge, no rules.
+    None,
+    /// Its own, on an address that ours does not choose. Without rules, which would hold back those who stand beside
+    /// it: what they cost is to its advantage here.
+    Default,
+}
+
+impl Bridge {
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Bridge::None => &["--bridge", "none"],
+            Bridge::Default => &["--bip", "10.201.0.1/16", "--ip-masq=false", "--ip-forward=false"],
+        }
+    }
+}
+
 impl Dockerd {
-    /// Starts it with the registry as its Docker Hub. No container here has a network, so it makes none: no bridge,
-    /// no rules.
-    pub(crate) fn start(host: &Host, registry: &str) -> Result<Dockerd> {
+    /// Starts it with the registry as its Docker Hub.
+    pub(crate) fn start(host: &Host, registry: &str, bridge: Bridge) -> Result<Dockerd> {
         let scratch = host.scratch()?;
         let (socket, log) = (scratch.join("d.sock"), scratch.join("log"));
         let script = "log=$1; shift; exec \"$@\" >\"$log\" 2>&1";
         let process = host
             .command("sh")
-            .args([
-                "-c",
-                script,
-                "sh",
-                &log,
-                "dockerd",
-                "--bridge",
-                "none",
-                "--iptables=false",
-                "--ip6tables=false",
-            ])
+            .args(["-c", script, "sh", &log, "dockerd", "--iptables=false", "--ip6tables=false"])
+            .args(bridge.arguments())
             .args(["--data-root", &scratch.join("data"), "--exec-root", &scratch.join("exec")])
             .args(["--pidfile", &scratch.join("pid"), "--host", &format!("unix://{socket}")])
             .args(["--storage-driver", "overlay2", "--exec-opt", "native.cgroupdriver=cgroupfs"])
@@ -53,6 +62,11 @@ impl Dockerd {
     /// The CLI here.
     pub(crate) fn docker(&self) -> Docker {
         Docker::new(self.forward.address())
+    }
+
+    /// Its socket here.
+    pub(crate) fn socket(&self) -> &str {
+        self.forward.address()
     }
 
     /// Its socket in the host.

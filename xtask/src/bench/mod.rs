@@ -9,8 +9,9 @@
 //! ```
 
 mod daemons;
-mod dockerd;
+pub(crate) mod dockerd;
 mod figures;
+mod networks;
 pub(crate) mod probe;
 
 use std::fs;
@@ -48,6 +49,9 @@ pub(crate) struct BenchArgs {
     /// How many containers are started at once, a row each.
     #[arg(long, value_delimiter = ',', default_value = "1,10,50", value_name = "N,N")]
     counts: Vec<usize>,
+    /// How many containers there are, created and not started, when lists and inspects are measured.
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    known: usize,
     /// How long containers are started at most, to see how many the host holds.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     fill_seconds: u64,
@@ -102,7 +106,9 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn measure(&self, figures: &mut Vec<Figure>, notes: &mut Vec<String>) -> Result<()> {
         figures.extend(self.machines()?);
-        self.containers(figures, notes)
+        self.containers(figures, notes)?;
+        figures.extend(self.networks()?);
+        Ok(())
     }
 
     fn wants(&self, name: &str) -> bool {

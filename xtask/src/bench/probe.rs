@@ -4,6 +4,7 @@
 mod boot;
 mod containers;
 mod firecracker;
+mod known;
 mod machine;
 mod memory;
 mod ours;
@@ -78,6 +79,15 @@ enum What {
         #[arg(long)]
         seconds: u64,
     },
+    /// Create many and ask about them.
+    Known {
+        #[command(flatten)]
+        daemons: Daemons,
+        #[arg(long)]
+        rounds: u32,
+        #[arg(long)]
+        count: usize,
+    },
     /// Say where a daemon's time went.
     Phases {
         #[command(flatten)]
@@ -121,6 +131,7 @@ pub(crate) fn run(args: &ProbeArgs) -> Result<()> {
         What::Run { daemons, rounds } => containers::run(&daemons.daemons, *rounds)?,
         What::Burst { daemons, rounds, counts } => containers::burst(&daemons.daemons, *rounds, counts)?,
         What::Fill { daemons, seconds } => containers::fill(daemons.first()?, Duration::from_secs(*seconds))?,
+        What::Known { daemons, rounds, count } => known::known(&daemons.daemons, *rounds, *count)?,
         What::Phases { daemons } => {
             let (samples, order): (Samples, _) = containers::phases(daemons.first()?)?;
             println!("{}", serde_json::to_string(&order)?);

@@ -61,6 +61,18 @@ const BOUNDARIES: &[Boundary] = &[
         why: "a sandbox is driven by the engine and knows no Docker API",
     },
     Boundary {
+        within: &["daemon/src/hostnet/"],
+        except: &[],
+        forbidden: &["crate::api", "crate::engine", "crate::sandbox", "hyper", "hyper_util", "http"],
+        why: "the host's network is told what there is to be, and knows no containers",
+    },
+    Boundary {
+        within: &["daemon/src/api/", "daemon/src/engine/", "daemon/src/sandbox/"],
+        except: &[],
+        forbidden: &["bulkhead_netlink"],
+        why: "bridges, taps and rules are hostnet's",
+    },
+    Boundary {
         within: &["vmm/src/"],
         except: &[
             "vmm/src/machine/",

@@ -37,6 +37,7 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/containers/{name}/resize" => resize,
     POST "/containers/{name}/wait" [WhileConnected] => wait,
     POST "/containers/{name}/attach" => attach,
+    GET "/containers/{name}/attach/ws" => websocket,
     DELETE "/containers/{name}" => remove,
 };
 
@@ -193,7 +194,8 @@ fn render_wait(response: &WaitResponse) -> Result<Bytes> {
     Ok(text.into())
 }
 
-async fn attach(call: Call) -> Result<Reply> {
+/// What an attach asks for, and the keys that end it.
+fn attach_options(call: &Call) -> Result<(AttachOptions, DetachKeys)> {
     let flag = |name: &str| call.query.boolean(name, false);
     let options = AttachOptions {
         logs: flag("logs"),
@@ -202,10 +204,22 @@ async fn attach(call: Call) -> Result<Reply> {
         stdout: flag("stdout"),
         stderr: flag("stderr"),
     };
-    let keys = DetachKeys::parse(call.query.get("detachKeys").unwrap_or_default())?;
+    Ok((options, DetachKeys::parse(call.query.get("detachKeys").unwrap_or_default())?))
+}
+
+async fn attach(call: Call) -> Result<Reply> {
+    let (options, keys) = attach_options(&call)?;
     let attachment = call.engine.container_attach(call.name(), options).await?;
     let media_type = media_type(attachment.terminal, call.version);
-    Ok(Reply::Hijack(Hijack::stdio(call.headers(), media_type, attachment, Some(keys))))
+    let keys = attachment.terminal.then_some(keys);
+    Ok(Reply::Hijack(Hijack::stdio(call.headers(), media_type, attachment, keys)))
+}
+
+async fn websocket(call: Call) -> Result<Reply> {
+    let (options, keys) = attach_options(&call)?;
+    let attachment = call.engine.container_attach(call.name(), options).await?;
+    let keys = attachment.terminal.then_some(keys);
+    Ok(Reply::Hijack(Hijack::websocket(call.headers(), attachment, keys)?))
 }
 
 async fn remove(call: Call) -> Result<Response<Body>> {

@@ -12,7 +12,7 @@ use crate::{
         types::exec::{CreateRequest, CreateResponse, StartRequest},
         version::ApiVersion,
     },
-    engine::{ErrorKind, Result},
+    engine::{Error, Result},
 };
 
 pub(super) const ROUTES: &[Route] = table! {
@@ -40,23 +40,19 @@ async fn start(mut call: Call) -> Result<Reply> {
     let id = call.name().to_owned();
     // What is wrong before it starts has a status of its own.
     let exec = call.engine.exec_inspect(&id).await?;
-    let (terminal, detach) = (exec.process_config.tty, request.detach);
+    // Whether it has a terminal was said when it was created; whether its output is to come in frames is said now.
+    let (raw, detach) = (request.tty, request.detach);
     let keys = exec_keys(&exec.detach_keys)?;
-    match call.engine.exec_start(&id, request).await {
-        Ok(Some(attachment)) => {
-            let media_type = media_type(attachment.terminal, call.version);
-            Ok(Reply::Hijack(Hijack::stdio(call.headers(), media_type, attachment, Some(keys))))
-        }
-        Ok(None) => Ok(status(StatusCode::OK).into()),
-        Err(error) if detach || matches!(error.kind, ErrorKind::Conflict | ErrorKind::Unavailable) => {
-            Err(error)
-        }
-        // What goes wrong in starting is told in the stream: there the CLI looks for it.
-        Err(error) => {
-            let media_type = media_type(terminal, call.version);
-            Ok(Reply::Hijack(Hijack::text(call.headers(), media_type, terminal, &error.message)))
-        }
+    let keys = exec.process_config.tty.then_some(keys);
+    let starting = call.engine.exec_start(&id, request)?;
+    if detach {
+        starting.start().await?;
+        return Ok(status(StatusCode::OK).into());
     }
+    let attached =
+        async move { starting.start().await?.ok_or_else(|| Error::internal("the exec is detached")) };
+    let media_type = media_type(raw, call.version);
+    Ok(Reply::Hijack(Hijack::starting(call.headers(), media_type, raw, keys, Box::pin(attached))))
 }
 
 /// Detach keys as inspect shows them and [`exec_keys`] reads them.

@@ -18,38 +18,59 @@ use crate::{
         Error, Result,
         image::{
             Credentials, Digest, ImportRequest, LIST_FILTERS, ListOptions, Message, Messages, PRUNE_FILTERS,
-            Platform, PullRequest, Reference, RemoveOptions,
+            Platform, PullRequest, PushRequest, Reference, RemoveOptions,
         },
     },
 };
 
 pub(super) const ROUTES: &[Route] = table! {
     GET "/images/json" => list,
-    GET "/images/search" => search,
-    GET "/images/get" => save,
+    GET "/images/get" [WhileConnected] => save_several,
     POST "/images/create" [WhileConnected] => create,
     POST "/images/load" [WhileConnected] => load,
     POST "/images/prune" since 25 => prune,
     GET "/images/{name}/json" => inspect,
     GET "/images/{name}/history" => history,
-    GET "/images/{name}/get" => save,
+    GET "/images/{name}/get" [WhileConnected] => save,
     POST "/images/{name}/tag" => tag,
-    POST "/images/{name}/push" => push,
+    POST "/images/{name}/push" [WhileConnected] => push,
     DELETE "/images/{name}" => remove,
 };
 
 const JSON: &str = "application/json";
 
-async fn search(_: Call) -> Result<Response<Body>> {
-    Err(refuse("searching registries is"))
+async fn save(call: Call) -> Result<Response<Body>> {
+    saved(&call, &[call.name().to_owned()]).await
 }
 
-async fn save(_: Call) -> Result<Response<Body>> {
-    Err(refuse("docker save is"))
+async fn save_several(call: Call) -> Result<Response<Body>> {
+    let names: Vec<String> = call.query.all("names").map(str::to_owned).collect();
+    saved(&call, &names).await
 }
 
-async fn push(_: Call) -> Result<Response<Body>> {
-    Err(refuse("docker push is"))
+async fn saved(call: &Call, names: &[String]) -> Result<Response<Body>> {
+    let platform = platform_since(call, ApiVersion::new(1, 48))?;
+    let archive = call.engine.images().save(names, platform.as_ref()).await?;
+    Ok(streamed("application/x-tar", archive))
+}
+
+async fn push(call: Call) -> Result<Response<Body>> {
+    let name = Reference::parse(call.name())?;
+    if name.digest().is_some() {
+        return Err(Error::invalid("cannot push a digest reference"));
+    }
+    let reference = match call.query.non_empty("tag") {
+        Some(tag) => name.with_tag(tag)?,
+        None => name,
+    };
+    let request = PushRequest { reference, credentials: credentials(&call) };
+    Ok(streamed(JSON, lines(call.engine.images().push(request))))
+}
+
+/// The client's, for the registry.
+fn credentials(call: &Call) -> Option<Credentials> {
+    let value = call.headers().get("x-registry-auth")?.to_str().ok()?;
+    Credentials::from_header(value)
 }
 
 async fn list(call: Call) -> Result<Response<Body>> {
@@ -147,11 +168,7 @@ async fn pull(call: &Call, image: &str) -> Result<Response<Body>> {
     let request = PullRequest {
         reference: pulled_reference(image, call.query.non_empty("tag"))?,
         platform: call.query.non_empty("platform").map(Platform::parse).transpose()?,
-        credentials: call
-            .headers()
-            .get("x-registry-auth")
-            .and_then(|value| value.to_str().ok())
-            .and_then(Credentials::from_header),
+        credentials: credentials(call),
     };
     let mut messages = call.engine.images().pull(request);
     match messages.recv().await {
@@ -219,7 +236,7 @@ fn pulled_reference(image: &str, tag: Option<&str>) -> Result<Reference> {
 }
 
 /// The name that `repo` and `tag` give something, None without `repo`.
-fn repository_and_tag(call: &Call) -> Result<Option<Reference>> {
+pub(super) fn repository_and_tag(call: &Call) -> Result<Option<Reference>> {
     let Some(repository) = call.query.non_empty("repo") else { return Ok(None) };
     let reference = Reference::parse(repository)?;
     if reference.digest().is_some() {

@@ -23,39 +23,17 @@ macro_rules! refusals {
 }
 
 refusals! {
-    changes => "docker diff is",
-    export => "docker export is",
-    websocket => "attaching over a WebSocket is",
-    archive => "docker cp is",
-    commit => "docker commit is",
     build => "building images is",
     session => "BuildKit's sessions are",
-    distribution => "inspecting images in registries is",
-    network => "networks are",
     plugin => "plugins are",
 }
 
 pub(super) const ROUTES: &[Route] = table! {
-    GET "/containers/{name}/changes" => changes,
-    GET "/containers/{name}/export" => export,
-    GET "/containers/{name}/attach/ws" => websocket,
-    GET "/containers/{name}/archive" => archive,
-    HEAD "/containers/{name}/archive" => archive,
-    PUT "/containers/{name}/archive" => archive,
-    POST "/commit" => commit,
     POST "/build" => build,
     POST "/build/prune" => build_prune,
     POST "/build/cancel" => build,
     POST "/session" => session,
     POST "/grpc" => session,
-    GET "/distribution/{name}/json" => distribution,
-    GET "/networks" => networks,
-    POST "/networks/create" => network,
-    POST "/networks/prune" => networks_prune,
-    GET "/networks/{id}" => network_inspect,
-    POST "/networks/{id}/connect" => network,
-    POST "/networks/{id}/disconnect" => network,
-    DELETE "/networks/{id}" => network_remove,
     GET "/plugins" => plugins,
     GET "/plugins/privileges" => plugin,
     POST "/plugins/pull" => plugin,
@@ -83,8 +61,10 @@ pub(super) const ROUTES: &[Route] = table! {
     GET "/services/{id}" => swarm,
     POST "/services/{id}/update" => swarm,
     DELETE "/services/{id}" => swarm,
+    GET "/services/{id}/logs" => swarm,
     GET "/tasks" => swarm,
     GET "/tasks/{id}" => swarm,
+    GET "/tasks/{id}/logs" => swarm,
     GET "/secrets" => swarm,
     POST "/secrets/create" => swarm,
     GET "/secrets/{id}" => swarm,
@@ -96,69 +76,6 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/configs/{id}/update" => swarm,
     DELETE "/configs/{id}" => swarm,
 };
-
-/// The one network there is: none. Containers have a loopback interface and nothing else.
-fn none_network() -> serde_json::Value {
-    json!({
-        "Name": "none",
-        // Docker's ids are random; this one is always there, and so always the same.
-        "Id": NONE_ID,
-        "Created": "0001-01-01T00:00:00Z",
-        "Scope": "local",
-        "Driver": "null",
-        "EnableIPv4": false,
-        "EnableIPv6": false,
-        "IPAM": { "Driver": "default", "Options": null, "Config": null },
-        "Internal": false,
-        "Attachable": false,
-        "Ingress": false,
-        "ConfigFrom": { "Network": "" },
-        "ConfigOnly": false,
-        "Containers": {},
-        "Options": {},
-        "Labels": {},
-    })
-}
-
-/// SHA-256 of "none".
-const NONE_ID: &str = "140bedbf9c3f6d56a9846d2ba7088798683f4da0c248231336e6a05679e4fdfe";
-
-async fn networks(call: Call) -> Result<Response<Body>> {
-    let filters = call.filters(&["dangling", "driver", "id", "label", "name", "scope", "type"])?;
-    let fits = filters.exact("driver", "null")
-        && filters.prefix("id", NONE_ID)
-        && filters.any("name", |name| "none".contains(name))
-        && filters.exact("scope", "local")
-        && filters.exact("type", "builtin")
-        && !filters.contains("label")
-        && !filters.boolean("dangling", false)?;
-    let list = if fits { vec![none_network()] } else { Vec::new() };
-    json_response(&list)
-}
-
-fn is_none(name: &str) -> bool {
-    name == "none" || (name.len() >= 4 && NONE_ID.starts_with(name))
-}
-
-async fn network_inspect(call: Call) -> Result<Response<Body>> {
-    if is_none(call.name()) { json_response(&none_network()) } else { Err(no_network(call.name())) }
-}
-
-async fn network_remove(call: Call) -> Result<Response<Body>> {
-    if is_none(call.name()) {
-        return Err(Error::forbidden("none is a pre-defined network and cannot be removed"));
-    }
-    Err(no_network(call.name()))
-}
-
-fn no_network(name: &str) -> Error {
-    Error::not_found(format!("network {name} not found"))
-}
-
-async fn networks_prune(call: Call) -> Result<Response<Body>> {
-    call.filters(&["label", "label!", "until"])?;
-    json_response(&json!({ "NetworksDeleted": null }))
-}
 
 /// There is no build cache; `docker system prune` asks for this, too.
 async fn build_prune(_: Call) -> Result<Response<Body>> {

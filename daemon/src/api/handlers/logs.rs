@@ -59,7 +59,12 @@ impl Form {
             line.extend_from_slice(format!("{:.9} ", record.time).as_bytes());
         }
         if self.details {
-            // Attributes of the log driver would stand before this space: json-file has none here.
+            for (index, (name, value)) in record.attributes.iter().enumerate() {
+                let comma = if index == 0 { "" } else { "," };
+                line.extend_from_slice(
+                    format!("{comma}{}={}", query_escape(name), query_escape(value)).as_bytes(),
+                );
+            }
             line.push(b' ');
         }
         line.extend_from_slice(&record.bytes);
@@ -70,6 +75,21 @@ impl Form {
         stdcopy::frame(&mut frame, record.stream, &line);
         frame.into()
     }
+}
+
+/// As Go escapes a query's values.
+fn query_escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                escaped.push(char::from(byte));
+            }
+            b' ' => escaped.push('+'),
+            _ => escaped.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    escaped
 }
 
 #[cfg(test)]
@@ -83,11 +103,12 @@ mod tests {
             stream: Stream::Stderr,
             time: "2026-01-02T03:04:05.6Z".parse().unwrap(),
             bytes: Bytes::from_static(b"text\n"),
+            attributes: [("a b".to_owned(), "1/2".to_owned()), ("c".to_owned(), "3".to_owned())].into(),
         };
         let render = |terminal, timestamps, details| Form { terminal, timestamps, details }.render(&record);
         assert_eq!(render(true, false, false), "text\n");
         assert_eq!(render(true, true, false), "2026-01-02T03:04:05.600000000Z text\n");
-        assert_eq!(render(true, true, true), "2026-01-02T03:04:05.600000000Z  text\n");
+        assert_eq!(render(true, true, true), "2026-01-02T03:04:05.600000000Z a+b=1%2F2,c=3 text\n");
         assert_eq!(render(false, false, false), &b"\x02\0\0\0\0\0\0\x05text\n"[..]);
     }
 }

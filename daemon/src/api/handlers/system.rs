@@ -1,4 +1,4 @@
-//! `/_ping`, `/version`, `/info`, `/events`, `/system/df`, `/auth`.
+//! `/_ping`, `/version`, `/info`, `/events`, `/system/df`.
 
 use std::collections::BTreeMap;
 
@@ -34,7 +34,6 @@ pub(super) const ROUTES: &[Route] = table! {
     GET "/info" => info,
     GET "/events" [WhileConnected] => events,
     GET "/system/df" => disk_usage,
-    POST "/auth" => auth,
     OPTIONS "/{any}" => options,
     GET "/bulkhead/phases" => phases,
     GET "/bulkhead/containers/{name}/phases" => container_phases,
@@ -176,11 +175,6 @@ fn line(message: &Message) -> Result<Bytes> {
     let mut text = serde_json::to_vec(message).map_err(|error| Error::internal(error.to_string()))?;
     text.push(b'\n');
     Ok(text.into())
-}
-
-async fn auth(_: Call) -> Result<Response<Body>> {
-    // Credentials come with each pull; nothing is kept here, so there is nothing to check them for yet.
-    Err(crate::api::router::refuse("docker login is"))
 }
 
 #[cfg(test)]

@@ -24,10 +24,12 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch,
 };
+use tracing::Instrument;
 
 use super::{
     SERVER,
     listen::{Duplex, Socket, has_gone},
+    requests,
 };
 use crate::{
     api::{
@@ -57,6 +59,7 @@ struct Handover {
 
 /// Serves a connection to its end: requests are the engine's.
 pub(super) async fn serve(engine: Arc<Engine>, socket: Socket, stop: watch::Receiver<bool>) {
+    let _counted = requests::Connection::new();
     serve_with(socket, stop, move |request| handle(Arc::clone(&engine), request)).await;
 }
 
@@ -70,13 +73,23 @@ where
     let for_requests = Arc::clone(&handover);
     let service = service_fn(move |request: Request<Incoming>| {
         let handover = Arc::clone(&for_requests);
-        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-        let handled = handle(request);
-        Box::pin(async move {
-            let response = respond(handled.await, &handover);
-            tracing::debug!(%method, path, status = response.status().as_u16(), "served");
-            Ok::<_, Infallible>(response)
-        })
+        // Whatever is logged for the request's sake carries its number.
+        let span = tracing::info_span!(
+            "request",
+            id = requests::next_id(),
+            method = %request.method(),
+            path = request.uri().path()
+        );
+        let handled = span.in_scope(|| handle(request));
+        Box::pin(
+            async move {
+                let response = respond(handled.await, &handover);
+                requests::served(response.status());
+                tracing::debug!(status = response.status().as_u16(), "served");
+                Ok::<_, Infallible>(response)
+            }
+            .instrument(span),
+        )
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -166,7 +179,7 @@ async fn handle(engine: Arc<Engine>, request: Request<Incoming>) -> Result<Reply
     match found.route.lifetime {
         Lifetime::WhileConnected => handled.await,
         // hyper drops this future when the client goes; the task goes on.
-        Lifetime::ToEnd => match tokio::spawn(handled).await {
+        Lifetime::ToEnd => match tokio::spawn(handled.in_current_span()).await {
             Ok(handled) => handled,
             Err(error) => Err(Error::internal(error.to_string())),
         },

@@ -7,11 +7,14 @@
 
 mod connection;
 mod listen;
+mod metrics;
+pub mod requests;
 mod tls;
 
 use std::{sync::Arc, time::Duration};
 
 pub use listen::Listener;
+pub use metrics::serve_metrics;
 use tokio::sync::{Semaphore, watch};
 
 use super::version;

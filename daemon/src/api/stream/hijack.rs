@@ -24,9 +24,9 @@ use tokio::{
 use super::{
     super::version,
     detach::{DetachKeys, Scanned},
-    stdcopy,
+    stdcopy, websocket,
 };
-use crate::engine::{Attachment, Output};
+use crate::engine::{Attachment, Output, Result};
 
 /// How much input is read at once.
 const PIECE: usize = 32 << 10;
@@ -55,12 +55,18 @@ pub struct Hijack {
 enum Content {
     /// A process's stdio.
     Stdio(Attachment, Option<DetachKeys>),
-    /// A last word: why it did not start.
-    Text(Vec<u8>),
+    /// The same in messages.
+    WebSocket(Attachment, Option<DetachKeys>),
+    /// Those of a process that is still to be started.
+    Starting(Starting, Option<DetachKeys>, bool),
 }
 
+/// What starts a process when the client knows that it will be.
+pub type Starting = Pin<Box<dyn Future<Output = Result<Attachment>> + Send>>;
+
 impl Hijack {
-    /// A process's stdio. `request` are the request's headers, `detach` is for terminals.
+    /// A process's stdio. `request` are the request's headers, `detach` the keys that end it, which only a terminal
+    /// has.
     pub fn stdio(
         request: &HeaderMap,
         media_type: &'static str,
@@ -70,38 +76,77 @@ impl Hijack {
         Self { head: head(request, media_type), content: Content::Stdio(attachment, detach) }
     }
 
-    /// A text in place of output, on stdout.
-    pub fn text(request: &HeaderMap, media_type: &'static str, terminal: bool, text: &str) -> Self {
-        let text = format!("{text}\r\n");
-        let mut bytes = Vec::new();
-        if terminal {
-            bytes.extend_from_slice(text.as_bytes());
-        } else {
-            stdcopy::frame(&mut bytes, crate::engine::logs::Stream::Stdout, text.as_bytes());
-        }
-        Self { head: head(request, media_type), content: Content::Text(bytes) }
+    /// A process's stdio over a WebSocket.
+    ///
+    /// # Errors
+    /// Invalid: the request does not ask for one.
+    pub fn websocket(
+        request: &HeaderMap,
+        attachment: Attachment,
+        detach: Option<DetachKeys>,
+    ) -> Result<Self> {
+        Ok(Self { head: websocket::head(request)?, content: Content::WebSocket(attachment, detach) })
+    }
+
+    /// A process's stdio, once it is started: that is begun when the head has gone out. (A client that reads the head
+    /// with a buffer of its own, as docker-py's does, would lose what comes right behind it.) Why it did not start is
+    /// told in place of its output. `raw`: output comes as it is, without frames.
+    pub fn starting(
+        request: &HeaderMap,
+        media_type: &'static str,
+        raw: bool,
+        detach: Option<DetachKeys>,
+        starting: Starting,
+    ) -> Self {
+        Self { head: head(request, media_type), content: Content::Starting(starting, detach, raw) }
     }
 
     /// Does it, to the connection's end.
     pub fn run(self, taken: Taken) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
             let Taken { early, mut reader, mut writer, gone } = taken;
-            if writer.write_all(&self.head).await.is_err() || writer.flush().await.is_err() {
-                return;
-            }
+            let told = writer.write_all(&self.head).await.is_ok() && writer.flush().await.is_ok();
             match self.content {
-                Content::Stdio(attachment, detach) => tokio::select! {
+                // It was promised, and is started though nobody hears of it.
+                Content::Starting(starting, detach, raw) => match starting.await {
+                    Ok(attachment) if told => {
+                        let attachment = Attachment { terminal: raw, ..attachment };
+                        tokio::select! {
+                            () = serve(early, reader, writer, attachment, detach) => {}
+                            () = gone => {}
+                        }
+                    }
+                    Err(error) if told => {
+                        let text = text(raw, &error.message);
+                        if writer.write_all(&text).await.is_ok() && writer.shutdown().await.is_ok() {
+                            linger(&mut reader).await;
+                        }
+                    }
+                    _ => {}
+                },
+                Content::Stdio(attachment, detach) if told => tokio::select! {
                     () = serve(early, reader, writer, attachment, detach) => {}
                     () = gone => {}
                 },
-                Content::Text(text) => {
-                    if writer.write_all(&text).await.is_ok() && writer.shutdown().await.is_ok() {
-                        linger(&mut reader).await;
-                    }
-                }
+                Content::WebSocket(attachment, detach) if told => tokio::select! {
+                    () = websocket::serve(early, tokio::io::join(reader, writer), attachment, detach) => {}
+                    () = gone => {}
+                },
+                Content::Stdio(..) | Content::WebSocket(..) => {}
             }
         })
     }
+}
+
+/// A text in place of output, on stdout.
+fn text(raw: bool, text: &str) -> Vec<u8> {
+    let text = format!("{text}\r\n");
+    if raw {
+        return text.into_bytes();
+    }
+    let mut frame = Vec::new();
+    stdcopy::frame(&mut frame, crate::engine::logs::Stream::Stdout, text.as_bytes());
+    frame
 }
 
 /// The response's head, byte for byte as dockerd writes it: clients compare the first line.
@@ -139,7 +184,6 @@ async fn serve<R, W>(
     W: AsyncWrite + Unpin,
 {
     let Attachment { terminal, stdin, output } = attachment;
-    let detach = detach.filter(|_| terminal);
     let ended = {
         let input = carry_input(early, &mut reader, stdin, detach);
         let output = carry_output(output, &mut writer, terminal);
@@ -285,7 +329,7 @@ mod tests {
             writer: Box::new(writer),
             gone: Box::pin(async { gone_receiver.await.unwrap_or(()) }),
         };
-        let keys = Some(DetachKeys::parse("").unwrap());
+        let keys = terminal.then(|| DetachKeys::parse("").unwrap());
         let hijack = Hijack::stdio(&headers, super::super::RAW, attachment, keys);
         Process { stdin, output, client, gone: gone_sender, served: tokio::spawn(hijack.run(taken)) }
     }
@@ -389,14 +433,41 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_text_takes_the_place_of_output() {
+    async fn a_start_is_begun_behind_the_head_and_its_failure_takes_the_place_of_output() {
         let (mut client, server) = duplex(1 << 12);
         let (reader, writer) = tokio::io::split(server);
         let gone = Box::pin(std::future::pending());
         let taken = Taken { early: Bytes::new(), reader: Box::new(reader), writer: Box::new(writer), gone };
-        tokio::spawn(Hijack::text(&HeaderMap::new(), super::super::RAW, false, "why").run(taken));
-        let mut all = Vec::new();
-        client.read_to_end(&mut all).await.unwrap();
-        assert!(all.ends_with(b"\r\n\r\n\x01\0\0\0\0\0\0\x05why\r\n"));
+        let (go, waits) = tokio::sync::oneshot::channel::<()>();
+        let starting = Box::pin(async move {
+            waits.await.unwrap();
+            Err(crate::engine::Error::invalid("why"))
+        });
+        let hijack = Hijack::starting(&HeaderMap::new(), super::super::RAW, false, None, starting);
+        tokio::spawn(hijack.run(taken));
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(client.read_u8().await.unwrap());
+        }
+        go.send(()).unwrap();
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest, b"\x01\0\0\0\0\0\0\x05why\r\n");
+    }
+
+    #[tokio::test]
+    async fn what_was_promised_is_started_though_the_client_has_gone() {
+        let (client, server) = duplex(1 << 12);
+        drop(client);
+        let (reader, writer) = tokio::io::split(server);
+        let gone = Box::pin(std::future::pending());
+        let taken = Taken { early: Bytes::new(), reader: Box::new(reader), writer: Box::new(writer), gone };
+        let (done, started) = tokio::sync::oneshot::channel();
+        let starting = Box::pin(async move {
+            done.send(()).unwrap();
+            Err(crate::engine::Error::invalid("why"))
+        });
+        Hijack::starting(&HeaderMap::new(), super::super::RAW, true, None, starting).run(taken).await;
+        started.await.unwrap();
     }
 }

@@ -3,6 +3,7 @@
 pub mod detach;
 pub mod hijack;
 pub mod stdcopy;
+mod websocket;
 
 pub use hijack::Hijack;
 

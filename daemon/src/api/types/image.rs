@@ -203,3 +203,53 @@ pub struct PruneReport {
     /// Bytes.
     pub space_reclaimed: u64,
 }
+
+/// The answer to `GET /distribution/{name}/json`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Distribution {
+    /// What the name stands for.
+    pub descriptor: Descriptor,
+    /// What it can be run on.
+    pub platforms: Vec<OciPlatform>,
+}
+
+/// A descriptor of the OCI image specification.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// What it is.
+    pub media_type: String,
+    /// `sha256:…`.
+    pub digest: String,
+    /// Bytes.
+    pub size: i64,
+}
+
+/// A platform of the OCI image specification.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OciPlatform {
+    /// `amd64`.
+    pub architecture: String,
+    /// `linux`.
+    pub os: String,
+    /// `v8` of `arm64`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub variant: Option<String>,
+}
+
+/// A result of `GET /images/search`, and of a registry's index.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SearchResult {
+    /// Stars.
+    pub star_count: i64,
+    /// Whether it is one of Docker's own.
+    pub is_official: bool,
+    /// The repository.
+    pub name: String,
+    /// Always false by now.
+    pub is_automated: bool,
+    /// For people.
+    pub description: String,
+}

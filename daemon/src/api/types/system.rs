@@ -255,3 +255,24 @@ pub struct DiskUsage {
     /// There is none yet.
     pub build_cache: Option<Vec<super::Empty>>,
 }
+
+/// The body of `POST /auth`; the same as in `X-Registry-Auth`.
+#[derive(Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "lowercase")]
+pub struct AuthRequest {
+    /// The account.
+    pub username: String,
+    /// Its password.
+    pub password: String,
+    /// Of no use since long.
+    pub email: String,
+    /// The registry, empty: Docker Hub.
+    #[serde(rename = "serveraddress")]
+    pub server_address: String,
+    /// A refresh token instead of the password.
+    #[serde(rename = "identitytoken")]
+    pub identity_token: String,
+    /// A bearer token to be used as it is.
+    #[serde(rename = "registrytoken")]
+    pub registry_token: String,
+}

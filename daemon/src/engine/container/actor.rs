@@ -1,7 +1,7 @@
 //! The task that owns one container: commands and events in, [`Lifecycle::step`] in the middle, effects out.
 //! It never waits for a guest: what takes time runs in a task that reports back.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::{
@@ -12,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Container, Grace, Reply, Stop, View,
+    access::Files,
+    health::{self, Check},
     hub::{Hub, Kind},
     machine,
     record::Record,
@@ -20,11 +22,15 @@ use super::{
     signal,
     start::{self, Found, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
+    wiring,
     workload::{self, Watch, Workload},
 };
 use crate::{
-    api::types::container::{HostConfig, WaitError, WaitResponse},
-    engine::{Error, Result, Shared, WaitCondition},
+    api::types::container::{HealthcheckResult, HostConfig, WaitError, WaitResponse},
+    engine::{
+        Error, Result, Shared, WaitCondition,
+        network::record::{Attachment, Endpoint, Network},
+    },
     phases::{Stage, Timeline, TimelineKind},
     sandbox::Sandbox,
 };
@@ -48,8 +54,18 @@ enum Report {
     Deleted(std::io::Result<()>),
     /// The agent has frozen the workload (true), or let it run on.
     Paused(u64, bool, Result<()>, Reply<()>),
+    /// A health check has ended that began at this time.
+    Probed(u64, Timestamp, HealthcheckResult),
     /// A state that could not be saved may be tried again.
     Unsaved,
+    /// A running container is in a network, or out of it, or as before.
+    Wired(u64, Wired),
+}
+
+/// What has come of a change of networks.
+enum Wired {
+    Connected(Arc<Network>, Attachment, Result<Option<Endpoint>>, Reply<()>),
+    Disconnected(String, Result<()>, Reply<()>),
 }
 
 /// The owner of a container.
@@ -72,6 +88,8 @@ pub(crate) struct Actor {
     booted_with: Option<Box<HostConfig>>,
     /// What the next boot goes on from.
     resumption: Option<Resumption>,
+    /// Those who want its files.
+    files: Files,
     /// The end of the last sandbox, to be waited for before another boots or the disk goes.
     ending: Option<JoinHandle<()>>,
 
@@ -82,6 +100,9 @@ pub(crate) struct Actor {
     removers: Vec<Reply<()>>,
     exit_waiters: Vec<oneshot::Sender<WaitResponse>>,
     removal_waiters: Vec<oneshot::Sender<WaitResponse>>,
+    /// Whether a change of networks is under way, and those that wait for it.
+    wiring: bool,
+    wires: VecDeque<Command>,
 }
 
 impl Actor {
@@ -114,6 +135,7 @@ impl Actor {
             boot: None,
             booted_with: None,
             resumption: None,
+            files: Files::default(),
             ending: None,
             starters: Vec::new(),
             stoppers: Vec::new(),
@@ -122,6 +144,8 @@ impl Actor {
             removers: Vec::new(),
             exit_waiters: Vec::new(),
             removal_waiters: Vec::new(),
+            wiring: false,
+            wires: VecDeque::new(),
         };
         (actor, Arc::new(container))
     }
@@ -141,6 +165,7 @@ impl Actor {
                 if self.step(Event::Paused(paused)).await.is_err() {
                     self.publish();
                 }
+                self.watch_health();
             }
             Found::Gone(reason) => {
                 tracing::warn!(container = self.record.id, reason, "a container did not outlive the daemon");
@@ -176,6 +201,7 @@ impl Actor {
             if !go_on {
                 return;
             }
+            self.files.serve(&self.shared, &self.record, self.workload.as_ref(), &mut self.ending);
         }
     }
 
@@ -193,10 +219,17 @@ impl Actor {
                 Err(refusal) => answer(reply, Err(self.refused_removal(refusal))),
             },
             Command::Rename(name, reply) => answer(reply, self.rename(name).await),
+            command @ (Command::Connect(..) | Command::Disconnect { .. }) => self.wire(command).await,
             Command::Wait(condition, reply) => {
                 let _ = reply.send(self.wait(condition));
             }
+            Command::Files(reply) => self.files.want(reply),
             Command::Close(done) => {
+                if self.files.cut()
+                    && let Some(ending) = self.ending.take()
+                {
+                    let _ = ending.await;
+                }
                 let _ = done.send(());
                 return false;
             }
@@ -213,8 +246,10 @@ impl Actor {
             // A boot that was given up at the moment of its success.
             Report::Booted(_, Ok(started), taken) => {
                 // Not in the queue of endings: its head may wait for this very guard.
+                let (shared, id) = (Arc::clone(&self.shared), self.record.id.clone());
                 tokio::spawn(async move {
                     started.workload.sandbox.destroy().await;
+                    shared.networks.leave(&id).await;
                     drop(taken);
                 });
             }
@@ -240,10 +275,19 @@ impl Actor {
                 };
                 answer(reply, result);
             }
+            Report::Probed(turn, began, result) if turn == self.turn => self.probed(began, result).await,
+            Report::Probed(..) => {}
             Report::Unsaved => {
                 let passing = matches!(self.record.life.state, State::Starting(_) | State::Removing(_));
                 if !passing && let Err(error) = self.save(&self.record).await {
                     self.save_later(&error);
+                }
+            }
+            Report::Wired(turn, wired) => {
+                self.wired(turn, wired).await;
+                self.wiring = false;
+                if let Some(next) = self.wires.pop_front() {
+                    self.wire(next).await;
                 }
             }
             Report::Deleted(Ok(())) => {
@@ -416,7 +460,129 @@ impl Actor {
         self.record = next;
         self.publish();
         self.shared.registry.release(&old, &self.record.id);
+        self.shared.networks.rename(&self.record.id, &self.record.name);
         self.tell("rename", [("oldName".into(), format!("/{old}"))]);
+        Ok(())
+    }
+
+    /// Begins a change of networks; of a running container in a task, one after the other.
+    async fn wire(&mut self, command: Command) {
+        if self.wiring {
+            self.wires.push_back(command);
+            return;
+        }
+        let refusal = match &self.record.life.state {
+            State::Removing(_) | State::Dead(_) => Some(Error::forbidden(format!(
+                "Container {} is marked for removal and cannot be connected or disconnected to the network",
+                self.record.id
+            ))),
+            State::Starting(_) => {
+                Some(Error::conflict(format!("container {} is being started", self.record.id)))
+            }
+            _ => None,
+        };
+        match (command, refusal) {
+            (Command::Connect(.., reply) | Command::Disconnect { reply, .. }, Some(error)) => {
+                answer(reply, Err(error));
+            }
+            (Command::Connect(network, attachment, reply), None) => {
+                self.connect(network, attachment, reply).await
+            }
+            (Command::Disconnect { network, force, reply }, None) => {
+                self.disconnect(network, force, reply).await
+            }
+            _ => {}
+        }
+    }
+
+    async fn connect(&mut self, network: Arc<Network>, attachment: Attachment, reply: Reply<()>) {
+        if self.record.networks.contains_key(&network.name) && self.workload.is_some() {
+            return answer(
+                reply,
+                Err(Error::forbidden(format!(
+                    "endpoint with name {} already exists in network {}",
+                    self.record.name, network.name
+                ))),
+            );
+        }
+        let mut next = self.record.clone();
+        next.networks.insert(network.name.clone(), attachment.clone());
+        let Some(workload) = self.workload.clone() else {
+            return answer(reply, self.keep(next).await);
+        };
+        self.wiring = true;
+        let (shared, reporter, turn) = (Arc::clone(&self.shared), self.reporter.clone(), self.turn);
+        tokio::spawn(async move {
+            let result = wiring::connect(&shared, &next, &workload, &network).await;
+            let id = network.id.clone();
+            let wired = Wired::Connected(network, attachment, result, reply);
+            if reporter.send(Report::Wired(turn, wired)).await.is_err() {
+                shared.networks.leave_network(&next.id, &id).await;
+            }
+        });
+    }
+
+    async fn disconnect(&mut self, network: String, force: bool, reply: Reply<()>) {
+        let mut next = self.record.clone();
+        let Some(attachment) = next.networks.remove(&network) else {
+            return answer(
+                reply,
+                Err(Error::forbidden(format!(
+                    "container {} is not connected to network {network}",
+                    self.record.id
+                ))),
+            );
+        };
+        let (Some(workload), Some(endpoint)) = (self.workload.clone(), attachment.endpoint) else {
+            return answer(reply, self.keep(next).await);
+        };
+        self.wiring = true;
+        let (shared, reporter, turn) = (Arc::clone(&self.shared), self.reporter.clone(), self.turn);
+        tokio::spawn(async move {
+            let place = (attachment.network.as_str(), &endpoint);
+            let result = wiring::disconnect(&shared, &next, &workload, place, force).await;
+            // Its drop answers for an actor that is gone.
+            let _ = reporter.send(Report::Wired(turn, Wired::Disconnected(network, result, reply))).await;
+        });
+    }
+
+    async fn wired(&mut self, turn: u64, wired: Wired) {
+        let current = turn == self.turn && matches!(self.record.life.state, State::Running(_));
+        match wired {
+            Wired::Connected(network, attachment, Ok(endpoint), reply) => {
+                if !current {
+                    // The run is over, and what it had was given back before this was had.
+                    self.shared.networks.leave_network(&self.record.id, &network.id).await;
+                    return answer(
+                        reply,
+                        Err(Error::conflict(format!("container {} is not running", self.record.id))),
+                    );
+                }
+                let mut next = self.record.clone();
+                let attachment = Attachment { endpoint, ..attachment };
+                next.networks.insert(network.name.clone(), attachment);
+                let kept = self.keep(next).await;
+                self.shared.networks.tell_connected(&network, &self.record.id);
+                answer(reply, kept);
+            }
+            Wired::Disconnected(network, Ok(()), reply) => {
+                let mut next = self.record.clone();
+                next.networks.remove(&network);
+                answer(reply, self.keep(next).await);
+            }
+            Wired::Connected(.., Err(error), reply) | Wired::Disconnected(_, Err(error), reply) => {
+                answer(reply, Err(error));
+            }
+        }
+    }
+
+    /// Makes a record the container's: on disk, then for all to see.
+    async fn keep(&mut self, next: Record) -> Result<()> {
+        self.save(&next)
+            .await
+            .map_err(|error| Error::internal(format!("the change was not saved: {error}")))?;
+        self.record = next;
+        self.publish();
         Ok(())
     }
 
@@ -469,7 +635,7 @@ impl Actor {
 
     async fn started(&mut self, started: Started) {
         self.boot = None;
-        let Started { workload, watch, log_start, at } = started;
+        let Started { workload, watch, log_start, at, endpoints } = started;
         let event = Event::Started {
             sandbox: workload.sandbox.id().to_owned(),
             pid: workload.sandbox.pid(),
@@ -479,7 +645,16 @@ impl Actor {
         };
         let before = self.record.clone();
         match self.record.life.step(self.record.rules(), event) {
-            Ok((life, _)) => self.record.life = life,
+            Ok((life, _)) => {
+                self.record.life = life;
+                for (name, endpoint) in endpoints {
+                    if let Some(attachment) = self.record.networks.get_mut(&name) {
+                        attachment.endpoint = Some(endpoint);
+                    }
+                }
+                let check = Check::of(&self.record.config);
+                self.record.health = health::begin(check.as_ref(), self.record.health.take());
+            }
             Err(refusal) => {
                 tracing::error!(container = self.record.id, ?refusal, "a start came too late");
                 self.end(workload.sandbox.clone(), false);
@@ -507,6 +682,14 @@ impl Actor {
         }
         self.watch(workload, watch);
         self.publish();
+        for (name, attachment) in &self.record.networks {
+            if attachment.endpoint.is_some()
+                && let Some(network) = self.shared.networks.named(&self.record, name)
+            {
+                self.shared.networks.tell_connected(&network, &self.record.id);
+            }
+        }
+        self.watch_health();
         self.tell("start", []);
         for reply in self.starters.drain(..) {
             answer(reply, Ok(()));
@@ -545,6 +728,38 @@ impl Actor {
         });
     }
 
+    // ---- Health
+
+    /// Has the workload's health checked, if its container says how.
+    fn watch_health(&self) {
+        let (Some(check), Some(workload)) = (Check::of(&self.record.config), self.workload.clone()) else {
+            return;
+        };
+        let (reporter, turn) = (self.reporter.clone(), self.turn);
+        let tell = move |began, result| {
+            let reporter = reporter.clone();
+            // The actor's end is the container's.
+            async move { drop(reporter.send(Report::Probed(turn, began, result)).await) }
+        };
+        tokio::spawn(health::monitor(Arc::clone(&self.shared), workload, self.view.subscribe(), check, tell));
+    }
+
+    async fn probed(&mut self, began: Timestamp, result: HealthcheckResult) {
+        let State::Running(running) = &self.record.life.state else { return };
+        let (Some(check), Some(health)) = (Check::of(&self.record.config), &mut self.record.health) else {
+            return;
+        };
+        let changed = health::judge(&check, health, result, began, running.started_at);
+        let status = health.status.clone();
+        self.publish();
+        if changed {
+            self.tell(&format!("health_status: {status}"), []);
+            if let Err(error) = self.save(&self.record).await {
+                self.save_later(&error);
+            }
+        }
+    }
+
     // ---- One step of the life
 
     async fn step(&mut self, event: Event) -> Result<(), Refusal> {
@@ -552,6 +767,11 @@ impl Actor {
         let kept = must_be_kept(&self.record.life, &life);
         let was_under_way = matches!(self.record.life.state, State::Starting(_) | State::Restarting(_));
         self.record.life = life;
+        if !matches!(self.record.life.state, State::Running(_)) {
+            for attachment in self.record.networks.values_mut() {
+                attachment.endpoint = None;
+            }
+        }
         if kept && let Err(error) = self.save(&self.record).await {
             self.save_later(&error);
         }
@@ -594,6 +814,10 @@ impl Actor {
                 // Who attaches while the view says that it runs is of the run that is over, and goes with it;
                 // who attaches after the exit was told is of the next.
                 self.reached(Stage::Ended);
+                if let Some(health) = &mut self.record.health {
+                    // Docker's: what does not run is not well.
+                    health.status = health::UNHEALTHY.into();
+                }
                 self.publish();
                 self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();
@@ -618,6 +842,7 @@ impl Actor {
     }
 
     fn boot(&mut self) {
+        self.files.close();
         self.turn += 1;
         let cancel = CancellationToken::new();
         self.boot = Some(cancel.clone());
@@ -637,10 +862,11 @@ impl Actor {
                 () = cancel.cancelled() => None,
                 result = start::start(&shared, &record, &hub, &timeline, resumption, &mut booted) => Some(result),
             };
-            if !matches!(result, Some(Ok(_)))
-                && let Some(sandbox) = booted
-            {
-                sandbox.destroy().await;
+            if !matches!(result, Some(Ok(_))) {
+                if let Some(sandbox) = booted {
+                    sandbox.destroy().await;
+                }
+                shared.networks.leave(&record.id).await;
             }
             let Some(result) = result else { return };
             let (guard, taken) = oneshot::channel();
@@ -649,6 +875,7 @@ impl Actor {
                 Ok(()) => drop(taken.await),
                 Err(mpsc::error::SendError(Report::Booted(_, Ok(started), _))) => {
                     started.workload.sandbox.destroy().await;
+                    shared.networks.leave(&record.id).await;
                 }
                 Err(_) => {}
             }
@@ -664,7 +891,8 @@ impl Actor {
     /// Ends a sandbox in a task of its own; whatever comes next waits for it.
     fn end(&mut self, sandbox: Arc<Sandbox>, flush: bool) {
         let before = self.ending.take();
-        let (timeline, id) = (self.timeline.clone(), self.record.id.clone());
+        let (shared, timeline, id) =
+            (Arc::clone(&self.shared), self.timeline.clone(), self.record.id.clone());
         self.ending = Some(tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
@@ -674,6 +902,7 @@ impl Actor {
             } else {
                 sandbox.destroy().await;
             }
+            shared.networks.leave(&id).await;
             if let Some(timeline) = timeline {
                 timeline.mark(Stage::Gone);
                 tracing::debug!(container = id, %timeline, "ended");
@@ -682,6 +911,7 @@ impl Actor {
     }
 
     fn delete(&mut self) {
+        self.files.cut();
         let before = self.ending.take();
         let (layout, id, reporter) =
             (self.shared.layout().clone(), self.record.id.clone(), self.reporter.clone());

@@ -13,7 +13,7 @@ use crate::{
         image::ImageForContainer,
         limits,
         mounts::{self, Mount},
-        spec, store,
+        network, spec, store,
         volume::store::Pin,
     },
     phases::{Stage, Timeline, TimelineKind},
@@ -35,18 +35,19 @@ pub(super) async fn create(
     if let Some(config) = &image_config.config {
         spec::merge_image(&mut request.config, config);
     }
-    let bridge = matches!(request.host_config.network_mode.as_str(), "" | "default" | "bridge");
     spec::fill(&mut request, &id, &shared.config);
     let CreateRequest { config, host_config, networking_config } = request;
     let mut warnings: Vec<String> = warning.into_iter().collect();
     warnings.extend(spec::validate(&config, &host_config)?);
     warnings.extend(limits::check(&config, &host_config, &shared.layout().data_root, false)?);
-    spec::validate_networks(&networking_config)?;
-    if bridge && !config.network_disabled {
-        warnings.push(
-            "Networks are not supported yet: the container has no network interface but its loopback.".into(),
-        );
-    }
+    let networks = network::attach::attachments(
+        &shared.networks,
+        &shared.config,
+        &config,
+        &host_config,
+        &networking_config,
+    )?;
+    network::ports::wanted(&config, &host_config)?;
     let size = disk_size(&host_config)?;
     timeline.mark(Stage::Resolved);
 
@@ -58,6 +59,7 @@ pub(super) async fn create(
     record.layers = layers;
     record.config = config;
     record.host_config = host_config;
+    record.networks = networks;
     // Held until the registry tells of them.
     let pins = match resolve_mounts(shared, &record).await {
         Ok((mounts, pins)) => {

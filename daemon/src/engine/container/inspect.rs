@@ -12,9 +12,9 @@ use super::{
 use crate::{
     api::types::{
         container::{self, DriverData, Inspect, MountPoint},
-        network::{EndpointSettings, NetworkSettings},
+        network::{EndpointSettings, NetworkSettings, PortMap},
     },
-    engine::{mounts::Mount, spec},
+    engine::{mounts::Mount, network::port_map, spec},
 };
 
 /// What Docker writes for "never".
@@ -96,17 +96,16 @@ pub(super) fn mounts(record: &Record) -> Vec<MountPoint> {
     record.mounts.iter().map(Mount::point).chain(tmpfs).collect()
 }
 
-/// The container's networks: `none` alone, as long as there are no others.
-pub(super) fn networks(record: &Record) -> BTreeMap<String, EndpointSettings> {
-    let mode = &record.host_config.network_mode;
-    BTreeMap::from([(mode.clone(), EndpointSettings::default())])
-}
-
 /// `GET /containers/{id}/json`.
-pub(super) fn inspect(view: &View, log_path: String, exec_ids: Vec<String>) -> Inspect {
+pub(super) fn inspect(
+    view: &View,
+    log_path: String,
+    exec_ids: Vec<String>,
+    networks: BTreeMap<String, EndpointSettings>,
+) -> Inspect {
     let record = &view.record;
     let (path, args) = command(record);
-    let ports = record.config.exposed_ports.iter().flatten().map(|(port, _)| (port.clone(), None)).collect();
+    let running = matches!(record.life.state, State::Running(_));
     let sandbox_id = match &record.life.state {
         State::Running(running) => running.sandbox.clone(),
         _ => String::new(),
@@ -116,7 +115,7 @@ pub(super) fn inspect(view: &View, log_path: String, exec_ids: Vec<String>) -> I
         created: record.created.to_string(),
         path,
         args,
-        state: state(&record.life),
+        state: container::State { health: record.health.clone(), ..state(&record.life) },
         image: record.image.to_string(),
         // These files are the guest's: they have no path on the host.
         resolv_conf_path: String::new(),
@@ -132,18 +131,37 @@ pub(super) fn inspect(view: &View, log_path: String, exec_ids: Vec<String>) -> I
         graph_driver: DriverData { data: None, name: DRIVER.into() },
         mounts: mounts(record),
         config: record.config.clone(),
-        network_settings: NetworkSettings {
-            sandbox_id,
-            ports,
-            networks: networks(record),
-            ..NetworkSettings::default()
-        },
+        network_settings: network_settings(sandbox_id, port_map(record, running), networks),
         ..Inspect::default()
     }
 }
 
+/// The default bridge's endpoint stands at the top once more, for clients of before there were networks.
+fn network_settings(
+    sandbox_id: String,
+    ports: PortMap,
+    networks: BTreeMap<String, EndpointSettings>,
+) -> NetworkSettings {
+    let default = networks.get("bridge").cloned().unwrap_or_default();
+    NetworkSettings {
+        sandbox_id,
+        ports,
+        endpoint_id: default.endpoint_id,
+        gateway: default.gateway,
+        global_ipv6_address: default.global_ipv6_address,
+        global_ipv6_prefix_len: default.global_ipv6_prefix_len,
+        ip_address: default.ip_address,
+        ip_prefix_len: default.ip_prefix_len,
+        ipv6_gateway: default.ipv6_gateway,
+        mac_address: default.mac_address,
+        networks,
+        ..NetworkSettings::default()
+    }
+}
+
 /// The line of `docker ps` about a state: `Up 2 minutes`, `Exited (0) 3 hours ago`.
-pub(super) fn status_line(state: &State, now: Timestamp) -> String {
+pub(super) fn status_line(record: &Record, now: Timestamp) -> String {
+    let (state, health) = (&record.life.state, record.health.as_ref().map(|health| health.status.as_str()));
     let ago = |since: Timestamp| human_duration(now.duration_since(since).as_secs());
     let of_rest = |rest: &Rest| match rest {
         Rest::Created(_) => "Created".to_owned(),
@@ -152,7 +170,14 @@ pub(super) fn status_line(state: &State, now: Timestamp) -> String {
     match state {
         State::Resting(rest) | State::Starting(rest) => of_rest(rest),
         State::Running(running) => {
-            format!("Up {}{}", ago(running.started_at), if running.paused { " (Paused)" } else { "" })
+            let note = match health {
+                _ if running.paused => " (Paused)".to_owned(),
+                Some(super::health::STARTING) => " (health: starting)".to_owned(),
+                Some(status) => format!(" ({status})"),
+                None => String::new(),
+            };
+            // `ago` without the word.
+            format!("Up {}{note}", ago(running.started_at))
         }
         State::Restarting(ended) => format!("Restarting ({}) {} ago", ended.code, ago(ended.finished_at)),
         State::Removing(_) => "Removal In Progress".into(),
@@ -224,7 +249,7 @@ mod tests {
             (State::Removing(Rest::Exited(ended(3))), "removing", [false; 3], 3, 0),
             (State::Dead(Rest::Exited(ended(3))), "dead", [false, false, true], 3, 0),
         ] {
-            let inspect = inspect(&view(state), String::new(), vec![]).state;
+            let inspect = inspect(&view(state), String::new(), vec![], BTreeMap::new()).state;
             assert_eq!(inspect.status, status);
             assert_eq!(
                 [inspect.running, inspect.restarting, inspect.dead],
@@ -237,12 +262,14 @@ mod tests {
 
     #[test]
     fn times_that_never_were_are_year_one() {
-        let never = inspect(&view(State::Resting(Rest::Created(None))), String::new(), vec![]);
+        let never =
+            inspect(&view(State::Resting(Rest::Created(None))), String::new(), vec![], BTreeMap::new());
         assert_eq!((never.state.started_at.as_str(), never.state.finished_at.as_str()), (NEVER, NEVER));
-        let once = inspect(&view(State::Resting(Rest::Exited(ended(0)))), String::new(), vec![]);
+        let once =
+            inspect(&view(State::Resting(Rest::Exited(ended(0)))), String::new(), vec![], BTreeMap::new());
         assert_eq!(once.state.finished_at, "1970-01-01T00:00:20Z");
         assert_eq!((once.path.as_str(), once.args.as_slice()), ("sleep", &["9".to_owned()][..]));
-        assert_eq!(once.network_settings.ports, [("80/tcp".to_owned(), None)].into());
+        assert_eq!(once.network_settings.ports, PortMap::new(), "it does not run");
         assert_eq!(once.exec_ids, None);
     }
 

@@ -17,7 +17,7 @@ use crate::{
         container::{Summary, SummaryHostConfig, SummaryNetworkSettings},
         network::PortSummary,
     },
-    engine::{Result, image::ImageStore},
+    engine::{Result, Shared, image::ImageStore, network},
 };
 
 /// The keys that a list can be filtered by.
@@ -53,8 +53,9 @@ pub struct ListOptions {
 }
 
 /// The views of the containers that `options` select, the latest first.
-pub(super) fn select(registry: &Registry, images: &ImageStore, options: &ListOptions) -> Result<Vec<View>> {
-    let criteria = Criteria::new(registry, images, &options.filters)?;
+pub(super) fn select(shared: &Shared, options: &ListOptions) -> Result<Vec<View>> {
+    let registry = &shared.registry;
+    let criteria = Criteria::new(registry, &shared.images, &options.filters)?;
     let mut views: Vec<View> =
         registry.all().iter().map(|container: &Arc<Container>| container.view()).collect();
     views.sort_by(|a, b| key(&b.record).cmp(&key(&a.record)));
@@ -136,13 +137,13 @@ impl<'a> Criteria<'a> {
             && self.before.as_ref().is_none_or(|(at, other)| (created, id) < (*at, other))
             && self.since.as_ref().is_none_or(|(at, other)| (created, id) > (*at, other))
             && self.ancestors.as_ref().is_none_or(|images| images.contains(&record.image.to_string()))
-            && filters.exact("network", &record.host_config.network_mode)
-            && filters.exact("health", "none")
+            && filters.any("network", |wanted| is_in_network(record, wanted))
+            && filters.exact("health", record.health.as_ref().map_or("none", |health| health.status.as_str()))
             && filters.exact("isolation", "default")
             && filters.any("is-task", |value| matches!(value, "false" | "0"))
             && filters.any("expose", |port| exposes(record, port))
-            // There are neither published ports nor volumes yet.
-            && filters.any("publish", |_| false)
+            && filters.any("publish", |port| publishes(record, port))
+            // There are no volumes yet.
             && filters.any("volume", |_| false)
     }
 }
@@ -157,12 +158,27 @@ fn exit_code(state: &State) -> Option<i32> {
     }
 }
 
+/// By the network's name or its id's beginning.
+fn is_in_network(record: &Record, wanted: &str) -> bool {
+    record.networks.iter().any(|(name, attachment)| name == wanted || attachment.network.starts_with(wanted))
+}
+
 /// Whether a port, or a range of them, `80[-90][/tcp]`, has an exposed one in it.
 fn exposes(record: &Record, wanted: &str) -> bool {
+    in_range(ports(record), wanted)
+}
+
+/// Whether it has a published one in it.
+fn publishes(record: &Record, wanted: &str) -> bool {
+    let published = network::endpoints(record).flat_map(|endpoint| &endpoint.ports);
+    in_range(published.map(|published| (published.port, published.protocol.name())), wanted)
+}
+
+fn in_range<'a>(mut ports: impl Iterator<Item = (u16, &'a str)>, wanted: &str) -> bool {
     let (range, protocol) = wanted.split_once('/').unwrap_or((wanted, "tcp"));
     let (first, last) = range.split_once('-').unwrap_or((range, range));
     let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) else { return false };
-    ports(record).any(|(port, kind)| kind == protocol && (first..=last).contains(&port))
+    ports.any(|(port, kind)| kind == protocol && (first..=last).contains(&port))
 }
 
 fn ports(record: &Record) -> impl Iterator<Item = (u16, &str)> {
@@ -173,36 +189,51 @@ fn ports(record: &Record) -> impl Iterator<Item = (u16, &str)> {
 }
 
 /// A container's line in the list.
-pub(super) fn summary(view: &View, images: &ImageStore, now: Timestamp) -> Summary {
+pub(super) fn summary(view: &View, shared: &Shared, now: Timestamp) -> Summary {
     let record = &view.record;
     let (path, args) = inspect::command(record);
     let command = std::iter::once(path).chain(args).collect::<Vec<_>>().join(" ");
-    let ports = ports(record).map(|(private_port, kind)| PortSummary {
-        private_port,
-        kind: kind.into(),
-        ..PortSummary::default()
-    });
-    // A container that does not run exposes nothing.
     let running = matches!(record.life.state, State::Running(_));
     Summary {
         id: record.id.clone(),
         names: vec![format!("/{}", record.name)],
-        image: images.name_for_list(&record.config.image, &record.image),
+        image: shared.images.name_for_list(&record.config.image, &record.image),
         image_id: record.image.to_string(),
         command,
         created: record.created.as_second(),
-        ports: ports.filter(|_| running).collect(),
+        ports: if running { port_summaries(record) } else { Vec::new() },
         labels: record.config.labels.clone().unwrap_or_default(),
         state: inspect::status(&record.life.state).into(),
-        status: inspect::status_line(&record.life.state, now),
+        status: inspect::status_line(record, now),
         host_config: SummaryHostConfig {
             network_mode: record.host_config.network_mode.clone(),
             annotations: record.host_config.annotations.clone().unwrap_or_default(),
         },
-        network_settings: SummaryNetworkSettings { networks: inspect::networks(record) },
+        network_settings: SummaryNetworkSettings { networks: shared.networks.settings(record, running) },
         mounts: inspect::mounts(record),
         ..Summary::default()
     }
+}
+
+/// A line for each published port's address, and one for each port that is only exposed.
+fn port_summaries(record: &Record) -> Vec<PortSummary> {
+    let published: Vec<_> = network::endpoints(record).flat_map(|endpoint| &endpoint.ports).collect();
+    let is_published = |port: u16, kind: &str| {
+        published.iter().any(|published| (published.port, published.protocol.name()) == (port, kind))
+    };
+    let exposed = ports(record).filter(|(port, kind)| !is_published(*port, kind));
+    let exposed = exposed.map(|(private_port, kind)| PortSummary {
+        private_port,
+        kind: kind.into(),
+        ..PortSummary::default()
+    });
+    let bound = published.iter().map(|published| PortSummary {
+        ip: published.host_address.to_string(),
+        private_port: published.port,
+        public_port: published.host_port,
+        kind: published.protocol.name().into(),
+    });
+    bound.chain(exposed).collect()
 }
 
 #[cfg(test)]

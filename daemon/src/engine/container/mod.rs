@@ -7,14 +7,17 @@
 //!          └────────── view ◀────────┘
 //! ```
 
+pub(crate) mod access;
 mod actor;
 mod create;
+pub(crate) mod health;
 pub(crate) mod hub;
 mod inspect;
 mod list;
 mod machine;
 pub(crate) mod memory;
 pub(crate) mod names;
+pub(crate) mod network;
 mod ops;
 mod prune;
 pub(crate) mod pump;
@@ -27,12 +30,14 @@ pub(crate) mod start;
 pub mod state;
 mod stats;
 mod top;
+mod wiring;
 pub(crate) mod workload;
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
+use access::Lease;
 pub(crate) use actor::Actor;
 pub use list::{LIST_FILTERS, ListOptions};
 pub use prune::PRUNE_FILTERS;
@@ -40,7 +45,10 @@ pub use stats::StatsMode;
 
 use crate::{
     api::types::container::{HostConfig, WaitResponse},
-    engine::{Error, Result, WaitCondition},
+    engine::{
+        Error, Result, WaitCondition,
+        network::record::{Attachment, Network},
+    },
 };
 use hub::Hub;
 use record::Record;
@@ -76,8 +84,21 @@ pub(crate) enum Command {
     },
     /// To a name that is reserved.
     Rename(String, Reply<()>),
+    /// Into a network; answered when it is in.
+    Connect(Arc<Network>, Attachment, Reply<()>),
+    /// Out of a network; answered when it is out.
+    Disconnect {
+        /// The network, which may be gone: then its name.
+        network: String,
+        /// Even if the guest does not answer.
+        force: bool,
+        /// For the answer.
+        reply: Reply<()>,
+    },
     /// Answered at once with what will resolve.
     Wait(WaitCondition, oneshot::Sender<oneshot::Receiver<WaitResponse>>),
+    /// Access to its files: answered when there is a sandbox for it.
+    Files(Reply<Lease>),
     /// Ends the actor and leaves the container as it is.
     Close(oneshot::Sender<()>),
 }

@@ -16,6 +16,7 @@ use crate::{
     engine::{
         AttachOptions, Attachment, Engine, Error, Name, Output, Result, WaitCondition,
         logs::{self, Source},
+        network::{self, record::Driver},
     },
 };
 
@@ -134,6 +135,56 @@ impl Engine {
         renamed
     }
 
+    /// Puts it into a network, running or not.
+    ///
+    /// # Errors
+    /// No such container or network; what cannot be had there.
+    pub async fn network_connect(
+        &self,
+        network: Name<'_>,
+        request: types::network::ConnectRequest,
+    ) -> Result<()> {
+        let network = self.shared.networks.find(network)?;
+        let container = self.container(&request.container)?;
+        let record = container.view().record;
+        if network.driver == Driver::Host {
+            return Err(Error::invalid(
+                "cannot connect container to host network - container must be created in host network mode",
+            ));
+        }
+        let others: Vec<_> = record.networks.keys().filter(|name| **name != network.name).collect();
+        let in_none = others.iter().any(|name| *name == "none");
+        if in_none || (network.driver == Driver::Null && !others.is_empty()) {
+            return Err(Error::invalid(
+                "container cannot be connected to multiple networks with one of the networks in private (none) mode",
+            ));
+        }
+        let settings = request.endpoint_config.unwrap_or_default();
+        let attachment = network::attach::attachment(&network, &settings)?;
+        container.ask(|reply| Command::Connect(network, attachment, reply)).await?
+    }
+
+    /// Takes it out of a network, running or not.
+    ///
+    /// # Errors
+    /// No such container or network; it is not in it.
+    pub async fn network_disconnect(
+        &self,
+        network: Name<'_>,
+        request: types::network::DisconnectRequest,
+    ) -> Result<()> {
+        // One that was removed may still stand in a record.
+        let found = self.shared.networks.find(network);
+        let container = self.container(&request.container)?;
+        let name = match found {
+            Ok(network) => network.name.clone(),
+            Err(_) if container.view().record.networks.contains_key(network) => network.to_owned(),
+            Err(error) => return Err(error),
+        };
+        let force = request.force;
+        container.ask(|reply| Command::Disconnect { network: name, force, reply }).await?
+    }
+
     /// Sets its terminal's size.
     ///
     /// # Errors
@@ -142,7 +193,10 @@ impl Engine {
         let view = self.container(name)?.view();
         let workload = view.running()?;
         let call = Call::Resize { process: workload.init(), rows, columns };
-        workload.sandbox.call(call).await.map(drop).map_err(|error| Error::internal(error.to_string()))
+        workload.sandbox.call(call).await.map_err(|error| Error::internal(error.to_string()))?;
+        let size = [("height".to_owned(), rows.to_string()), ("width".to_owned(), columns.to_string())];
+        self.shared.publish(&view.record, "resize", size);
+        Ok(())
     }
 
     /// Everything about it.
@@ -154,11 +208,13 @@ impl Engine {
         let view = container.view();
         let record = &view.record;
         let log_path = match record.host_config.log_config.kind.as_str() {
-            "none" => String::new(),
+            kind if kind != "json-file" => String::new(),
             _ => self.shared.layout().container_log(&record.id).display().to_string(),
         };
         let exec_ids = self.shared.execs.running_in(&record.id);
-        let mut inspect = inspect::inspect(&view, log_path, exec_ids);
+        let running = matches!(record.life.state, State::Running(_));
+        let networks = self.shared.networks.settings(record, running);
+        let mut inspect = inspect::inspect(&view, log_path, exec_ids, networks);
         if size {
             let (own, root) = self.shared.sizes(record).await;
             (inspect.size_rw, inspect.size_root_fs) = (Some(own), Some(root));
@@ -171,11 +227,11 @@ impl Engine {
     /// # Errors
     /// A filter that is not valid.
     pub async fn container_list(&self, options: ListOptions) -> Result<Vec<types::container::Summary>> {
-        let views = list::select(&self.shared.registry, &self.shared.images, &options)?;
+        let views = list::select(&self.shared, &options)?;
         let now = Timestamp::now();
         let mut summaries = Vec::with_capacity(views.len());
         for view in &views {
-            let mut summary = list::summary(view, &self.shared.images, now);
+            let mut summary = list::summary(view, &self.shared, now);
             if options.size {
                 (summary.size_rw, summary.size_root_fs) = self.shared.sizes(&view.record).await;
             }
@@ -191,7 +247,9 @@ impl Engine {
     pub async fn container_top(&self, name: Name<'_>, ps_args: &str) -> Result<types::container::Top> {
         let view = self.container(name)?.view();
         let processes = view.running()?.processes().await?;
-        top::top(&processes, ps_args, Timestamp::now())
+        let top = top::top(&processes, ps_args, Timestamp::now())?;
+        self.shared.publish(&view.record, "top", []);
+        Ok(top)
     }
 
     /// Waits for its exit or removal. Registered when this returns.
@@ -268,7 +326,7 @@ impl Engine {
         match (&view.record.life.state, &view.workload) {
             (State::Running(_), Some(workload)) => workload.log.source(),
             _ => Source::stopped(
-                &view.record.host_config.log_config.kind,
+                view.record.host_config.log_config.kind != "none",
                 &self.shared.layout().container_log(container.id()),
             ),
         }

@@ -117,7 +117,8 @@ mod tests {
     #[tokio::test]
     async fn output_reaches_log_and_client_whole_and_is_acknowledged() {
         let base = tempfile::tempdir().unwrap();
-        let (log, _) = Log::begin("json-file", &base.path().join("log")).unwrap();
+        let (log, _) =
+            Log::begin(&crate::engine::logs::Settings::plain("json-file"), &base.path().join("log")).unwrap();
         let log = Arc::new(log);
         let hub = Arc::new(Hub::new(KIND));
         let mut client = hub.attach(BOTH);
@@ -160,7 +161,8 @@ mod tests {
     #[tokio::test]
     async fn who_attaches_with_the_log_gets_everything_once() {
         let base = tempfile::tempdir().unwrap();
-        let (log, _) = Log::begin("json-file", &base.path().join("log")).unwrap();
+        let (log, _) =
+            Log::begin(&crate::engine::logs::Settings::plain("json-file"), &base.path().join("log")).unwrap();
         let hub = Hub::new(KIND);
         // Appended, not yet delivered when the client comes.
         let chunk = |text: &'static str| Bytes::from_static(text.as_bytes());

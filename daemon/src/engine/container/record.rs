@@ -1,6 +1,7 @@
 //! What is on disk of a container: one JSON document, replaced as a whole.
 
 use std::{
+    collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
@@ -13,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::state::{Lifecycle, Policy, Rules};
 use crate::{
-    api::types::container::{Config, HostConfig, RestartPolicy},
-    engine::{image::Digest, mounts::Mount},
+    api::types::container::{Config, Health, HostConfig, LogConfig, RestartPolicy},
+    engine::{image::Digest, logs, mounts::Mount, network::record::Attachment},
 };
 
 /// Version of the document. A later version's is not read.
@@ -43,8 +44,14 @@ pub struct Record {
     /// What is mounted of the host.
     #[serde(default)]
     pub mounts: Vec<Mount>,
+    /// Its places in networks, by their names.
+    #[serde(default)]
+    pub networks: BTreeMap<String, Attachment>,
     /// Its life.
     pub life: Lifecycle,
+    /// Its health, once it was started with a health check.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Health>,
 }
 
 /// Why a record could not be read.
@@ -71,13 +78,33 @@ impl Record {
             config: Config::default(),
             host_config: HostConfig::default(),
             mounts: Vec::new(),
+            networks: BTreeMap::new(),
             life: Lifecycle::default(),
+            health: None,
         }
     }
 
     /// What decides about its restarts.
     pub fn rules(&self) -> Rules {
         Rules { policy: policy(&self.host_config.restart_policy), auto_remove: self.host_config.auto_remove }
+    }
+
+    /// Where its output is logged.
+    ///
+    /// # Errors
+    /// Its options are not valid, which create would have told.
+    pub fn log_settings(&self) -> crate::engine::Result<logs::Settings> {
+        let (labels, options) = (BTreeMap::new(), BTreeMap::new());
+        let LogConfig { kind, config } = &self.host_config.log_config;
+        let subject = logs::Subject {
+            id: &self.id,
+            name: &self.name,
+            image: &self.config.image,
+            image_id: &self.image.to_string(),
+            labels: self.config.labels.as_ref().unwrap_or(&labels),
+            env: self.config.env.as_deref().unwrap_or_default(),
+        };
+        logs::Settings::of(kind, config.as_ref().unwrap_or(&options), &subject)
     }
 
     /// Reads one.

@@ -16,16 +16,22 @@ use jiff::Timestamp;
 
 use super::{
     hub::Hub,
+    network,
     record::Record,
     restrain,
-    start::{Started, boot_failure, connect, container_state, first_exit, kept, sandbox_spec, stdio},
+    start::{
+        Started, boot_failure, call, connect, container_state, first_exit, kept, resolver, sandbox_spec,
+        stdio,
+    },
     state::Failure,
+    wiring,
     workload::Workload,
 };
 use crate::{
     engine::{
         Error, Shared,
         logs::{Durable, Log},
+        network::Joined,
     },
     phases::{Stage, Timeline, TimelineKind},
     sandbox::{MachineSpec, Memory, OpenMachine, Origin, Sandbox, Shape},
@@ -46,12 +52,14 @@ pub(crate) struct Resumption {
 
 /// A run that is beginning.
 pub(super) struct Run<'a> {
-    pub(super) shared: &'a Shared,
+    pub(super) shared: &'a Arc<Shared>,
     pub(super) record: &'a Record,
     pub(super) hub: &'a Arc<Hub>,
     pub(super) timeline: &'a Arc<Timeline>,
     pub(super) log: Log,
     pub(super) log_start: u64,
+    /// Its places in its networks.
+    pub(super) joined: Vec<Joined>,
 }
 
 /// Lets a container go on from a saved machine.
@@ -60,7 +68,7 @@ pub(super) async fn resume(
     resumption: Resumption,
     booted: &mut Option<Arc<Sandbox>>,
 ) -> Result<Started, Failure> {
-    let Run { shared, record, hub, timeline, log, log_start } = run;
+    let Run { shared, record, hub, timeline, log, log_start, mut joined } = run;
     let internal = |error: Error| Failure { code: 128, error: error.message };
     let of_checkpoint = resumption.disk.is_some();
     let Resumption { machine, shape, guest, identity, disk } = resumption;
@@ -79,8 +87,18 @@ pub(super) async fn resume(
         return Err(Failure { code: 128, error });
     }
     timeline.mark(Stage::Prepared);
-    let (sandbox, events) = Sandbox::boot(spec).await.map_err(|error| boot_failure(&error))?;
+    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, record, &mut joined));
+    let (sandbox, events) = booting.map_err(|error| boot_failure(&error))?;
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
+    // Its interfaces are those of its former life until now, and what they send goes nowhere.
+    network::plug(&sandbox, &admitted.map_err(internal)?).await?;
+    for request in network::calls(shared, record, &joined) {
+        call(&sandbox, request).await?;
+    }
+    if !joined.is_empty() {
+        call(&sandbox, wiring::files(shared, record, &guest).map_err(internal)?).await?;
+    }
+    let resolver = resolver(shared, record, &sandbox).await?;
     let data_root = &shared.layout().data_root;
     let memory = |error| Failure { code: 128, error: format!("the saved machine's memory: {error}") };
     sandbox.limit_memory().await.map_err(memory)?;
@@ -98,7 +116,7 @@ pub(super) async fn resume(
     let mut watch = connect(&workload, stdio(record), kept(record, Durable::default()), hub, events, exit)
         .await
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
-    watch.timeline = Some(Arc::clone(timeline));
+    (watch.timeline, watch.resolver) = (Some(Arc::clone(timeline)), resolver);
     timeline.mark(Stage::Connected);
     crate::engine::exec::take_over(&workload, state.execs);
     if state.paused {
@@ -106,7 +124,7 @@ pub(super) async fn resume(
         workload.set_paused(false).await.map_err(internal)?;
     }
     disk.keep().map_err(|error| internal(error.into()))?;
-    Ok(Started { workload, watch, log_start, at })
+    Ok(Started { workload, watch, log_start, at, endpoints: network::endpoints(joined) })
 }
 
 /// The disk of a container that goes on from a checkpoint: beside the container's own until it runs on.

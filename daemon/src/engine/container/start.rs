@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
-    machine, memory, pump,
+    machine, memory, network, pump,
     record::Record,
     restrain,
     resume::{self, Resumption, Run},
@@ -24,6 +24,7 @@ use crate::{
         Error, Shared, limits,
         logs::{Durable, Log, Stream},
         mounts,
+        network::{record::Endpoint, resolver::Resolver},
     },
     phases::{Stage, Timeline},
     sandbox::{
@@ -33,7 +34,7 @@ use crate::{
 };
 
 /// The guest kernel's command line. One serial port for the console; a panic ends the machine.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 rdinit=/init";
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_uarts=1 dummy.numdummies=0 rdinit=/init";
 
 /// How long a running guest may take to tell a restarted daemon of its container and open the streams.
 const ADOPT_WITHIN: Duration = Duration::from_secs(30);
@@ -44,12 +45,15 @@ pub(crate) struct Started {
     pub(crate) watch: Watch,
     pub(crate) log_start: u64,
     pub(crate) at: Timestamp,
+    /// What it has in its networks.
+    pub(crate) endpoints: Vec<(String, Endpoint)>,
 }
 
-/// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves nothing: whatever was booted is in `booted` and
-/// the caller's to destroy.
+/// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves
+/// nothing but what the caller has to take away: what was booted, which is in `booted`, and then the
+/// container's places in its networks.
 pub(crate) async fn start(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     record: &Record,
     hub: &Arc<Hub>,
     timeline: &Arc<Timeline>,
@@ -61,23 +65,21 @@ pub(crate) async fn start(
         .await
         .unwrap_or_else(|error| Err(Error::internal(error.to_string())))
         .map_err(internal)?;
-    let (log, log_start) =
-        Log::begin(&record.host_config.log_config.kind, &shared.layout().container_log(&record.id)).map_err(
-            |error| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") },
-        )?;
+    let no_log =
+        |error: String| Failure { code: 128, error: format!("failed to initialize logging driver: {error}") };
+    let settings = record.log_settings().map_err(|error| no_log(error.message))?;
+    let (log, log_start) = Log::begin(&settings, &shared.layout().container_log(&record.id))
+        .map_err(|error| no_log(error.to_string()))?;
+    let mut joined = shared.networks.join(record).await.map_err(internal)?;
+    let record = &network::with_endpoints(record, &joined);
     if let Some(resumption) = resumption {
-        let run = Run { shared, record, hub, timeline, log, log_start };
+        let run = Run { shared, record, hub, timeline, log, log_start, joined };
         return resume::resume(run, resumption, booted).await;
     }
     let first = matches!(record.life.state, State::Starting(Rest::Created(_)));
     let plan = mounts::plan(shared, &record.mounts, first).map_err(internal)?;
     let create = create_call(shared, record, &plan).map_err(internal)?;
-    let origin = match &shared.templates {
-        Some(store) => {
-            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
-        }
-        None => Origin::Cold,
-    };
+    let origin = origin(shared, record);
     let disk = shared.layout().container_disk(&record.id);
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
@@ -85,7 +87,9 @@ pub(crate) async fn start(
     let spec = SandboxSpec { shares: plan.shares, ..spec };
     let memory = spec.memory;
     timeline.mark(Stage::Prepared);
-    let (sandbox, events) = match Sandbox::boot(spec).await {
+    // Taps and rules, which take a while, are made while the guest boots.
+    let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, record, &mut joined));
+    let (sandbox, events) = match booting {
         Ok(booted) => booted,
         Err(error) => {
             if let BootError::Died(death) = &error {
@@ -95,7 +99,18 @@ pub(crate) async fn start(
         }
     };
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
+    let nics = admitted.map_err(internal)?;
 
+    let interfaces = async {
+        network::plug(&sandbox, &nics).await?;
+        for request in network::calls(shared, record, &joined) {
+            call(&sandbox, request).await?;
+        }
+        if !joined.is_empty() {
+            timeline.mark(Stage::Networked);
+        }
+        Ok(())
+    };
     // The workload is to find all of its memory: it may size itself by it.
     let grown = async {
         if memory.plugged_mib > 0 {
@@ -103,7 +118,9 @@ pub(crate) async fn start(
         }
         Ok::<_, Failure>(())
     };
-    tokio::try_join!(call(&sandbox, Call::Create(Box::new(create))), grown)?;
+    let create = call(&sandbox, Call::Create(Box::new(create)));
+    let ((), (), _, resolver) =
+        tokio::try_join!(interfaces, grown, create, resolver(shared, record, &sandbox))?;
     timeline.mark(Stage::Created);
     shared.mount_events(record, "mount");
     mounts::sockets::serve(&sandbox, &record.mounts);
@@ -117,10 +134,36 @@ pub(crate) async fn start(
     let at = Timestamp::now();
     let mut watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
+        .map(|watch| Watch { resolver, ..watch })
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
     timeline.mark(Stage::Connected);
     watch.timeline = Some(Arc::clone(timeline));
-    Ok(Started { workload, watch, log_start, at })
+    Ok(Started { workload, watch, log_start, at, endpoints: network::endpoints(joined) })
+}
+
+/// The resolver of a container that is in a network.
+pub(super) async fn resolver(
+    shared: &Arc<Shared>,
+    record: &Record,
+    sandbox: &Arc<Sandbox>,
+) -> Result<Option<Resolver>, Failure> {
+    if !shared.networks.facts(record).connected {
+        return Ok(None);
+    }
+    let started = Resolver::start(Arc::clone(shared), Arc::clone(sandbox), record.id.clone()).await;
+    started
+        .map(Some)
+        .map_err(|error| Failure { code: 128, error: format!("the container's resolver: {error}") })
+}
+
+/// Where a container's machine comes from.
+pub(super) fn origin(shared: &Shared, record: &Record) -> Origin {
+    match &shared.templates {
+        Some(store) => {
+            Origin::Template(TemplateUse { store: Arc::clone(store), domain: domain(shared, record) })
+        }
+        None => Origin::Cold,
+    }
 }
 
 /// Whose templates are good for a container.
@@ -154,7 +197,7 @@ pub(crate) enum Found {
 }
 
 /// Takes over a running container.
-pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, hub: &Arc<Hub>) -> Found {
+pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Running, hub: &Arc<Hub>) -> Found {
     let parent = shared.layout().sandboxes();
     let (sandbox, events) = match Sandbox::adopt(&parent, &running.sandbox).await {
         Ok(adopted) => adopted,
@@ -162,9 +205,12 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         Err(error @ AdoptError::Mute(_)) => return Found::Gone(error.to_string()),
     };
     let path = shared.layout().container_log(&record.id);
-    let (driver, run) = (record.host_config.log_config.kind.clone(), running.log_start);
+    let (settings, run) = match record.log_settings() {
+        Ok(settings) => (settings, running.log_start),
+        Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
+    };
     // All of the run's log is read.
-    let resumed = tokio::task::spawn_blocking(move || Log::resume(&driver, &path, run)).await;
+    let resumed = tokio::task::spawn_blocking(move || Log::resume(&settings, &path, run)).await;
     let (log, durable) = match resumed.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
         Ok(resumed) => resumed,
         Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
@@ -177,6 +223,13 @@ pub(crate) async fn adopt(shared: &Shared, record: &Record, running: &Running, h
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, state.execs);
         mounts::sockets::serve(&workload.sandbox, &record.mounts);
+        shared.networks.adopt(record).await;
+        let resolver = resolver(shared, record, &workload.sandbox).await;
+        let resolver = resolver.unwrap_or_else(|failure| {
+            tracing::error!(container = record.id, error = failure.error, "it has no resolver any more");
+            None
+        });
+        let watch = Watch { resolver, ..watch };
         Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
@@ -198,7 +251,7 @@ pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<Conta
     }
 }
 
-fn create_call(shared: &Shared, record: &Record, plan: &mounts::Plan) -> Result<Create, Error> {
+pub(super) fn create_call(shared: &Shared, record: &Record, plan: &mounts::Plan) -> Result<Create, Error> {
     let built = shared.spec(record, &plan.binds)?;
     let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
     Ok(Create {
@@ -307,10 +360,10 @@ pub(super) async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit, timeline: None })
+    Ok(Watch { events, outputs, inputs, exit, timeline: None, resolver: None })
 }
 
-async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
+pub(super) async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
     let answered = tokio::select! {
         biased;
         answer = sandbox.call(call) => answer,

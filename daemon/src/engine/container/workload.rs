@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{hub::Hub, state::Exit};
 use crate::{
-    engine::{Error, Result, logs::Log},
+    engine::{Error, Result, logs::Log, network::resolver::Resolver},
     phases::{Stage, Timeline},
     sandbox::{CallError, Death, Sandbox},
 };
@@ -66,6 +66,8 @@ pub(crate) struct Watch {
     pub(crate) inputs: JoinSet<()>,
     /// An exit that is known already, of a container that was adopted.
     pub(crate) exit: Option<AgentExit>,
+    /// Answers its name queries.
+    pub(crate) resolver: Option<Resolver>,
     /// Where the stages of the end are marked.
     pub(crate) timeline: Option<Arc<Timeline>>,
 }
@@ -158,6 +160,8 @@ impl Workload {
     /// Watches until it is over, and answers how it ended. All output is delivered then; whoever records the
     /// end calls [`Hub::end_run`].
     pub(crate) async fn watch(&self, mut watch: Watch, hub: &Hub, mut oom: impl FnMut()) -> Exit {
+        // It ends with the run.
+        let _resolver = watch.resolver.take();
         let mut exit = watch.exit;
         let reached = |stage| watch.timeline.iter().for_each(|timeline| timeline.mark(stage));
         if exit.is_some() {
@@ -332,7 +336,8 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let machine = FakeMachine::start(base.path(), "s1");
         let (sandbox, events, agent) = machine.adopted(base.path(), "s1").await;
-        let (log, _) = Log::begin("json-file", &base.path().join("log")).unwrap();
+        let (log, _) =
+            Log::begin(&crate::engine::logs::Settings::plain("json-file"), &base.path().join("log")).unwrap();
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), "c"));
         let hub = Arc::new(Hub::new(Kind { terminal: false, stdin: false, stdin_once: false }));
         let opened = workload.sandbox.output(workload.init(), StreamKind::Stdout, Some(0));
@@ -340,7 +345,8 @@ mod tests {
         let mut outputs = JoinSet::new();
         let log = Some(Arc::clone(&workload.log));
         outputs.spawn(pump::output(output.unwrap(), Stream::Stdout, log, Arc::clone(&hub)));
-        let watch = Watch { events, outputs, inputs: JoinSet::new(), exit: None, timeline: None };
+        let watch =
+            Watch { events, outputs, inputs: JoinSet::new(), exit: None, timeline: None, resolver: None };
         Bench { base, machine, agent, workload, hub, watch, stdout }
     }
 

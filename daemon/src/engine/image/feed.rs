@@ -19,11 +19,11 @@ use tokio::sync::mpsc;
 const CHUNKS: usize = 64;
 
 /// The sending end. None is the stream's end.
-pub(super) type Chunks = mpsc::Sender<Option<Bytes>>;
+pub(in crate::engine) type Chunks = mpsc::Sender<Option<Bytes>>;
 
 /// The reading end.
 #[derive(Debug)]
-pub(super) struct Feed {
+pub(in crate::engine) struct Feed {
     chunks: mpsc::Receiver<Option<Bytes>>,
     present: Bytes,
     consumed: Arc<AtomicU64>,
@@ -32,13 +32,13 @@ pub(super) struct Feed {
 
 impl Feed {
     /// Both ends.
-    pub(super) fn channel() -> (Chunks, Self) {
+    pub(in crate::engine) fn channel() -> (Chunks, Self) {
         let (sender, chunks) = mpsc::channel(CHUNKS);
         (sender, Self { chunks, present: Bytes::new(), consumed: Arc::default(), ended: Arc::default() })
     }
 
     /// The reading end of `body`, which a task of its own feeds in.
-    pub(super) fn of<E>(body: impl Stream<Item = Result<Bytes, E>> + Send + 'static) -> Self
+    pub(in crate::engine) fn of<E>(body: impl Stream<Item = Result<Bytes, E>> + Send + 'static) -> Self
     where
         E: Send,
     {
@@ -58,12 +58,12 @@ impl Feed {
     }
 
     /// Counts the bytes that were read.
-    pub(super) fn consumed(&self) -> Arc<AtomicU64> {
+    pub(in crate::engine) fn consumed(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.consumed)
     }
 
     /// Becomes true at the end.
-    pub(super) fn ended(&self) -> Arc<AtomicBool> {
+    pub(in crate::engine) fn ended(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.ended)
     }
 }
@@ -94,7 +94,7 @@ impl Read for Feed {
 
 /// A decompressed stream that must not end before the compressed one has.
 #[derive(Debug)]
-pub(super) struct Whole<R> {
+pub(in crate::engine) struct Whole<R> {
     /// The decompressed stream.
     pub reader: R,
     /// Whether the compressed one has ended.

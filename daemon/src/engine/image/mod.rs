@@ -1,7 +1,7 @@
 //! Images: where they come from, how they are kept, what they are called.
 //!
 //! ```text
-//!   pull (registry)  load (archive)  import (tar)          list inspect history usage
+//!   pull (registry)  load (archive)  import, commit (tar)  list inspect history usage
 //!          └──────────────┴─────────────┘                             ▲
 //!                         ▼                                           │
 //!    layers ─▶ manifest ─▶ record ─▶ configuration ─▶ name  =  `store` (disk) + `catalog` (memory)
@@ -14,12 +14,14 @@
 //! callback in [`Options`].
 
 mod archive;
+mod asking;
 mod catalog;
 mod changes;
+mod commit;
 pub mod config;
 pub mod digest;
 mod errors;
-mod feed;
+pub(in crate::engine) mod feed;
 mod fetch;
 mod files;
 mod import;
@@ -28,9 +30,11 @@ mod pattern;
 pub mod platform;
 pub mod progress;
 mod pull;
+mod push;
 pub mod reference;
 pub mod registry;
 mod remove;
+mod save;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -47,12 +51,15 @@ use std::{
 
 use bulkhead_rootfs::layers::{DiffId, LayerStore};
 
+pub use asking::SEARCH_FILTERS;
+pub use commit::{CommitRequest, Committed};
 pub use config::{ImageConfig, RunConfig};
 pub use digest::Digest;
 pub use import::ImportRequest;
 pub use platform::Platform;
 pub use progress::{Message, Messages};
 pub use pull::PullRequest;
+pub use push::PushRequest;
 pub use reference::Reference;
 pub use registry::{Credentials, RegistrySettings};
 pub use remove::RemoveOptions;
@@ -143,6 +150,14 @@ impl ImageStore {
             listener: options.listener,
             pruning: AtomicBool::new(false),
         }))
+    }
+
+    /// Takes other settings for registries.
+    ///
+    /// # Errors
+    /// They are malformed; then those of before stay.
+    pub fn reload(&self, settings: RegistrySettings) -> Result<()> {
+        self.registries.reload(settings).map_err(|error| Error::invalid(error.to_string()))
     }
 
     /// Tells the store where to ask for containers, and sweeps layers that neither they nor images use. To be

@@ -18,6 +18,12 @@ pub struct Platform {
     pub variant: Option<String>,
 }
 
+impl From<Platform> for crate::api::types::image::OciPlatform {
+    fn from(platform: Platform) -> Self {
+        Self { architecture: platform.architecture, os: platform.os, variant: platform.variant }
+    }
+}
+
 /// A text names no platform.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlatformError {

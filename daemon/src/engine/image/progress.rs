@@ -93,6 +93,12 @@ impl Message {
         Self { stream: Some(text.into()), ..Self::NOTHING }
     }
 
+    /// A result for programs.
+    pub fn aux(value: serde_json::Value) -> Self {
+        let detail = Some(Detail { current: None, total: None });
+        Self { detail, aux: Some(value), ..Self::NOTHING }
+    }
+
     /// The end, when the status has gone out already.
     pub fn error(error: &Error) -> Self {
         let message = error.message.clone();

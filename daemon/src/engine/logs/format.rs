@@ -4,6 +4,8 @@
 //! is not part of UTF-8 as `\ufffd`. A true U+FFFD stands as it is, so [`raw_length`] can tell from a line
 //! how many bytes the process wrote.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -13,8 +15,8 @@ use super::{Record, Stream};
 /// The longest line that a writer makes is about six times 16 KiB; a longer one is damage.
 pub(super) const MAX_LINE: usize = 256 << 10;
 
-/// Appends the line of `text`. `time` is a timestamp as text.
-pub(super) fn encode(out: &mut Vec<u8>, stream: Stream, time: &str, text: &[u8]) {
+/// Appends the line of `text`. `time` is a timestamp as text, `attributes` JSON or nothing.
+pub(super) fn encode(out: &mut Vec<u8>, stream: Stream, time: &str, text: &[u8], attributes: &str) {
     out.extend_from_slice(b"{");
     if !text.is_empty() {
         out.extend_from_slice(b"\"log\":\"");
@@ -23,7 +25,13 @@ pub(super) fn encode(out: &mut Vec<u8>, stream: Stream, time: &str, text: &[u8])
     }
     out.extend_from_slice(b"\"stream\":\"");
     out.extend_from_slice(name(stream).as_bytes());
-    out.extend_from_slice(b"\",\"time\":\"");
+    if !attributes.is_empty() {
+        out.extend_from_slice(b"\",\"attrs\":");
+        out.extend_from_slice(attributes.as_bytes());
+        out.extend_from_slice(b",\"time\":\"");
+    } else {
+        out.extend_from_slice(b"\",\"time\":\"");
+    }
     out.extend_from_slice(time.as_bytes());
     out.extend_from_slice(b"\"}\n");
 }
@@ -91,6 +99,8 @@ struct Line<'a> {
     #[serde(default, borrow)]
     log: std::borrow::Cow<'a, str>,
     stream: &'a str,
+    #[serde(default)]
+    attrs: BTreeMap<String, String>,
     time: Timestamp,
 }
 
@@ -101,6 +111,7 @@ pub(super) fn decode(line: &[u8]) -> Option<Record> {
         stream: stream(line.stream)?,
         time: line.time,
         bytes: Bytes::copy_from_slice(line.log.as_bytes()),
+        attributes: line.attrs,
     })
 }
 
@@ -139,7 +150,7 @@ mod tests {
 
     fn line(text: &[u8]) -> String {
         let mut out = Vec::new();
-        encode(&mut out, Stream::Stderr, "2026-01-02T03:04:05.6Z", text);
+        encode(&mut out, Stream::Stderr, "2026-01-02T03:04:05.6Z", text, "");
         String::from_utf8(out).unwrap()
     }
 
@@ -157,6 +168,16 @@ mod tests {
             assert_eq!(line(text), expected);
         }
         assert_eq!(line(b""), "{\"stream\":\"stderr\",\"time\":\"2026-01-02T03:04:05.6Z\"}\n");
+    }
+
+    #[test]
+    fn attributes_stand_beside_the_stream() {
+        let mut out = Vec::new();
+        encode(&mut out, Stream::Stdout, "2026-01-02T03:04:05Z", b"x\n", r#"{"a":"b"}"#);
+        let expected = r#"{"log":"x\n","stream":"stdout","attrs":{"a":"b"},"time":"2026-01-02T03:04:05Z"}"#;
+        assert_eq!(String::from_utf8(out.clone()).unwrap().trim_end(), expected);
+        assert_eq!(decode(&out).unwrap().attributes["a"], "b");
+        assert_eq!(raw_length(&out), Some((Stream::Stdout, 2)));
     }
 
     #[test]

@@ -9,11 +9,14 @@
 //!
 //! The file is the only record of what is safe: how many bytes of each stream it holds is counted again
 //! from it when a daemon adopts a running container ([`Log::resume`]), so an acknowledged byte is in the
-//! file exactly once, whenever the daemon dies. A last line that was torn by a crash is cut off. Bytes of an
+//! file exactly once, whenever the daemon dies (what is in files that are full is remembered: [`files`]). A last line that was torn by a crash is cut off. Bytes of an
 //! unfinished line stay unacknowledged until the line ends, is 16 KiB long, or the stream ends.
 
+mod files;
 mod format;
+mod forward;
 mod reader;
+mod settings;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -21,12 +24,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use jiff::Timestamp;
 pub use reader::Source;
+pub use settings::{DRIVERS, Settings, Subject, validate};
 pub use writer::{Durable, Log};
-
-use super::{Error, Result};
-
-/// The log drivers there are.
-pub const DRIVERS: [&str; 2] = ["json-file", "none"];
 
 /// A stdio stream; the number is stdcopy's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,6 +47,8 @@ pub struct Record {
     pub time: Timestamp,
     /// The text with its newline, if it has one. What was not UTF-8 has become U+FFFD, as in Docker's log.
     pub bytes: Bytes,
+    /// What the driver's options (`labels`, `env`, `tag`) say of the container, for `logs --details`.
+    pub attributes: BTreeMap<String, String>,
 }
 
 /// What to read.
@@ -65,34 +66,6 @@ pub struct ReadOptions {
     pub tail: Option<usize>,
     /// Go on with what comes until the container stops.
     pub follow: bool,
-}
-
-/// Whether a driver takes these options (`--log-opt`).
-///
-/// # Errors
-/// Invalid: no such driver, an option that it does not have, or one that Docker has and Bulkhead does not.
-pub fn validate(driver: &str, options: &BTreeMap<String, String>) -> Result<()> {
-    if !DRIVERS.contains(&driver) {
-        return Err(Error::invalid(format!("logger: no log driver named '{driver}' is registered")));
-    }
-    match (driver, options.iter().find(|(name, value)| !is_default(name, value))) {
-        (_, None) => Ok(()),
-        ("json-file", Some((name, value))) => match name.as_str() {
-            "max-size" | "max-file" | "compress" | "labels" | "labels-regex" | "env" | "env-regex"
-            | "tag" => Err(Error::invalid(format!(
-                "log option {name}={value} is not supported yet by the json-file driver here"
-            ))),
-            _ => Err(Error::invalid(format!("unknown log opt '{name}' for json-file log driver"))),
-        },
-        (_, Some((name, _))) => {
-            Err(Error::invalid(format!("unknown log opt '{name}' for {driver} log driver")))
-        }
-    }
-}
-
-/// Options that ask for what is done anyway.
-fn is_default(name: &str, value: &str) -> bool {
-    matches!((name, value), ("mode", "blocking" | "") | ("max-size", "-1") | ("max-file", "1"))
 }
 
 #[cfg(test)]

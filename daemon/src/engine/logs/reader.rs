@@ -2,14 +2,15 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
+    io::{self, BufRead, BufReader, Read},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use tokio::sync::{mpsc, watch};
 
-use super::{ReadOptions, Record, Stream, format, writer::Progress};
+use super::{ReadOptions, Record, Stream, files, format, writer::Progress};
 use crate::engine::{Error, Result};
 
 /// Blocks in which a file is searched backwards.
@@ -22,13 +23,13 @@ pub struct Source {
     pub(super) path: Option<PathBuf>,
     pub(super) progress: Option<watch::Receiver<Progress>>,
     /// Nothing behind this place is read.
-    pub(super) end: Option<u64>,
+    pub(super) frozen: Option<Progress>,
 }
 
 impl Source {
     /// The log of a container that does not run; it need not exist yet.
-    pub fn stopped(driver: &str, path: &Path) -> Self {
-        Self { path: (driver != "none").then(|| path.to_owned()), progress: None, end: None }
+    pub fn stopped(keeps: bool, path: &Path) -> Self {
+        Self { path: keeps.then(|| path.to_owned()), progress: None, frozen: None }
     }
 
     /// Starts reading; records come in the log's order. It ends when everything asked for was sent, when
@@ -41,9 +42,9 @@ impl Source {
             return Err(Error::not_implemented("configured logging driver does not support reading"));
         };
         let (records, receiver) = mpsc::channel(64);
-        let (progress, end) = (self.progress, self.end);
+        let (progress, frozen) = (self.progress, self.frozen);
         tokio::spawn(async move {
-            if let Err(error) = run(path, progress, end, options, records).await {
+            if let Err(error) = run(path, progress, frozen, options, records).await {
                 tracing::warn!(%error, "a log could not be read");
             }
         });
@@ -54,20 +55,31 @@ impl Source {
 async fn run(
     path: PathBuf,
     mut progress: Option<watch::Receiver<Progress>>,
-    fixed_end: Option<u64>,
+    frozen: Option<Progress>,
     options: ReadOptions,
     records: mpsc::Sender<Record>,
 ) -> io::Result<()> {
-    let mut cursor = Cursor { file: None, at: None, options };
+    let mut cursor = Cursor { path: path.clone(), place: None, options };
     loop {
-        let now = progress.as_mut().map(|progress| *progress.borrow_and_update());
-        let mut end = fixed_end.or(now.map(|progress| progress.committed));
+        let now = progress.as_mut().map(|progress| progress.borrow_and_update().clone());
+        let running = now.as_ref().is_some_and(|progress| progress.running);
+        let end = match frozen.clone().or(now) {
+            Some(end) => end,
+            None => {
+                let path = path.clone();
+                let stopped = tokio::task::spawn_blocking(move || end_of_stopped(&path));
+                match stopped.await.map_err(io::Error::other)?? {
+                    Some(end) => end,
+                    None => return Ok(()),
+                }
+            }
+        };
         // A batch at a time: a client that does not read must not keep a thread.
         loop {
-            let read_path = path.clone();
+            let until = end.clone();
             let batch;
             (cursor, batch) = tokio::task::spawn_blocking(move || {
-                let batch = cursor.read_to(&read_path, end);
+                let batch = cursor.read_to(&until);
                 (cursor, batch)
             })
             .await
@@ -79,7 +91,7 @@ async fn run(
                 }
             }
             match batch.then {
-                Then::More(same_end) => end = Some(same_end),
+                Then::More => {}
                 Then::Pause => break,
                 Then::Enough => return Ok(()),
             }
@@ -87,7 +99,7 @@ async fn run(
                 return Ok(());
             }
         }
-        if !cursor.options.follow || !now.is_some_and(|progress| progress.running) {
+        if !cursor.options.follow || !running {
             return Ok(());
         }
         let Some(progress) = progress.as_mut() else { return Ok(()) };
@@ -97,6 +109,18 @@ async fn run(
             () = sleep_until(cursor.options.until) => return Ok(()),
         }
     }
+}
+
+/// Where the log of a container that does not run ends; None: there is none.
+fn end_of_stopped(path: &Path) -> io::Result<Option<Progress>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let number = files::numbers(path)?.last().map_or(1, |last| last.saturating_add(1));
+    let committed = last_line_end(&file, 0, file.metadata()?.len())?;
+    Ok(Some(Progress { file: Some(Arc::new(file)), number, committed, running: false }))
 }
 
 /// Waits for a time of the wall clock; for ever when there is none.
@@ -109,10 +133,17 @@ async fn sleep_until(time: Option<jiff::Timestamp>) {
 
 /// A place in a log, and what is wanted of it.
 struct Cursor {
-    file: Option<File>,
+    path: PathBuf,
     /// None before the first read.
-    at: Option<u64>,
+    place: Option<Place>,
     options: ReadOptions,
+}
+
+/// A place in one of a log's files.
+struct Place {
+    file: Arc<File>,
+    number: u64,
+    at: u64,
 }
 
 /// How many bytes of a log are read at once.
@@ -125,8 +156,8 @@ struct Batch {
 }
 
 enum Then {
-    /// There is more before this end.
-    More(u64),
+    /// There is more before the end.
+    More,
     /// All was read up to the end.
     Pause,
     /// The reader wants nothing that is still to come.
@@ -134,40 +165,38 @@ enum Then {
 }
 
 impl Cursor {
-    /// Reads some of what lies between the cursor and `end` (None: the file's last whole line), and moves on.
-    fn read_to(&mut self, path: &Path, end: Option<u64>) -> io::Result<Batch> {
-        let file = match self.file.take() {
-            Some(file) => file,
-            None => match File::open(path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    return Ok(Batch { records: Vec::new(), then: Then::Pause });
-                }
-                Err(error) => return Err(error),
+    /// Reads some of what lies between the cursor and `end`, and moves on.
+    fn read_to(&mut self, end: &Progress) -> io::Result<Batch> {
+        let nothing = Batch { records: Vec::new(), then: Then::Pause };
+        let place = match &mut self.place {
+            Some(place) => place,
+            empty => match first_place(&self.path, end, self.options.tail)? {
+                Some(place) => empty.insert(place),
+                None => return Ok(nothing),
             },
         };
-        let file = self.file.insert(file);
-        let end = match end {
-            Some(end) => end,
-            None => last_line_end(file, 0, file.metadata()?.len())?,
-        };
-        let start = match (self.at, self.options.tail) {
-            (Some(at), _) => at,
-            (None, Some(lines)) => tail_start(file, end, lines)?,
-            (None, None) => 0,
-        };
-        file.seek(SeekFrom::Start(start))?;
-        let mut reader = BufReader::with_capacity(BLOCK, &*file).take(end.saturating_sub(start));
+        let current = place.number == end.number;
+        // A file that is full has nothing but whole lines.
+        let stop = if current { end.committed } else { place.file.metadata()?.len() };
+        let window = Window { file: &place.file, at: place.at, end: stop };
+        let mut reader = BufReader::with_capacity(BLOCK, window);
         let mut line = Vec::new();
         let mut records = Vec::new();
-        let mut at = start;
-        while at < start.saturating_add(BATCH) {
+        let start = place.at;
+        while place.at < start.saturating_add(BATCH) {
             let length = read_line(&mut reader, &mut line)?;
             if length == 0 {
-                self.at = Some(end);
-                return Ok(Batch { records, then: Then::Pause });
+                return Ok(match current || place.number > end.number {
+                    true => Batch { records, then: Then::Pause },
+                    false => {
+                        let next = next_place(&self.path, place.number, end)?;
+                        let then = if next.is_some() { Then::More } else { Then::Pause };
+                        self.place = next.or(self.place.take());
+                        Batch { records, then }
+                    }
+                });
             }
-            at += length;
+            place.at += length;
             // A damaged line is left out; the rest is still worth having.
             let Some(record) = format::decode(&line) else { continue };
             if self.options.until.is_some_and(|until| record.time > until) {
@@ -180,8 +209,71 @@ impl Cursor {
                 records.push(record);
             }
         }
-        self.at = Some(at);
-        Ok(Batch { records, then: Then::More(end) })
+        Ok(Batch { records, then: Then::More })
+    }
+}
+
+/// Where reading begins: at the oldest file's beginning, or so many lines before the end.
+fn first_place(path: &Path, end: &Progress, tail: Option<usize>) -> io::Result<Option<Place>> {
+    let Some(file) = &end.file else { return Ok(None) };
+    let current = |at| Some(Place { file: Arc::clone(file), number: end.number, at });
+    let full = files::numbers(path)?.into_iter().filter(|number| *number < end.number);
+    let Some(lines) = tail else {
+        for number in full {
+            if let Some(file) = files::open_full(path, number)? {
+                return Ok(Some(Place { file: Arc::new(file), number, at: 0 }));
+            }
+        }
+        return Ok(current(0));
+    };
+    let mut left = lines;
+    match tail_start(file, end.committed, left)? {
+        Ok(at) => return Ok(current(at)),
+        Err(found) => left -= found,
+    }
+    let mut place = current(0);
+    let full: Vec<u64> = full.collect();
+    for number in full.into_iter().rev() {
+        if left == 0 {
+            break;
+        }
+        let Some(file) = files::open_full(path, number)? else { break };
+        let length = file.metadata()?.len();
+        let (at, found) = match tail_start(&file, length, left)? {
+            Ok(at) => (at, left),
+            Err(found) => (0, found),
+        };
+        left -= found;
+        place = Some(Place { file: Arc::new(file), number, at });
+    }
+    Ok(place)
+}
+
+/// The beginning of the next file after that of the number, None when there is none yet.
+fn next_place(path: &Path, after: u64, end: &Progress) -> io::Result<Option<Place>> {
+    for number in files::numbers(path)?.into_iter().filter(|number| *number > after && *number < end.number) {
+        if let Some(file) = files::open_full(path, number)? {
+            return Ok(Some(Place { file: Arc::new(file), number, at: 0 }));
+        }
+    }
+    let current = |file: &Arc<File>| Place { file: Arc::clone(file), number: end.number, at: 0 };
+    Ok(end.file.as_ref().map(current))
+}
+
+/// A part of a file that others read and write too: it has a place of its own.
+struct Window<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+}
+
+impl Read for Window<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.end.saturating_sub(self.at)).unwrap_or(usize::MAX);
+        let length = left.min(buffer.len());
+        let read = self.file.read_at(&mut buffer[..length], self.at)?;
+        self.at += read as u64;
+        Ok(read)
     }
 }
 
@@ -198,19 +290,22 @@ fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<u64> {
 
 /// Where the last whole line between `from` and `end` ends.
 pub(super) fn last_line_end(file: &File, from: u64, end: u64) -> io::Result<u64> {
-    Ok(newline_from_end(file, from, end, 1)?.unwrap_or(from))
+    Ok(newline_from_end(file, from, end, 1)?.0.unwrap_or(from))
 }
 
-/// Where the last `lines` lines before `end` begin.
-fn tail_start(file: &File, end: u64, lines: usize) -> io::Result<u64> {
+/// Where the last `lines` lines before `end` begin; an error is how many lines there are, fewer than that.
+fn tail_start(file: &File, end: u64, lines: usize) -> io::Result<std::result::Result<u64, usize>> {
     if lines == 0 {
-        return Ok(end);
+        return Ok(Ok(end));
     }
-    Ok(newline_from_end(file, 0, end, lines.saturating_add(1))?.unwrap_or(0))
+    let (at, left) = newline_from_end(file, 0, end, lines.saturating_add(1))?;
+    // The newline before the first line is none of the file's.
+    Ok(at.ok_or(lines.saturating_add(1) - left))
 }
 
-/// The place after the `nth` newline counted from `end` backwards, None when there are fewer after `from`.
-fn newline_from_end(file: &File, from: u64, end: u64, nth: usize) -> io::Result<Option<u64>> {
+/// The place after the `nth` newline counted from `end` backwards, None when there are fewer after `from`; and how
+/// many were still to be found.
+fn newline_from_end(file: &File, from: u64, end: u64, nth: usize) -> io::Result<(Option<u64>, usize)> {
     let mut block = vec![0; BLOCK];
     let mut left = nth;
     let mut at = end;
@@ -221,10 +316,10 @@ fn newline_from_end(file: &File, from: u64, end: u64, nth: usize) -> io::Result<
         for (offset, _) in part.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n') {
             left -= 1;
             if left == 0 {
-                return Ok(Some(begin + offset as u64 + 1));
+                return Ok((Some(begin + offset as u64 + 1), 0));
             }
         }
         at = begin;
     }
-    Ok(None)
+    Ok((None, left))
 }

@@ -41,7 +41,7 @@ async fn texts(source: Source, options: ReadOptions) -> Vec<String> {
 #[test]
 fn the_file_is_that_of_docker() {
     let fixture = fixture();
-    let (log, run) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, run) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     assert_eq!(run, 0);
     assert_eq!(log.append(Stream::Stdout, b"one\ntw", at(0)).unwrap(), 4);
     assert_eq!(log.append(Stream::Stderr, b"err\n", at(1)).unwrap(), 4);
@@ -60,7 +60,7 @@ fn the_file_is_that_of_docker() {
 #[tokio::test]
 async fn a_long_line_comes_in_parts_of_one_time() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     let line = [&[b'x'; 40_000][..], b"\nnext\n"].concat();
     for (second, chunk) in line.chunks(5000).enumerate() {
         log.append(Stream::Stdout, chunk, at(i64::try_from(second).unwrap())).unwrap();
@@ -75,13 +75,13 @@ async fn a_long_line_comes_in_parts_of_one_time() {
 #[tokio::test]
 async fn tail_since_until_and_streams() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     for second in 0..6 {
         let stream = if second % 2 == 0 { Stream::Stdout } else { Stream::Stderr };
         log.append(stream, format!("{second}\n").as_bytes(), at(second)).unwrap();
     }
     log.finish(at(9)).unwrap();
-    let source = || Source::stopped("json-file", &fixture.path);
+    let source = || Source::stopped(true, &fixture.path);
     for (options, expected) in [
         (BOTH, "0 1 2 3 4 5"),
         (ReadOptions { tail: Some(2), ..BOTH }, "4 5"),
@@ -105,7 +105,7 @@ async fn tail_since_until_and_streams() {
 #[tokio::test]
 async fn a_tail_reaches_over_many_blocks() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     for number in 0..5000 {
         log.append(Stream::Stdout, format!("line {number}\n").as_bytes(), at(0)).unwrap();
     }
@@ -116,7 +116,7 @@ async fn a_tail_reaches_over_many_blocks() {
 #[tokio::test]
 async fn followers_get_what_comes_and_end_with_the_run() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     log.append(Stream::Stdout, b"before\n", at(0)).unwrap();
     let mut records = log.source().read(ReadOptions { follow: true, ..BOTH }).unwrap();
     assert_eq!(records.recv().await.unwrap().bytes, "before\n");
@@ -131,7 +131,7 @@ async fn followers_get_what_comes_and_end_with_the_run() {
 #[tokio::test]
 async fn a_follower_ends_when_the_log_is_dropped_or_its_time_is_over() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     let past = ReadOptions { follow: true, until: Some(at(0)), ..BOTH };
     assert_eq!(collect(log.source().read(past).unwrap()).await, []);
     let records = log.source().read(ReadOptions { follow: true, ..BOTH }).unwrap();
@@ -142,8 +142,8 @@ async fn a_follower_ends_when_the_log_is_dropped_or_its_time_is_over() {
 #[tokio::test]
 async fn a_log_that_is_not_there_is_empty_and_none_cannot_be_read() {
     let fixture = fixture();
-    assert!(texts(Source::stopped("json-file", &fixture.path), BOTH).await.is_empty());
-    let (log, _) = Log::begin("none", &fixture.path).unwrap();
+    assert!(texts(Source::stopped(true, &fixture.path), BOTH).await.is_empty());
+    let (log, _) = Log::begin(&Settings::plain("none"), &fixture.path).unwrap();
     assert_eq!(log.append(Stream::Stdout, b"gone", at(0)).unwrap(), 4);
     assert!(!fixture.path.exists());
     assert_eq!(log.source().read(BOTH).unwrap_err().kind, crate::engine::ErrorKind::NotImplemented);
@@ -152,17 +152,17 @@ async fn a_log_that_is_not_there_is_empty_and_none_cannot_be_read() {
 #[test]
 fn a_restarted_daemon_counts_only_this_run_and_cuts_a_torn_line() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     log.append(Stream::Stdout, b"first run\n", at(0)).unwrap();
     log.finish(at(0)).unwrap();
-    let (log, run) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, run) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     log.append(Stream::Stdout, b"abc\n\xff\xfe\n", at(1)).unwrap();
     log.append(Stream::Stderr, b"de\nnot yet", at(1)).unwrap();
     drop(log);
     let mut file = std::fs::OpenOptions::new().append(true).open(&fixture.path).unwrap();
     let whole = file.stream_position().unwrap().max(file.metadata().unwrap().len());
     file.write_all(br#"{"log":"torn\n","stream":"std"#).unwrap();
-    let (log, durable) = Log::resume("json-file", &fixture.path, run).unwrap();
+    let (log, durable) = Log::resume(&Settings::plain("json-file"), &fixture.path, run).unwrap();
     assert_eq!(durable, Durable { stdout: 7, stderr: 3 });
     assert_eq!(file.metadata().unwrap().len(), whole);
     assert_eq!(log.append(Stream::Stdout, b"on\n", at(2)).unwrap(), 10);
@@ -173,18 +173,69 @@ fn a_restarted_daemon_counts_only_this_run_and_cuts_a_torn_line() {
     );
 }
 
+/// Small files, so that a few lines fill one.
+fn rotating(max_files: usize, compress: bool) -> Settings {
+    let options: BTreeMap<String, String> = [
+        ("max-size".to_owned(), "100".to_owned()),
+        ("max-file".to_owned(), max_files.to_string()),
+        ("compress".to_owned(), compress.to_string()),
+    ]
+    .into();
+    let nobody = Subject { id: "", name: "", image: "", image_id: "", labels: &BTreeMap::new(), env: &[] };
+    Settings::of("json-file", &options, &nobody).unwrap()
+}
+
+#[tokio::test]
+async fn a_log_in_many_files_is_read_as_one() {
+    for compress in [false, true] {
+        let fixture = fixture();
+        let (log, _) = Log::begin(&rotating(4, compress), &fixture.path).unwrap();
+        let mut follower = log.source().read(ReadOptions { follow: true, ..BOTH }).unwrap();
+        // A line has some seventy bytes: two fill a file.
+        for number in 0..10 {
+            log.append(Stream::Stdout, format!("line {number}\n").as_bytes(), at(number)).unwrap();
+            assert_eq!(follower.recv().await.unwrap().bytes, format!("line {number}\n"));
+        }
+        log.settle();
+        let lines = |from: i32| (from..10).map(|number| format!("line {number}\n")).collect::<Vec<_>>();
+        assert_eq!(texts(log.source(), BOTH).await, lines(2), "three full files and the current one");
+        for tail in 0..9 {
+            let from = i32::try_from(10 - tail.min(8)).unwrap();
+            assert_eq!(texts(log.source(), ReadOptions { tail: Some(tail), ..BOTH }).await, lines(from));
+        }
+        let (frozen, unfinished) = log.snapshot(at(10));
+        log.append(Stream::Stdout, b"more\nmore\nmore\n", at(11)).unwrap();
+        assert_eq!(unfinished, []);
+        assert_eq!(texts(frozen, ReadOptions { tail: Some(1), ..BOTH }).await, lines(9));
+        drop(log);
+        let all = texts(Source::stopped(true, &fixture.path), BOTH).await;
+        assert!(all.ends_with(&["more\n".into(), "more\n".into(), "more\n".into()]), "{all:?}");
+    }
+}
+
 #[test]
-fn options_are_checked() {
-    let options = |name: &str, value: &str| BTreeMap::from([(name.to_owned(), value.to_owned())]);
-    assert!(validate("json-file", &BTreeMap::new()).is_ok());
-    assert!(validate("json-file", &options("mode", "blocking")).is_ok());
-    for (driver, name, message) in [
-        ("syslog", "tag", "logger: no log driver named 'syslog' is registered"),
-        ("json-file", "max-size", "log option max-size=1 is not supported yet by the json-file driver here"),
-        ("json-file", "nosuch", "unknown log opt 'nosuch' for json-file log driver"),
-        ("none", "tag", "unknown log opt 'tag' for none log driver"),
-    ] {
-        assert_eq!(validate(driver, &options(name, "1")).unwrap_err().message, message);
+fn what_is_in_full_files_is_still_counted_by_a_restarted_daemon() {
+    for max_files in [1, 3] {
+        let fixture = fixture();
+        let settings = rotating(max_files, false);
+        let (log, _) = Log::begin(&settings, &fixture.path).unwrap();
+        log.append(Stream::Stdout, b"an earlier run\n", at(0)).unwrap();
+        log.finish(at(0)).unwrap();
+        let (mut log, run) = Log::begin(&settings, &fixture.path).unwrap();
+        let mut sent = Durable::default();
+        for number in 0..12 {
+            let stream = if number % 3 == 0 { Stream::Stderr } else { Stream::Stdout };
+            let safe = log.append(stream, b"twelve bytes\nrest", at(number)).unwrap();
+            match stream {
+                Stream::Stderr => sent.stderr = safe,
+                _ => sent.stdout = safe,
+            }
+            drop(log);
+            let durable;
+            (log, durable) = Log::resume(&settings, &fixture.path, run).unwrap();
+            assert_eq!(durable, sent, "after line {number}");
+        }
+        assert!(files::numbers(&fixture.path).unwrap().len() < max_files.max(2));
     }
 }
 
@@ -198,13 +249,13 @@ proptest! {
         crash in 0..20_usize,
     ) {
         let fixture = fixture();
-        let (mut log, run) = Log::begin("json-file", &fixture.path).unwrap();
+        let (mut log, run) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
         let (mut sent, mut acknowledged) = (0, 0);
         for (number, piece) in pieces.iter().cycle().enumerate() {
             if number == crash {
                 drop(log);
                 let durable;
-                (log, durable) = Log::resume("json-file", &fixture.path, run).unwrap();
+                (log, durable) = Log::resume(&Settings::plain("json-file"), &fixture.path, run).unwrap();
                 prop_assert!(durable.stdout >= acknowledged);
                 sent = usize::try_from(durable.stdout).unwrap();
             }
@@ -225,7 +276,7 @@ proptest! {
 #[test]
 fn a_client_that_does_not_read_keeps_no_thread() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     for _ in 0..5000 {
         log.append(Stream::Stdout, b"a line\n", at(0)).unwrap();
     }
@@ -244,13 +295,13 @@ fn a_client_that_does_not_read_keeps_no_thread() {
 #[tokio::test]
 async fn a_log_of_many_batches_is_read_whole() {
     let fixture = fixture();
-    let (log, _) = Log::begin("json-file", &fixture.path).unwrap();
+    let (log, _) = Log::begin(&Settings::plain("json-file"), &fixture.path).unwrap();
     let line = [&[b'x'; 10_000][..], b"\n"].concat();
     for _ in 0..400 {
         log.append(Stream::Stdout, &line, at(0)).unwrap();
     }
     log.finish(at(1)).unwrap();
-    for source in [log.source(), Source::stopped("json-file", &fixture.path)] {
+    for source in [log.source(), Source::stopped(true, &fixture.path)] {
         let lengths: Vec<_> = texts(source, BOTH).await.iter().map(String::len).collect();
         assert_eq!(lengths, [10_001; 400]);
     }

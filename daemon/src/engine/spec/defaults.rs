@@ -5,12 +5,13 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{files, mounts, parse_security};
 use crate::{
-    api::types::{
-        container::{Config, CreateRequest, HostConfig},
-        network::NetworkingConfig,
-    },
+    api::types::container::{Config, CreateRequest, Healthcheck, HostConfig},
     config::Config as DaemonConfig,
-    engine::{Error, Result, container::signal, logs},
+    engine::{
+        Error, Result,
+        container::{health, signal},
+        logs,
+    },
 };
 
 /// Fills what the user left open from the image's config, by Docker's rules.
@@ -110,8 +111,7 @@ pub fn fill(request: &mut CreateRequest, id: &str, daemon: &DaemonConfig) {
         }
     };
     if matches!(host.network_mode.as_str(), "" | "default") {
-        // There is no bridge yet: without a word about networks a container has none.
-        host.network_mode = "none".into();
+        host.network_mode = if daemon.bridge { "bridge".into() } else { "none".into() };
     }
     or(&mut host.log_config.kind, &daemon.log_driver);
     let log_opts = host.log_config.config.get_or_insert_default();
@@ -165,7 +165,7 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
         files::extra_host(extra)?;
     }
     check_names(host)?;
-    Ok(warnings(config, host))
+    Ok(warnings(host))
 }
 
 /// Checks the daemon's own settings of containers, which would otherwise fail every one of them.
@@ -174,35 +174,6 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
 /// Invalid.
 pub fn validate_daemon(daemon: &DaemonConfig) -> Result<()> {
     super::resources::rlimits(&HostConfig::default(), daemon.ulimits.values()).map(drop)
-}
-
-/// Checks a request's endpoints in networks: there is but one network, `none`, in which nothing can be chosen.
-/// (Clients name the default network without wanting anything of it.)
-///
-/// # Errors
-/// No such network; an address, name or option that would be without effect.
-pub fn validate_networks(networks: &NetworkingConfig) -> Result<()> {
-    for (name, endpoint) in networks.endpoints_config.iter().flatten() {
-        if !matches!(name.as_str(), "" | "default" | "bridge" | "none") {
-            return Err(Error::not_found(format!("network {name} not found")));
-        }
-        let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
-        if some(&endpoint.aliases) {
-            return Err(Error::invalid(
-                "network-scoped alias is supported only for containers in user defined networks",
-            ));
-        }
-        let addresses = endpoint.ipam_config.as_ref().is_some_and(|ipam| {
-            !ipam.ipv4_address.is_empty() || !ipam.ipv6_address.is_empty() || some(&ipam.link_local_ips)
-        });
-        if addresses || !endpoint.mac_address.is_empty() || some(&endpoint.links) {
-            return Err(Error::not_implemented("addresses and links in networks are not supported yet"));
-        }
-        if endpoint.driver_opts.as_ref().is_some_and(|options| !options.is_empty()) {
-            return Err(Error::not_implemented("options of network drivers are not supported yet"));
-        }
-    }
-    Ok(())
 }
 
 /// Texts that end up in files and lists in the container: each must stay the one entry that it is.
@@ -247,11 +218,29 @@ fn check_config(config: &Config) -> Result<()> {
     if !config.stop_signal.is_empty() {
         signal::parse(&config.stop_signal)?;
     }
-    if !config.mac_address.is_empty() {
-        return Err(Error::not_implemented("--mac-address is not supported yet: there is no network"));
+    if let Some(check) = &config.healthcheck {
+        check_health(check)?;
     }
     if config.stop_timeout.is_some_and(|seconds| seconds < -1) {
         return Err(Error::invalid("stop timeout cannot be less than -1"));
+    }
+    Ok(())
+}
+
+fn check_health(check: &Healthcheck) -> Result<()> {
+    let shortest = i64::try_from(health::SHORTEST.as_nanos()).unwrap_or(i64::MAX);
+    for (name, value) in [
+        ("Interval", check.interval),
+        ("Timeout", check.timeout),
+        ("StartPeriod", check.start_period),
+        ("StartInterval", check.start_interval),
+    ] {
+        if value != 0 && value < shortest {
+            return Err(Error::invalid(format!("{name} in Healthcheck cannot be less than 1ms")));
+        }
+    }
+    if check.retries < 0 {
+        return Err(Error::invalid("Retries in Healthcheck cannot be negative"));
     }
     Ok(())
 }
@@ -263,17 +252,14 @@ fn check_modes(host: &HostConfig) -> Result<()> {
         )))
     };
     match host.network_mode.as_str() {
-        "none" => {}
         "host" => return vm("network host", "and the host's network cannot be shared across it"),
         mode if mode.starts_with("container:") => {
-            return Err(Error::not_implemented("--network container: is not supported yet"));
-        }
-        "bridge" => {
             return Err(Error::not_implemented(
-                "the bridge network is not supported yet; use --network none",
+                "--network container: is not supported yet: every container has a microVM of its own",
             ));
         }
-        name => return Err(Error::not_found(format!("network {name} not found"))),
+        // Whether there is such a network is the networks' to say.
+        _ => {}
     }
     for (option, mode) in [("pid", &host.pid_mode), ("ipc", &host.ipc_mode)] {
         match mode.as_str() {
@@ -311,11 +297,8 @@ fn check_not_there_yet(host: &HostConfig) -> Result<()> {
     if !host.cgroup.is_empty() {
         return Err(Error::invalid(format!("invalid cgroup mode: {}", host.cgroup)));
     }
-    if some(&host.links) {
-        return refuse("--link is");
-    }
-    if host.publish_all_ports || host.port_bindings.as_ref().is_some_and(|ports| !ports.is_empty()) {
-        return refuse("publishing ports (-p) is");
+    if some(&host.links) && matches!(host.network_mode.as_str(), "bridge" | "none") {
+        return refuse("links in the default network (--link without --network) are");
     }
     if host.storage_opt.as_ref().is_some_and(|options| options.keys().any(|name| name != "size")) {
         return Err(Error::invalid("--storage-opt is supported with size only"));
@@ -394,7 +377,7 @@ fn is_namespaced(sysctl: &str) -> bool {
         || (sysctl.starts_with("net.") && sysctl.bytes().all(|byte| byte.is_ascii_graphic()))
 }
 
-fn warnings(config: &Config, host: &HostConfig) -> Vec<String> {
+fn warnings(host: &HostConfig) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut warn = |holds: bool, text: &str| {
         if holds {
@@ -419,14 +402,6 @@ fn warnings(config: &Config, host: &HostConfig) -> Vec<String> {
     warn(
         host.memory > 0 && ![0, host.memory, host.memory.saturating_mul(2)].contains(&host.memory_swap),
         "Guests have no swap: memory is limited without swap.",
-    );
-    warn(
-        config
-            .healthcheck
-            .as_ref()
-            .and_then(|check| check.test.as_ref())
-            .is_some_and(|test| !test.is_empty() && test != &["NONE"]),
-        "Health checks are not supported yet: the container's health will not be known.",
     );
     warnings
 }

@@ -24,7 +24,7 @@ use std::{
 
 use bulkhead_agent_api::{GROUP_ADD_ANNOTATION, INIT_ANNOTATION, InjectedFile};
 pub(crate) use defaults::check_restart;
-pub use defaults::{command, fill, merge_image, validate, validate_daemon, validate_networks};
+pub use defaults::{command, fill, merge_image, validate, validate_daemon};
 pub(crate) use mounts::clean_target;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec};
 pub(crate) use resources::updated as updated_resources;
@@ -73,12 +73,25 @@ pub struct Facts<'a> {
     pub host: &'a HostConfig,
     /// The daemon's settings.
     pub daemon: &'a DaemonConfig,
-    /// Its own addresses, for `/etc/hosts`.
-    pub addresses: &'a [IpAddr],
+    /// What its networks put into its files.
+    pub network: &'a NetworkFacts,
     /// The text of the host's `/etc/resolv.conf`.
     pub resolv_conf: &'a str,
     /// What is mounted of the host: destination, the name of the share, whether read-only.
     pub binds: &'a [(String, String, bool)],
+}
+
+/// What a container's files say of its networks.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NetworkFacts {
+    /// Its own addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whether names are asked of the agent's resolver: they are the neighbours' too.
+    pub resolver: bool,
+    /// Whether it has a network at all.
+    pub connected: bool,
+    /// What `host-gateway` means.
+    pub host_gateway: Vec<IpAddr>,
 }
 
 /// What the agent needs to create a container, besides its root.
@@ -95,7 +108,7 @@ pub struct ContainerSpec {
 /// # Errors
 /// Those of [`validate`], for a record that was not validated.
 pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
-    let Facts { id, config, host, daemon, addresses, resolv_conf, binds } = *facts;
+    let Facts { id, config, host, daemon, network, resolv_conf, binds } = *facts;
     let (path, arguments) = command(config)?;
     let args = [vec![path], arguments].concat();
     let capabilities = capabilities::resolve(
@@ -144,7 +157,7 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
     if let Some(process) = spec.process_mut() {
         process.set_capabilities(Some(capability_sets(&capabilities)?));
     }
-    let mut files = files::files(hostname, &config.domainname, host, daemon, addresses, resolv_conf)?;
+    let mut files = files::files(hostname, &config.domainname, host, daemon, network, resolv_conf)?;
     files.push(self::files::machine_id(id));
     Ok(ContainerSpec { spec, files })
 }

@@ -5,7 +5,6 @@ use crate::{
     api::types::{
         Empty,
         container::{CreateRequest, Healthcheck, Mount, RestartPolicy},
-        network::{EndpointSettings, NetworkingConfig},
     },
     config::{Config as DaemonConfig, Options},
     engine::ErrorKind,
@@ -36,7 +35,7 @@ fn spec_of(mut request: CreateRequest) -> ContainerSpec {
         config: &request.config,
         host: &request.host_config,
         daemon: &daemon,
-        addresses: &[],
+        network: &NetworkFacts::default(),
         resolv_conf: "# host\nnameserver 192.0.2.1\nsearch example.org\noptions ndots:2\n",
         binds: &[],
     })
@@ -220,8 +219,11 @@ fn what_cannot_be_honoured_is_refused() {
             ErrorKind::Invalid,
             "--network host cannot be honoured",
         ),
-        (|r| r.host_config.network_mode = "bridge".into(), ErrorKind::NotImplemented, "the bridge network"),
-        (|r| r.host_config.network_mode = "mine".into(), ErrorKind::NotFound, "network mine not found"),
+        (
+            |r| r.host_config.network_mode = "container:x".into(),
+            ErrorKind::NotImplemented,
+            "--network container: is not supported",
+        ),
         (|r| r.host_config.pid_mode = "host".into(), ErrorKind::Invalid, "--pid host cannot be honoured"),
         (|r| r.host_config.pid_mode = "container:x".into(), ErrorKind::NotImplemented, "--pid container:"),
         (|r| r.host_config.ipc_mode = "odd".into(), ErrorKind::Invalid, "invalid IPC mode: odd"),
@@ -236,7 +238,6 @@ fn what_cannot_be_honoured_is_refused() {
             ErrorKind::NotImplemented,
             "mounts of type image",
         ),
-        (|r| r.host_config.publish_all_ports = true, ErrorKind::NotImplemented, "publishing ports"),
         (
             |r| r.host_config.device_requests = Some(vec![Default::default()]),
             ErrorKind::Invalid,
@@ -332,23 +333,4 @@ fn what_is_not_quite_honoured_is_told() {
     request.host_config.memory = 64 << 20;
     request.host_config.memory_swap = -1;
     assert_eq!(validate(&request.config, &request.host_config).unwrap().len(), 2);
-}
-
-#[test]
-fn what_a_network_is_asked_for_is_not_ignored() {
-    let asked = |name: &str, change: fn(&mut EndpointSettings)| {
-        let mut endpoint = EndpointSettings::default();
-        change(&mut endpoint);
-        let endpoints_config = Some([(name.to_owned(), endpoint)].into());
-        validate_networks(&NetworkingConfig { endpoints_config }).map_err(|error| error.kind)
-    };
-    for name in ["default", "none", "bridge"] {
-        assert_eq!(asked(name, |_| {}), Ok(()), "clients name it without wanting anything");
-    }
-    assert_eq!(asked("mine", |_| {}), Err(ErrorKind::NotFound));
-    assert_eq!(asked("none", |e| e.aliases = Some(strings(&["db"]))), Err(ErrorKind::Invalid));
-    assert_eq!(asked("none", |e| e.mac_address = "2::".into()), Err(ErrorKind::NotImplemented));
-    let address =
-        |e: &mut EndpointSettings| e.ipam_config.get_or_insert_default().ipv4_address = "1.2.3.4".into();
-    assert_eq!(asked("default", address), Err(ErrorKind::NotImplemented));
 }

@@ -41,8 +41,14 @@ impl Fixture {
         Self { dir, store }
     }
 
+    /// Unpacks a layer. One that unpacks gives its archive back, whatever the archive is.
     fn import(&self, archive: Archive) -> Result<LayerInfo, LayerError> {
-        self.store.import(&archive.finish()[..], &Limits::default())
+        let archive = archive.finish();
+        let info = self.store.import(&archive[..], &Limits::default())?;
+        let mut again = Vec::new();
+        self.store.archive(&info.diff_id).unwrap().read_to_end(&mut again).unwrap();
+        assert!(again == archive, "the archive is another");
+        Ok(info)
     }
 
     /// The tree of a layer that must unpack.
@@ -414,4 +420,47 @@ fn an_empty_stream_is_an_empty_layer() {
         let info = fixture.store.import(stream, &Limits::default()).unwrap();
         assert_eq!(tree(&fixture.store.path(&info.diff_id)).len(), 1);
     }
+}
+
+#[test]
+fn an_archive_comes_back_whatever_replaced_what() {
+    let fixture = Fixture::new();
+    let long = vec![7; 200_000];
+    let archive = Archive::new()
+        .dir("d")
+        .file("d/a", b"first")
+        .file("d/a", b"second")
+        .hard_link("b", "d/a")
+        .symlink("link", "d")
+        .file("link/c", &long)
+        .file("d/a", b"third")
+        // A directory gives way to a file, and all in it with it.
+        .dir("e/f")
+        .file("e/f/g", b"deep")
+        .file("e", b"flat")
+        .raw(&[0; 1024])
+        .raw(b"and something behind the end");
+    let info = fixture.import(archive).unwrap();
+    let layer = fixture.store.path(&info.diff_id);
+    let kept = layer.parent().unwrap().join("kept");
+    assert_eq!(fs::read_dir(&kept).unwrap().count(), 3, "what is replaced, and nothing else");
+
+    // What was tampered with does not pass for the archive.
+    fs::write(layer.join("d/a"), "THIRD").unwrap();
+    let mut archive = fixture.store.archive(&info.diff_id).unwrap();
+    assert!(archive.read_to_end(&mut Vec::new()).is_err());
+}
+
+#[test]
+fn a_layer_without_its_archive_says_so() {
+    let fixture = Fixture::new();
+    let info = fixture.import(Archive::new().file("a", b"x")).unwrap();
+    let layer = fixture.store.path(&info.diff_id);
+    assert!(!layer.parent().unwrap().join("kept").exists());
+    fs::remove_file(layer.parent().unwrap().join("archive.split")).unwrap();
+    assert!(
+        matches!(fixture.store.archive(&info.diff_id), Err(LayerError::NoArchive(id)) if id == info.diff_id)
+    );
+    let none = DiffId::from_bytes([0; 32]);
+    assert!(matches!(fixture.store.archive(&none), Err(LayerError::NotFound(_))));
 }

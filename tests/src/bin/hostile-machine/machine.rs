@@ -72,7 +72,7 @@ impl Machine {
                 block: vec![BlockConfig { id: DISK.into() }],
                 fs: vec![FsConfig { tag: TAG.into(), server: bulkhead_vmm_api::FsServer::Vmm }],
                 vsock: Some(VsockConfig { cid: 3, listener: inherit(&vsock)? }),
-                net: vec![NetConfig { id: NIC.into(), mac: [2, 0, 0, 0, 0, 1], tap: None, mtu: 1500 }],
+                net: vec![NetConfig { id: NIC.into() }],
                 rng: true,
                 balloon: true,
                 memory: Some(MemoryDeviceConfig { region_mib: 1024 }),
@@ -94,7 +94,8 @@ impl Machine {
         world.listen(&machine.dir.join("vsock"));
         let share = Request::AttachShare { tag: TAG.into(), name: SHARE.into(), kind: ShareKind::Layer };
         machine.done(&share, Some(&world.share()?))?;
-        machine.done(&Request::AttachTap { id: NIC.into() }, Some(&world.tap()?))?;
+        let tap = Request::AttachTap { id: NIC.into(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+        machine.done(&tap, Some(&world.tap()?))?;
         // The guest begins when its disk is there.
         machine.done(&Request::AttachDisk { id: DISK.into(), read_only: false }, Some(&world.disk()?))?;
         Ok(machine)

@@ -61,6 +61,12 @@ pub trait VirtioDevice: Send {
     /// Its id.
     fn device_type(&self) -> DeviceType;
 
+    /// Whether there is a device at all: an empty slot reads as device id 0, which drivers pass by (virtio
+    /// 1.3, 4.2.2).
+    fn present(&self) -> bool {
+        true
+    }
+
     /// The largest size of each queue; powers of two.
     fn queue_max_sizes(&self) -> &[u16];
 

@@ -190,7 +190,10 @@ impl MmioTransport {
         match offset {
             register::MAGIC => MAGIC_VALUE,
             register::VERSION => VERSION_2,
-            register::DEVICE_ID => self.port.device().device_type() as u32,
+            register::DEVICE_ID => {
+                let device = self.port.device();
+                if device.present() { device.device_type() as u32 } else { 0 }
+            }
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => half(self.port.device().features(), self.device_features_sel),
             register::QUEUE_SIZE_MAX => {

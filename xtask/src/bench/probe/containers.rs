@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use bulkhead_tests::http::Client;
+use bulkhead_tests::http::{Client, Stream};
 use serde_json::{Value, json};
 
 use super::memory;
@@ -61,7 +61,7 @@ impl Daemon {
         Ok(())
     }
 
-    fn create_idle(&self) -> Result<String> {
+    pub(super) fn create_idle(&self) -> Result<String> {
         let create = json!({
             "Image": "busybox",
             "Cmd": ["sleep", "100000"],
@@ -69,6 +69,32 @@ impl Daemon {
         });
         let created = self.api.json("POST", "/v1.41/containers/create", &create)?.success()?.json()?;
         Ok(created["Id"].as_str().context("no Id")?.to_owned())
+    }
+
+    /// Lists all containers, of which there are so many at least.
+    pub(super) fn list_all(&self, least: usize) -> Result<()> {
+        let list = self.api.request("GET", "/v1.41/containers/json?all=1", &[], b"")?.success()?.json()?;
+        let found = list.as_array().map_or(0, Vec::len);
+        if found < least { bail!("{found} containers are listed of {least}") } else { Ok(()) }
+    }
+
+    pub(super) fn inspect(&self, id: &str) -> Result<()> {
+        self.api.request("GET", &format!("/v1.41/containers/{id}/json"), &[], b"")?.success().map(drop)
+    }
+
+    /// Listens to tags' events.
+    pub(super) fn listen(&self) -> Result<Stream> {
+        let path = "/v1.41/events?filters=%7B%22event%22%3A%5B%22tag%22%5D%7D";
+        let (head, stream) = self.api.open("GET", path, &[], b"")?;
+        if head.status == 200 { Ok(stream) } else { bail!("events: status {}", head.status) }
+    }
+
+    /// Tags the image anew, which is an event.
+    pub(super) fn cause_event(&self) -> Result<()> {
+        self.api
+            .request("POST", "/v1.41/images/busybox/tag?repo=bench&tag=event", &[], b"")?
+            .success()
+            .map(drop)
     }
 
     fn start(&self, id: &str) -> Result<()> {
@@ -94,7 +120,7 @@ impl Daemon {
         Ok(answer.as_array().cloned().unwrap_or_default())
     }
 
-    fn remove(&self, ids: &[String]) -> Result<()> {
+    pub(super) fn remove(&self, ids: &[String]) -> Result<()> {
         at_once(AT_ONCE, ids, |id| {
             let path = format!("/v1.41/containers/{id}?force=1");
             self.api.request("DELETE", &path, &[], b"")?.success()?;

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod config;
+mod files;
 mod host_config;
 pub mod stats;
 
@@ -9,6 +10,7 @@ use std::collections::BTreeMap;
 
 pub use checkpoint::{CheckpointRequest, CheckpointSummary, ForkRequest, ForkedContainer};
 pub use config::{Config, Healthcheck};
+pub use files::{FileChange, PathStat};
 pub use host_config::{
     BindOptions, DeviceMapping, DeviceRequest, DriverConfig, HostConfig, ImageOptions, LogConfig, Mount,
     RestartPolicy, ThrottleDevice, TmpfsOptions, Ulimit, VolumeOptions, WeightDevice,

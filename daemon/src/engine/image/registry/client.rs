@@ -48,6 +48,8 @@ pub(crate) struct Outgoing {
     pub url: String,
     /// POST this form; else GET.
     pub form: Option<String>,
+    /// Another method, and what it carries. Never sent along a redirect.
+    pub upload: Option<(Method, Bytes)>,
     /// `Accept`, `Range`.
     pub headers: HeaderMap,
     /// `Authorization`: goes to this URL's host only.
@@ -61,7 +63,15 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     /// A GET.
     pub(crate) fn get(url: String, insecure: bool) -> Self {
-        Self { url, form: None, headers: HeaderMap::new(), authorization: None, insecure, retry: true }
+        Self {
+            url,
+            form: None,
+            upload: None,
+            headers: HeaderMap::new(),
+            authorization: None,
+            insecure,
+            retry: true,
+        }
     }
 }
 
@@ -124,9 +134,13 @@ impl Client {
     }
 
     async fn follow(&self, outgoing: &Outgoing) -> Result<Response<Incoming>, RegistryError> {
-        let method = if outgoing.form.is_some() { Method::POST } else { Method::GET };
+        let method = match (&outgoing.upload, &outgoing.form) {
+            (Some((method, _)), _) => method.clone(),
+            (None, Some(_)) => Method::POST,
+            (None, None) => Method::GET,
+        };
         let failed = |url: &str, cause: String| RegistryError::Transport {
-            method: if outgoing.form.is_some() { "Post" } else { "Get" },
+            method: go_name(&method),
             url: url.to_owned(),
             cause,
         };
@@ -141,6 +155,9 @@ impl Client {
                 *request.body_mut() = Full::from(form.clone());
                 let kind = HeaderValue::from_static("application/x-www-form-urlencoded");
                 request.headers_mut().insert(header::CONTENT_TYPE, kind);
+            }
+            if let Some((_, bytes)) = &outgoing.upload {
+                *request.body_mut() = Full::from(bytes.clone());
             }
             let agent = HeaderValue::from_static(concat!("bulkhead/", env!("CARGO_PKG_VERSION")));
             request.headers_mut().insert(header::USER_AGENT, agent);
@@ -157,7 +174,11 @@ impl Client {
                 Err(_) => return Err(failed(&url, "timeout awaiting response headers".to_owned())),
             };
             // A form carries secrets: where it is sent on to is not ours to know.
-            if !is_redirect(response.status()) || outgoing.form.is_some() {
+            let head = method == Method::HEAD;
+            if !is_redirect(response.status())
+                || outgoing.form.is_some()
+                || (outgoing.upload.is_some() && !head)
+            {
                 return Ok(response);
             }
             let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
@@ -190,6 +211,17 @@ impl Client {
             .entry(key.to_owned())
             .or_insert_with(|| http_client(&self.dialer, tls::verified(own.as_deref())))
             .clone()
+    }
+}
+
+/// As Go's client calls a method in its errors.
+fn go_name(method: &Method) -> &'static str {
+    match *method {
+        Method::POST => "Post",
+        Method::PUT => "Put",
+        Method::PATCH => "Patch",
+        Method::HEAD => "Head",
+        _ => "Get",
     }
 }
 
@@ -284,7 +316,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 }
 
 /// The URL that `location` means when it comes from `base`.
-fn join(base: &Uri, location: &str) -> Option<Uri> {
+pub(super) fn join(base: &Uri, location: &str) -> Option<Uri> {
     let location = location.split('#').next().unwrap_or_default();
     if location.starts_with("http://") || location.starts_with("https://") {
         return parse(location).ok();

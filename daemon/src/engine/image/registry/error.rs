@@ -97,6 +97,22 @@ impl RegistryError {
     }
 }
 
+impl RegistryError {
+    /// For the user who pushes `reference`.
+    pub fn for_push(self, reference: &Reference) -> Error {
+        match &self {
+            Self::Answer { code, .. } if matches!(code.as_str(), "DENIED" | "UNAUTHORIZED") => {
+                Error::forbidden(format!(
+                    "push access denied for {}, or a login is required: {self}",
+                    reference.repository().familiar()
+                ))
+            }
+            Self::Local(error) => error.clone(),
+            _ => Error::internal(self.to_string()),
+        }
+    }
+}
+
 #[derive(Deserialize)]
 struct Errors {
     #[serde(default)]

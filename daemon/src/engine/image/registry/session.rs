@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use hyper::body::Incoming;
 use serde::Deserialize;
 
@@ -28,11 +28,16 @@ pub struct Session<'a> {
     /// The path of the repository, `library/busybox`.
     path: String,
     credentials: Option<Credentials>,
+    /// What a token is to allow.
+    actions: &'static str,
     authorization: Mutex<Option<HeaderValue>>,
+    identity_token: Mutex<Option<String>>,
 }
 
 #[derive(Deserialize)]
 struct Token {
+    #[serde(default)]
+    refresh_token: String,
     #[serde(default)]
     token: String,
     #[serde(default)]
@@ -56,13 +61,38 @@ impl<'a> Session<'a> {
         path: &str,
         credentials: Option<&Credentials>,
     ) -> Result<Session<'a>, RegistryError> {
+        Self::open_for("pull", registries, endpoint, path, credentials).await
+    }
+
+    /// The same, for one who also wants to write there.
+    ///
+    /// # Errors
+    /// No registry answers.
+    pub async fn open_to_push(
+        registries: &'a Registries,
+        endpoint: Endpoint,
+        path: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<Session<'a>, RegistryError> {
+        Self::open_for("pull,push", registries, endpoint, path, credentials).await
+    }
+
+    async fn open_for(
+        actions: &'static str,
+        registries: &'a Registries,
+        endpoint: Endpoint,
+        path: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<Session<'a>, RegistryError> {
         let credentials = credentials.filter(|_| !endpoint.mirror).cloned();
         let session = Self {
             registries,
             endpoint,
             path: path.to_owned(),
             credentials,
+            actions,
             authorization: Mutex::default(),
+            identity_token: Mutex::default(),
         };
         let ping =
             Outgoing { retry: false, ..Outgoing::get(session.endpoint.url(""), session.endpoint.insecure) };
@@ -180,24 +210,57 @@ impl<'a> Session<'a> {
         path: &str,
         headers: HeaderMap,
     ) -> Result<Response<Incoming>, RegistryError> {
-        let mut outgoing = Outgoing::get(self.endpoint.url(path), self.endpoint.insecure);
-        outgoing.headers = headers;
-        outgoing.authorization = self.authorization();
+        let outgoing = Outgoing { headers, ..Outgoing::get(self.endpoint.url(path), self.endpoint.insecure) };
+        let response = self.send(outgoing).await?;
+        if response.status().is_success() { Ok(response) } else { Err(self.refusal(response).await) }
+    }
+
+    /// Asks for something else than a GET, as whoever we are; any status is an answer. Where the URL is another
+    /// server's, it is not told who.
+    pub(super) async fn ask(
+        &self,
+        method: Method,
+        url: String,
+        headers: HeaderMap,
+        bytes: Bytes,
+    ) -> Result<Response<Incoming>, RegistryError> {
+        // What changes something is tried again by whoever knows how far it came.
+        let retry = method == Method::HEAD;
+        let upload = Some((method, bytes));
+        self.send(Outgoing { headers, upload, retry, ..Outgoing::get(url, self.endpoint.insecure) }).await
+    }
+
+    async fn send(&self, mut outgoing: Outgoing) -> Result<Response<Incoming>, RegistryError> {
+        let ours = outgoing.url.starts_with(&self.endpoint.url(""));
+        if ours {
+            outgoing.authorization = self.authorization();
+        }
         let mut response = self.registries.client().send(&outgoing).await?;
-        if response.status() == StatusCode::UNAUTHORIZED && self.may_ask_again(&response) {
+        if ours && response.status() == StatusCode::UNAUTHORIZED && self.may_ask_again(&response) {
             self.authorize(response.headers()).await?;
             outgoing.authorization = self.authorization();
             response = self.registries.client().send(&outgoing).await?;
         }
-        if response.status().is_success() { Ok(response) } else { Err(self.refusal(response).await) }
+        Ok(response)
     }
 
     pub(super) fn registries(&self) -> &'a Registries {
         self.registries
     }
 
-    pub(super) fn path(&self) -> &str {
+    /// The repository's path.
+    pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// What a login gets instead of the password, once it is through.
+    pub(super) fn identity_token(&self) -> Option<String> {
+        self.identity_token.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether it is about no repository but about who we are.
+    fn is_login(&self) -> bool {
+        self.path.is_empty()
     }
 
     fn authorization(&self) -> Option<HeaderValue> {
@@ -211,7 +274,7 @@ impl<'a> Session<'a> {
         self.authorization().is_none() || !denied
     }
 
-    async fn refusal(&self, response: Response<Incoming>) -> RegistryError {
+    pub(super) async fn refusal(&self, response: Response<Incoming>) -> RegistryError {
         let idle = self.registries.client().patience().idle;
         refusal(response, idle).await
     }
@@ -265,6 +328,9 @@ impl<'a> Session<'a> {
         let token: Token = serde_json::from_slice(&body).map_err(|error| {
             self.failed(url.clone(), &format!("unable to decode token response: {error}"))
         })?;
+        if self.is_login() && !token.refresh_token.is_empty() {
+            *self.identity_token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token.refresh_token);
+        }
         let token = if token.token.is_empty() { token.access_token } else { token.token };
         if token.is_empty() {
             Err(self.failed(url, "authorization server did not include a token in the response"))
@@ -289,19 +355,23 @@ impl<'a> Session<'a> {
         if realm.starts_with("http:") && !insecure {
             return Err(self.failed(realm.to_owned(), "a token server without TLS is not trusted"));
         }
-        let scope = format!("repository:{}:pull", self.path);
+        let scope = format!("repository:{}:{}", self.path, self.actions);
         if !credentials.identity_token.is_empty() {
-            let form = [
+            let mut form = vec![
                 ("grant_type", "refresh_token"),
                 ("service", bearer.service.as_str()),
                 ("client_id", "docker"),
                 ("scope", scope.as_str()),
                 ("refresh_token", credentials.identity_token.as_str()),
             ];
+            form.retain(|(name, _)| *name != "scope" || !self.is_login());
             let form = Some(query(&form));
             return Ok(Outgoing { form, ..Outgoing::get(realm.to_owned(), insecure) });
         }
-        let mut parameters = vec![("scope", scope.as_str())];
+        let mut parameters = match self.is_login() {
+            true => vec![("client_id", "docker"), ("offline_token", "true")],
+            false => vec![("scope", scope.as_str())],
+        };
         if !bearer.service.is_empty() {
             parameters.push(("service", bearer.service.as_str()));
         }
@@ -361,7 +431,7 @@ fn query(parameters: &[(&str, &str)]) -> String {
 }
 
 /// Percent-encodes all but what a query may always hold.
-fn encode(text: &str) -> String {
+pub(super) fn encode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'~') {

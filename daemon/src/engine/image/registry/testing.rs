@@ -232,6 +232,13 @@ impl TestRegistry {
         if path == "/token" {
             return token(&state, &auth, request.uri().query().unwrap_or(""));
         }
+        if path == "/v1/search" {
+            return plain(
+                StatusCode::OK,
+                r#"{"num_results":2,"results":[{"name":"official","is_official":true,"star_count":1},
+                    {"name":"starred","star_count":5,"description":"d"}]}"#,
+            );
+        }
         let below = path.strip_prefix("/v2/").unwrap_or("");
         if !below.is_empty()
             && let Some((status, retry)) = state.manners.refuse.pop_front()
@@ -299,7 +306,14 @@ impl TestRegistry {
 }
 
 fn token(state: &State, auth: &str, query: &str) -> Response<Body> {
-    assert!(query.contains("service=test%20registry") && query.contains("scope=repository%3A"), "{query}");
+    let login = query.contains("offline_token=true");
+    // A refresh token comes in a form, which is not looked into.
+    let known = query.is_empty();
+    assert!(known || query.contains("service=test%20registry"), "{query}");
+    assert!(known || login != query.contains("scope=repository%3A"), "{query}");
+    if known {
+        return plain(StatusCode::OK, r#"{"access_token":"secret-token","expires_in":300}"#);
+    }
     if let Some((user, password)) = state.manners.tokens.as_ref().filter(|(_, password)| !password.is_empty())
     {
         use base64::Engine as _;
@@ -308,7 +322,10 @@ fn token(state: &State, auth: &str, query: &str) -> Response<Body> {
             return error(401, "UNAUTHORIZED", "incorrect username or password");
         }
     }
-    plain(StatusCode::OK, r#"{"token":"secret-token","expires_in":300}"#)
+    match login {
+        true => plain(StatusCode::OK, r#"{"token":"secret-token","refresh_token":"identity"}"#),
+        false => plain(StatusCode::OK, r#"{"token":"secret-token","expires_in":300}"#),
+    }
 }
 
 fn blob(manners: &mut Manners, bytes: &Bytes, range: &str) -> Response<Body> {

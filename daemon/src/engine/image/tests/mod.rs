@@ -1,5 +1,6 @@
 //! The image store as a whole, without the rest of the daemon.
 
+mod asking;
 mod load;
 mod pull;
 mod real;

@@ -6,8 +6,15 @@
 //! ```
 //!
 //! Every frame has a `virtio_net_hdr_v1` before it on both sides, so checksums and segmentation are the host
-//! kernel's work: it checks the headers that the guest writes. The tap comes when it comes; until then the
-//! link is down, and what the guest sends is dropped.
+//! kernel's work: it checks the headers that the guest writes.
+//!
+//! ```text
+//!   empty ──attach──▶ link up ──detach──▶ link down ──driver resets──▶ empty
+//!     no device          ▲                    │
+//!                        └──────attach────────┘
+//! ```
+//! The tap comes when it comes, and with it who the device is: its address and its MTU. Until then there is
+//! no device. While the link is down, what the guest sends is dropped.
 //!
 //! The device watches the tap, edge-triggered, through an epoll of its own, since a tap can come after the
 //! worker has asked for the event sources, and since a tap with frames and a guest without buffers must not
@@ -18,7 +25,8 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
 };
 
-use bulkhead_vmm_api::{NetConfig, RateLimits, Traffic};
+use bulkhead_vmm_api::{RateLimits, Traffic};
+use serde::{Deserialize, Serialize};
 use tap::{HEADER, Link, Offloads, Tap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -89,17 +97,32 @@ const LONGEST: u64 = HEADER as u64 + ETHERNET + 65_535;
 const MIN_MTU: u16 = 68;
 const LINK_UP: u16 = 1;
 const CONFIG_BYTES: usize = 12;
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
 
 /// Tokens in the device's epoll.
 const TOKEN_WAKE: u64 = 0;
 const TOKEN_LINK: u64 = 1;
 const TOKEN_LIMITER: u64 = 2;
 
+/// What the guest sees of a device besides its link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetIdentity {
+    /// A unicast MAC address.
+    pub mac: [u8; 6],
+    /// At least 68.
+    pub mtu: u16,
+}
+
+impl NetIdentity {
+    fn is_valid(self) -> bool {
+        self.mac[0] & 1 == 0 && self.mac != [0; 6] && self.mtu >= MIN_MTU
+    }
+}
+
 /// The device.
 pub struct Net {
-    mac: [u8; 6],
-    mtu: u16,
+    /// None: the slot is empty.
+    identity: Option<NetIdentity>,
     link: Option<Box<dyn Link>>,
     /// The link may have frames: an edge was seen, and no read has found it empty since.
     readable: bool,
@@ -111,21 +134,17 @@ pub struct Net {
 }
 
 impl Net {
-    /// A device with its link down. A tap that the configuration names is attached by the caller.
+    /// An empty slot.
     ///
     /// # Errors
-    /// The MTU is less than 68, or no epoll, eventfd or timer could be made.
-    pub fn new(config: &NetConfig) -> io::Result<Self> {
-        if config.mtu < MIN_MTU {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an MTU of less than 68"));
-        }
+    /// No epoll, eventfd or timer could be made.
+    pub fn new() -> io::Result<Self> {
         let (epoll, wake, limiter) = (Epoll::new()?, Wake::new()?, RateLimiter::new()?);
         for (fd, token) in [(wake.as_raw_fd(), TOKEN_WAKE), (limiter.as_raw_fd(), TOKEN_LIMITER)] {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))?;
         }
         Ok(Self {
-            mac: config.mac,
-            mtu: config.mtu,
+            identity: None,
             link: None,
             readable: false,
             receiver: Receiver::default(),
@@ -136,16 +155,16 @@ impl Net {
         })
     }
 
-    /// Gives the slot its tap; the guest sees the link come up.
+    /// Gives the slot its tap. A driver that has the device already sees the link come up.
     ///
     /// # Errors
-    /// The slot has one, or this is not a tap opened with `IFF_NO_PI | IFF_VNET_HDR`, or the kernel refused
-    /// to set it up. The slot is as it was.
-    pub fn attach(&mut self, tap: OwnedFd) -> Result<(), AttachError> {
+    /// The slot has one, or this is not a tap opened with `IFF_NO_PI | IFF_VNET_HDR`, or the identity is not
+    /// valid, or the kernel refused to set it up. The slot is as it was.
+    pub fn attach(&mut self, tap: OwnedFd, identity: NetIdentity) -> Result<(), AttachError> {
         if self.link.is_some() {
             return Err(AttachError::Occupied);
         }
-        self.attach_link(Box::new(Tap::new(tap)?))
+        self.attach_link(Box::new(Tap::new(tap)?), identity)
     }
 
     /// Gives the slot a socket for a link, each datagram of it a header with its frame.
@@ -153,11 +172,15 @@ impl Net {
     pub(crate) fn attach_socket(
         &mut self,
         socket: std::os::unix::net::UnixDatagram,
+        identity: NetIdentity,
     ) -> Result<(), AttachError> {
-        self.attach_link(Box::new(tap::Cable(socket)))
+        self.attach_link(Box::new(tap::Cable(socket)), identity)
     }
 
-    fn attach_link(&mut self, mut link: Box<dyn Link>) -> Result<(), AttachError> {
+    fn attach_link(&mut self, mut link: Box<dyn Link>, identity: NetIdentity) -> Result<(), AttachError> {
+        if !identity.is_valid() {
+            return Err(AttachError::Identity);
+        }
         let setup = |context| move |source| AttachError::Setup { context, source };
         if let Some(active) = &self.active {
             link.set_offloads(offloads(active.features)).map_err(setup("TUNSETOFFLOAD"))?;
@@ -165,10 +188,34 @@ impl Net {
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, TOKEN_LINK);
         let fd = link.as_fd().as_raw_fd();
         self.epoll.ctl(ControlOperation::Add, fd, event).map_err(setup("EPOLL_CTL_ADD"))?;
+        self.identity = Some(identity);
         self.link = Some(link);
         self.readable = true;
         self.link_changed();
         Ok(())
+    }
+
+    /// Takes the tap away; whether there was one.
+    pub fn detach(&mut self) -> bool {
+        let Some(link) = self.link.take() else { return false };
+        // It is closed below, and with that leaves the set in any case.
+        let fd = link.as_fd().as_raw_fd();
+        let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        self.readable = false;
+        self.vacate();
+        self.link_changed();
+        true
+    }
+
+    /// A device with neither link nor driver is none.
+    fn vacate(&mut self) {
+        if self.link.is_none() && self.active.is_none() {
+            self.identity = None;
+        }
+    }
+
+    fn mtu(&self) -> u16 {
+        self.identity.map_or(0, |identity| identity.mtu)
     }
 
     /// Limits it from now on.
@@ -190,20 +237,21 @@ impl Net {
         let mut config = [0; CONFIG_BYTES];
         let mut put =
             |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.mac);
+        put(0, &self.identity.map_or([0; 6], |identity| identity.mac));
         put(6, &self.link.as_ref().map_or(0, |_| LINK_UP).to_le_bytes());
         put(8, &1u16.to_le_bytes());
-        put(10, &self.mtu.to_le_bytes());
+        put(10, &self.mtu().to_le_bytes());
         config
     }
 
     /// Moves frames to the guest while there are both frames and buffers.
     fn receive(&mut self) -> Result<(), DeviceError> {
+        let mtu = self.mtu();
         let (Some(active), Some(link)) = (&mut self.active, &self.link) else { return Ok(()) };
         if !self.readable {
             return Ok(());
         }
-        let layout = layout(active.features, self.mtu);
+        let layout = layout(active.features, mtu);
         let Activation { queues, resources, .. } = active;
         let Some(queue) = queues.get_mut(RX) else { return Ok(()) };
         let limiter = &mut self.limiter;
@@ -273,6 +321,10 @@ impl VirtioDevice for Net {
         DeviceType::Net
     }
 
+    fn present(&self) -> bool {
+        self.identity.is_some()
+    }
+
     fn queue_max_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
@@ -287,6 +339,9 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         common::require_queues(&activation)?;
+        if self.identity.is_none() {
+            return Err(DeviceError::Invalid("there is no device in the slot".to_owned()));
+        }
         if let Some(link) = &mut self.link {
             let set = link.set_offloads(offloads(activation.features));
             set.map_err(|source| DeviceError::Backend { context: "TUNSETOFFLOAD", source })?;
@@ -298,6 +353,7 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.active = None;
         self.receiver = Receiver::default();
+        self.vacate();
         self.limiter.reset();
     }
 
@@ -337,17 +393,23 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        common::save(self, STATE_VERSION, self.active.as_ref(), &[self.receiver.held()], ())
+        common::save(self, STATE_VERSION, self.active.as_ref(), &[self.receiver.held()], self.identity)
     }
 
     fn restore(&mut self, state: &[u8], resources: Resources) -> Result<(), DeviceError> {
-        let (active, ()) = common::restore(self, STATE_VERSION, state, resources)?;
+        let (active, identity): (_, Option<NetIdentity>) =
+            common::restore(self, STATE_VERSION, state, resources)?;
+        if identity.is_some_and(|identity| !identity.is_valid()) || (active.is_some() && identity.is_none()) {
+            return Err(DeviceError::Invalid("saved state: not a device's address or MTU".to_owned()));
+        }
         if let (Some(link), Some(active)) = (&mut self.link, &active) {
             let set = link.set_offloads(offloads(active.features));
             set.map_err(|source| DeviceError::Backend { context: "TUNSETOFFLOAD", source })?;
         }
         self.receiver = Receiver::default();
         self.active = active;
+        // A tap that came first has brought the device's new address.
+        self.identity = self.identity.or(identity);
         self.link_changed();
         Ok(())
     }

@@ -16,6 +16,9 @@ pub enum AttachError {
     /// The slot has a tap.
     #[error("the slot has a tap already")]
     Occupied,
+    /// Not a unicast address, or an MTU of less than 68.
+    #[error("not a unicast MAC address, or an MTU of less than 68")]
+    Identity,
     /// Not a tap with `IFF_NO_PI` and `IFF_VNET_HDR`.
     #[error("not a tap opened with IFF_NO_PI and IFF_VNET_HDR")]
     NotATap,

@@ -33,8 +33,13 @@ impl Link for Cable {
 const RX_BUFFERS: u64 = 0x10_0000;
 const TX_BUFFERS: u64 = 0x20_0000;
 
-fn config() -> NetConfig {
-    NetConfig { id: "net0".to_owned(), mac: [2, 0, 0, 1, 2, 3], tap: None, mtu: 1500 }
+const IDENTITY: NetIdentity = NetIdentity { mac: [2, 0, 0, 1, 2, 3], mtu: 1500 };
+
+/// A device whose link is down.
+fn unplugged() -> Net {
+    let mut net = Net::new().unwrap();
+    net.identity = Some(IDENTITY);
+    net
 }
 
 fn cable() -> (Box<Cable>, UnixDatagram) {
@@ -45,9 +50,9 @@ fn cable() -> (Box<Cable>, UnixDatagram) {
 }
 
 fn connected(features: u64) -> (Bench<Net>, UnixDatagram) {
-    let mut bench = Bench::new(Net::new(&config()).unwrap());
+    let mut bench = Bench::new(unplugged());
     let (cable, far) = cable();
-    bench.device.attach_link(cable).unwrap();
+    bench.device.attach_link(cable, IDENTITY).unwrap();
     bench.activate(features);
     (bench, far)
 }
@@ -56,8 +61,8 @@ fn active() -> Bench<Net> {
     let (cable, far) = cable();
     // Never read, never closed.
     std::mem::forget(far);
-    let mut bench = Bench::new(Net::new(&config()).unwrap());
-    bench.device.attach_link(cable).unwrap();
+    let mut bench = Bench::new(unplugged());
+    bench.device.attach_link(cable, IDENTITY).unwrap();
     bench.activate(FEATURES);
     bench
 }
@@ -217,7 +222,7 @@ fn a_frame_of_many_parts_is_sent_whole() {
 
 #[test]
 fn the_link_is_down_until_there_is_a_tap() {
-    let mut bench = Bench::new(Net::new(&config()).unwrap());
+    let mut bench = Bench::new(unplugged());
     bench.activate(FEATURES);
     let mut configuration = [0; 12];
     bench.device.read_config(0, &mut configuration);
@@ -235,7 +240,7 @@ fn the_link_is_down_until_there_is_a_tap() {
     let (cable, far) = cable();
     let offloads = Arc::clone(&cable.offloads);
     far.send(&packet(60)).unwrap();
-    bench.device.attach_link(cable).unwrap();
+    bench.device.attach_link(cable, IDENTITY).unwrap();
     assert_eq!(bench.interrupt.status(), 2);
     assert_eq!(*offloads.lock().unwrap(), Some(Offloads { checksum: true, tso4: true, tso6: true }));
     bench.device.read_config(6, &mut configuration[..2]);
@@ -247,10 +252,10 @@ fn the_link_is_down_until_there_is_a_tap() {
 
 #[test]
 fn only_what_the_driver_takes_is_offloaded() {
-    let mut bench = Bench::new(Net::new(&config()).unwrap());
+    let mut bench = Bench::new(unplugged());
     let (cable, _far) = cable();
     let offloads = Arc::clone(&cable.offloads);
-    bench.device.attach_link(cable).unwrap();
+    bench.device.attach_link(cable, IDENTITY).unwrap();
     assert_eq!(*offloads.lock().unwrap(), None);
     bench.activate(VIRTIO_F_VERSION_1 | feature::GUEST_CSUM | feature::GUEST_TSO6);
     assert_eq!(*offloads.lock().unwrap(), Some(Offloads { checksum: true, tso4: false, tso6: true }));
@@ -258,12 +263,56 @@ fn only_what_the_driver_takes_is_offloaded() {
 
 #[test]
 fn only_taps_are_attached() {
-    let mut net = Net::new(&config()).unwrap();
+    let mut net = unplugged();
     for file in ["/dev/null", "/proc/self/exe"] {
         let fd = std::fs::File::open(file).unwrap().into();
-        assert!(matches!(net.attach(fd), Err(AttachError::NotATap)), "{file}");
+        assert!(matches!(net.attach(fd, IDENTITY), Err(AttachError::NotATap)), "{file}");
     }
-    assert!(Net::new(&NetConfig { mtu: 67, ..config() }).is_err());
+    for identity in [
+        NetIdentity { mtu: 67, ..IDENTITY },
+        NetIdentity { mac: [1, 0, 0, 0, 0, 1], ..IDENTITY },
+        NetIdentity { mac: [0; 6], ..IDENTITY },
+    ] {
+        assert!(matches!(net.attach_link(cable().0, identity), Err(AttachError::Identity)));
+    }
+}
+
+#[test]
+fn a_slot_holds_a_device_from_the_first_tap_until_its_driver_has_let_go() {
+    let mut bench = Bench::new(Net::new().unwrap());
+    assert!(!bench.device.present());
+    assert!(!bench.device.detach());
+    bench.device.attach_link(cable().0, IDENTITY).unwrap();
+    assert!(bench.device.present());
+    bench.activate(FEATURES);
+    assert!(bench.device.detach());
+    assert!(bench.device.present(), "its driver is there");
+    let mut status = [9; 2];
+    bench.device.read_config(6, &mut status);
+    assert_eq!(status, [0, 0]);
+    bench.device.reset();
+    assert!(!bench.device.present());
+
+    // The next one is another device.
+    let other = NetIdentity { mac: [2, 9, 9, 9, 9, 9], mtu: 9000 };
+    bench.device.attach_link(cable().0, other).unwrap();
+    let mut configuration = [0; 12];
+    bench.device.read_config(0, &mut configuration);
+    assert_eq!(configuration, [2, 9, 9, 9, 9, 9, 1, 0, 1, 0, 0x28, 0x23]);
+}
+
+#[test]
+fn a_restored_device_takes_the_address_of_its_new_tap() {
+    let (bench, _far) = connected(FEATURES);
+    let state = bench.device.save().unwrap();
+    let mut empty = Net::new().unwrap();
+    empty.restore(&state, bench.resources()).unwrap();
+    assert_eq!(empty.identity, Some(IDENTITY));
+    let other = NetIdentity { mac: [2, 9, 9, 9, 9, 9], mtu: 1400 };
+    let mut plugged = Net::new().unwrap();
+    plugged.attach_link(cable().0, other).unwrap();
+    plugged.restore(&state, bench.resources()).unwrap();
+    assert_eq!(plugged.identity, Some(other));
 }
 
 #[test]
@@ -274,8 +323,8 @@ fn hostile_drivers_are_survived() {
     hostile::notices_corrupt_rings(RX, || {
         let (cable, far) = cable();
         far.send(&packet(60)).unwrap();
-        let mut bench = Bench::new(Net::new(&config()).unwrap());
-        bench.device.attach_link(cable).unwrap();
+        let mut bench = Bench::new(unplugged());
+        bench.device.attach_link(cable, IDENTITY).unwrap();
         bench.activate(FEATURES);
         bench
     });
@@ -284,8 +333,8 @@ fn hostile_drivers_are_survived() {
         for length in [14, 60, 1500, 40_000] {
             far.send(&packet(length)).unwrap();
         }
-        let mut bench = Bench::new(Net::new(&config()).unwrap());
-        bench.device.attach_link(cable).unwrap();
+        let mut bench = Bench::new(unplugged());
+        bench.device.attach_link(cable, IDENTITY).unwrap();
         bench.activate(FEATURES);
         bench
     });
@@ -309,9 +358,9 @@ fn malformed_receive_buffers_come_back_empty() {
 
 #[test]
 fn held_buffers_are_saved_as_not_taken() {
-    let fresh = Net::new(&config()).unwrap().save().unwrap();
+    let fresh = unplugged().save().unwrap();
     let (mut bench, far) = connected(FEATURES);
-    Net::new(&config()).unwrap().restore(&fresh, bench.resources()).unwrap();
+    unplugged().restore(&fresh, bench.resources()).unwrap();
 
     provide(&mut bench, 0, 100, 1536);
     far.send(&packet(60)).unwrap();
@@ -321,15 +370,15 @@ fn held_buffers_are_saved_as_not_taken() {
     let state = bench.device.save().unwrap();
 
     let resources = bench.resources();
-    bench.device = Net::new(&config()).unwrap();
+    bench.device = unplugged();
     bench.device.restore(&state, resources).unwrap();
     let (cable, far) = cable();
-    bench.device.attach_link(cable).unwrap();
+    bench.device.attach_link(cable, IDENTITY).unwrap();
     far.send(&packet(100)).unwrap();
     bench.device.source_event(0).unwrap();
     assert_eq!(bench.queue(RX).used(), [(1, 112)]);
     transmits(&mut bench, &far);
-    assert!(Net::new(&config()).unwrap().restore(&state[1..], bench.resources()).is_err());
+    assert!(unplugged().restore(&state[1..], bench.resources()).is_err());
 }
 
 #[test]
@@ -397,8 +446,8 @@ fn a_real_tap_carries_frames() {
     // SAFETY: address and length belong together.
     assert_eq!(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) }, 0);
 
-    let mut bench = Bench::new(Net::new(&config()).unwrap());
-    bench.device.attach(tap.into()).unwrap();
+    let mut bench = Bench::new(unplugged());
+    bench.device.attach(tap.into(), IDENTITY).unwrap();
     bench.activate(FEATURES);
     let mut frame = vec![0xff; 6];
     frame.extend([2, 0, 0, 1, 2, 3, 0x88, 0xb5]);

@@ -1,47 +1,19 @@
-//! A tar reader for hostile archives: ustar, GNU and PAX, as Go's `archive/tar` reads them (which is what
-//! Docker reads layers with), one pass, no seeking, every length capped before memory is taken for it.
-//!
-//! ```text
-//!  archive := { [meta records: L K x g] header [data, padded to 512] } two zero blocks, anything
-//! ```
-//!
-//! The general tar crates read long names and PAX records whole at whatever length the archive names, so
-//! they are not used here.
+//! Reads an archive entry by entry, as Go's `archive/tar` reads it (which is what Docker reads layers with).
 
-mod header;
-mod pax;
+use std::io::{self, Read};
 
-use std::io::Read;
-
-pub(super) use header::Kind;
-use header::{BLOCK, Header};
-use pax::Pax;
-
-use super::{LayerError, stream::Stream};
+use super::{
+    Entry, Error,
+    header::{BLOCK, Header, Kind},
+    pax::Pax,
+};
 
 /// The longest meta record (a long name, a set of PAX records): 1 MiB, as Go has it.
 const MAX_META: u64 = 1 << 20;
 
-/// One file of an archive.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
-    /// The name, as the archive has it.
-    pub(super) name: Vec<u8>,
-    /// What it is.
-    pub(super) kind: Kind,
-    /// Permissions, set-id and sticky bits; no file type.
-    pub(super) mode: u32,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    /// Seconds and nanoseconds since the Unix epoch.
-    pub(super) mtime: (i64, u32),
-    /// From `SCHILY.xattr.*` records, in the archive's order.
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-}
-
 /// Reads an archive entry by entry.
-pub(super) struct Reader<R> {
-    stream: Stream<R>,
+pub struct Reader<R> {
+    source: R,
     /// Bytes of the current entry's data that have not been read.
     data: u64,
     /// Bytes of padding after them.
@@ -57,12 +29,20 @@ struct Overrides {
 }
 
 impl<R: Read> Reader<R> {
-    pub(super) fn new(stream: Stream<R>) -> Self {
-        Self { stream, data: 0, padding: 0 }
+    /// At an archive's beginning.
+    pub fn new(source: R) -> Self {
+        Self { source, data: 0, padding: 0 }
     }
 
     /// The next entry, or None at the archive's end. Data of the one before that was not read is skipped.
-    pub(super) fn next(&mut self) -> Result<Option<Entry>, LayerError> {
+    ///
+    /// # Errors
+    /// [`Error`].
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an iterator's items could not borrow the reader's data"
+    )]
+    pub fn next(&mut self) -> Result<Option<Entry>, Error> {
         let mut overrides = Overrides::default();
         loop {
             self.skip_data()?;
@@ -78,29 +58,43 @@ impl<R: Read> Reader<R> {
         }
     }
 
+    /// Bytes of the current entry's data that have not been read.
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        self.data
+    }
+
     /// Reads data of the current entry; 0 at its end.
-    pub(super) fn read_data(&mut self, buffer: &mut [u8]) -> Result<usize, LayerError> {
+    ///
+    /// # Errors
+    /// The archive ends early, or the source fails.
+    pub fn read_data(&mut self, buffer: &mut [u8]) -> Result<usize, Error> {
         let wanted = usize::try_from(self.data).map_or(buffer.len(), |data| data.min(buffer.len()));
         if wanted == 0 {
             return Ok(0);
         }
-        let count = self.stream.read(&mut buffer[..wanted])?;
+        let count = read_some(&mut self.source, &mut buffer[..wanted])?;
         if count == 0 {
-            return Err(LayerError::Archive("it ends in the middle of a file".into()));
+            return Err(Error::Archive("it ends in the middle of a file".into()));
         }
         self.data -= count as u64;
         Ok(count)
     }
 
-    /// The stream, whose rest may still be read.
-    pub(super) fn into_stream(self) -> Stream<R> {
-        self.stream
+    /// What is read from.
+    pub fn source_mut(&mut self) -> &mut R {
+        &mut self.source
     }
 
-    fn entry(&mut self, header: &Header, overrides: Overrides) -> Result<Entry, LayerError> {
+    /// The source, whose rest may still be read.
+    pub fn into_source(self) -> R {
+        self.source
+    }
+
+    fn entry(&mut self, header: &Header, overrides: Overrides) -> Result<Entry, Error> {
         let Overrides { long_name, long_link, pax } = overrides;
         let name = pax.path.clone().or(long_name).unwrap_or_else(|| header.name());
-        let in_entry = |problem: String| entry_error(&name, problem);
+        let in_entry = |problem: String| Error::of_entry(&name, problem);
         if pax.sparse {
             return Err(in_entry("it is a sparse file in PAX form, which is not supported".into()));
         }
@@ -130,32 +124,32 @@ impl<R: Read> Reader<R> {
     }
 
     /// The next header block; None at the archive's end: two zero blocks, or no block at all.
-    fn header(&mut self) -> Result<Option<Header>, LayerError> {
+    fn header(&mut self) -> Result<Option<Header>, Error> {
         let Some(block) = self.block()? else { return Ok(None) };
         if block == [0; BLOCK] {
             return match self.block()? {
                 None => Ok(None),
                 Some(block) if block == [0; BLOCK] => Ok(None),
-                Some(_) => Err(LayerError::Archive("a lone zero block stands between entries".into())),
+                Some(_) => Err(Error::Archive("a lone zero block stands between entries".into())),
             };
         }
-        Header::read(block).map(Some).map_err(LayerError::Archive)
+        Header::read(block).map(Some).map_err(Error::Archive)
     }
 
-    fn block(&mut self) -> Result<Option<[u8; BLOCK]>, LayerError> {
+    fn block(&mut self) -> Result<Option<[u8; BLOCK]>, Error> {
         let mut block = [0; BLOCK];
-        match self.stream.read_full(&mut block)? {
+        match read_full(&mut self.source, &mut block)? {
             0 => Ok(None),
             BLOCK => Ok(Some(block)),
-            _ => Err(LayerError::Archive("it ends in the middle of a header".into())),
+            _ => Err(Error::Archive("it ends in the middle of a header".into())),
         }
     }
 
     /// The content of a meta record, whole.
-    fn meta(&mut self, header: &Header) -> Result<Vec<u8>, LayerError> {
-        let size = header.size().map_err(LayerError::Archive)?;
+    fn meta(&mut self, header: &Header) -> Result<Vec<u8>, Error> {
+        let size = header.size().map_err(Error::Archive)?;
         if size > MAX_META {
-            return Err(LayerError::Archive(format!(
+            return Err(Error::Archive(format!(
                 "a long name or PAX record has {size} bytes, over the limit of {MAX_META}"
             )));
         }
@@ -170,22 +164,38 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    fn skip_data(&mut self) -> Result<(), LayerError> {
+    fn skip_data(&mut self) -> Result<(), Error> {
         let mut chunk = vec![0; if self.data > 0 { 64 << 10 } else { 0 }];
         while self.read_data(&mut chunk)? > 0 {}
         let mut padding = [0; BLOCK];
         let wanted = usize::try_from(self.padding).unwrap_or(0).min(BLOCK);
         // Padding that is cut off at the very end is forgiven, as Go forgives it.
-        self.stream.read_full(&mut padding[..wanted])?;
+        read_full(&mut self.source, &mut padding[..wanted])?;
         self.padding = 0;
         Ok(())
     }
 }
 
-/// An error of one entry, its name cut to a length for people.
-pub(super) fn entry_error(name: &[u8], problem: impl Into<String>) -> LayerError {
-    let name = String::from_utf8_lossy(name).chars().take(200).collect();
-    LayerError::Entry { name, problem: problem.into() }
+/// Reads up to `buffer.len()` bytes; 0 at the source's end alone.
+fn read_some(source: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match source.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+/// Fills `buffer` as far as the source goes.
+fn read_full(source: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match read_some(source, &mut buffer[filled..])? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
 }
 
 /// A size and the padding after it.
@@ -195,7 +205,7 @@ fn padded(size: u64) -> (u64, u64) {
 }
 
 /// What stands before the first NUL.
-fn c_string(mut bytes: Vec<u8>) -> Vec<u8> {
+pub(super) fn c_string(mut bytes: Vec<u8>) -> Vec<u8> {
     let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
     bytes.truncate(end);
     bytes

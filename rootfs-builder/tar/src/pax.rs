@@ -1,8 +1,8 @@
 //! PAX extended headers: `<length> <key>=<value>\n`, the length counting itself.
 
-use super::super::LayerError;
+use super::Error;
 
-const XATTR: &[u8] = b"SCHILY.xattr.";
+pub(super) const XATTR: &[u8] = b"SCHILY.xattr.";
 
 /// The most extended attributes of one entry, and the most bytes of all their names and values: far more
 /// than a file of a layer can have. An archive may put any number of extended headers before an entry, so
@@ -25,18 +25,18 @@ pub(super) struct Pax {
 
 impl Pax {
     /// Adds the records of one extended header.
-    pub(super) fn extend(&mut self, mut content: &[u8]) -> Result<(), LayerError> {
+    pub(super) fn extend(&mut self, mut content: &[u8]) -> Result<(), Error> {
         while !content.is_empty() {
-            let (key, value, rest) = split_record(content)
-                .ok_or_else(|| LayerError::Archive("a PAX record is malformed".into()))?;
+            let (key, value, rest) =
+                split_record(content).ok_or_else(|| Error::Archive("a PAX record is malformed".into()))?;
             content = rest;
             self.record(key, value).ok_or_else(|| {
                 let key = String::from_utf8_lossy(key).chars().take(100).collect::<String>();
-                LayerError::Archive(format!("the value of PAX record {key:?} is not valid"))
+                Error::Archive(format!("the value of PAX record {key:?} is not valid"))
             })?;
             let bytes: usize = self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
             if self.xattrs.len() > MAX_XATTRS || bytes > MAX_XATTR_BYTES {
-                return Err(LayerError::Archive(format!(
+                return Err(Error::Archive(format!(
                     "an entry has over {MAX_XATTRS} extended attributes or {MAX_XATTR_BYTES} bytes of them"
                 )));
             }

@@ -1,19 +1,15 @@
 //! Names inside an archive, made safe to walk.
 
 /// The longest path in bytes: Linux's PATH_MAX without its NUL.
-pub(super) const MAX_PATH: usize = 4095;
+pub const MAX_PATH: usize = 4095;
 /// The longest name of one file: NAME_MAX.
-pub(super) const MAX_NAME: usize = 255;
+pub const MAX_NAME: usize = 255;
 /// How deep a path may go: removing a tree holds one file descriptor a level.
-pub(super) const MAX_DEPTH: usize = 256;
+pub const MAX_DEPTH: usize = 256;
 
-const WHITEOUT: &[u8] = b".wh.";
-const WHITEOUT_META: &[u8] = b".wh..wh.";
-const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
-
-/// A path below the layer's root: no `.`, no `..`, no empty component. The empty path is the root itself.
+/// A path below an archive's root: no `.`, no `..`, no empty component. The empty path is the root itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct EntryPath(Vec<u8>);
+pub struct EntryPath(Vec<u8>);
 
 impl EntryPath {
     /// Cleans an archive's name as Docker does: it is taken relative to the root even when it begins with a
@@ -21,7 +17,7 @@ impl EntryPath {
     ///
     /// # Errors
     /// Why the name cannot be used, for people.
-    pub(super) fn clean(name: &[u8]) -> Result<Self, String> {
+    pub fn clean(name: &[u8]) -> Result<Self, String> {
         if name.len() > MAX_PATH {
             return Err(format!("its name is longer than {MAX_PATH} bytes"));
         }
@@ -29,7 +25,7 @@ impl EntryPath {
         for component in name.split(|&byte| byte == b'/') {
             match component {
                 b"" | b"." => {}
-                b".." if path.0.is_empty() => return Err("it lies outside the layer's root".into()),
+                b".." if path.0.is_empty() => return Err("it lies outside the root".into()),
                 b".." => path = path.split().map_or_else(Self::default, |(parent, _)| parent),
                 _ => path.push(component)?,
             }
@@ -41,7 +37,7 @@ impl EntryPath {
     ///
     /// # Errors
     /// The component or the path is too long, or the component holds a NUL.
-    pub(super) fn push(&mut self, component: &[u8]) -> Result<(), String> {
+    pub fn push(&mut self, component: &[u8]) -> Result<(), String> {
         if component.contains(&0) {
             return Err("its name holds a NUL byte".into());
         }
@@ -62,7 +58,8 @@ impl EntryPath {
     }
 
     /// The directory and the name in it; None for the root.
-    pub(super) fn split(&self) -> Option<(Self, Vec<u8>)> {
+    #[must_use]
+    pub fn split(&self) -> Option<(Self, Vec<u8>)> {
         if self.0.is_empty() {
             return None;
         }
@@ -73,50 +70,18 @@ impl EntryPath {
     }
 
     /// The components, outermost first.
-    pub(super) fn components(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+    pub fn components(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
         self.0.split(|&byte| byte == b'/').filter(|component| !component.is_empty())
     }
 
     /// The path as the kernel takes it relative to the root.
-    pub(super) fn as_bytes(&self) -> &[u8] {
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
         if self.0.is_empty() { b"." } else { &self.0 }
     }
 
     fn depth(&self) -> usize {
         self.components().count()
-    }
-}
-
-/// What a file's name means in a layer (OCI image specification, "Whiteouts").
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Name {
-    /// A file of that name.
-    Plain(Vec<u8>),
-    /// `.wh.<name>`: that name of the layers below is gone.
-    Whiteout(Vec<u8>),
-    /// `.wh..wh..opq`: nothing of the layers below shows in this directory.
-    Opaque,
-    /// AUFS's own bookkeeping, which no layer's consumer looks at.
-    Ignored,
-}
-
-impl Name {
-    /// Reads a name.
-    ///
-    /// # Errors
-    /// A whiteout of no possible name, for people.
-    pub(super) fn read(name: &[u8]) -> Result<Self, String> {
-        if name == WHITEOUT_OPAQUE {
-            return Ok(Self::Opaque);
-        }
-        if name.starts_with(WHITEOUT_META) {
-            return Ok(Self::Ignored);
-        }
-        match name.strip_prefix(WHITEOUT) {
-            Some(b"" | b"." | b"..") => Err("it is a whiteout of no file".into()),
-            Some(hidden) => Ok(Self::Whiteout(hidden.to_vec())),
-            None => Ok(Self::Plain(name.to_vec())),
-        }
     }
 }
 
@@ -159,16 +124,5 @@ mod tests {
         assert!(EntryPath::clean(&b"a/".repeat(MAX_DEPTH + 1)).is_err());
         assert!(EntryPath::clean(&b"/".repeat(MAX_PATH + 1)).is_err());
         assert!(EntryPath::clean(b"a\0b").is_err());
-    }
-
-    #[test]
-    fn whiteouts_are_recognised() {
-        assert_eq!(Name::read(b".wh.a"), Ok(Name::Whiteout(b"a".to_vec())));
-        assert_eq!(Name::read(b".wh..wh..opq"), Ok(Name::Opaque));
-        assert_eq!(Name::read(b".wh..wh.plnk"), Ok(Name::Ignored));
-        assert_eq!(Name::read(b"wh.a"), Ok(Name::Plain(b"wh.a".to_vec())));
-        for none in [&b".wh."[..], b".wh..", b".wh..."] {
-            assert!(Name::read(none).is_err());
-        }
     }
 }

@@ -15,7 +15,7 @@ pub(super) const BLOCK: usize = 512;
 
 /// What an entry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::layers) enum Kind {
+pub enum Kind {
     /// A regular file; its data follow.
     File,
     /// A directory.
@@ -34,14 +34,17 @@ pub(in crate::layers) enum Kind {
 
 /// A device number, each part in the range that Linux has for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::layers) struct Device {
-    pub(in crate::layers) major: u32,
-    pub(in crate::layers) minor: u32,
+pub struct Device {
+    /// At most 12 bits.
+    pub major: u32,
+    /// At most 20 bits.
+    pub minor: u32,
 }
 
 impl Device {
     /// As Linux's 32-bit "new" encoding (`new_encode_dev` in its `kdev_t.h`).
-    pub(in crate::layers) fn encode(self) -> u32 {
+    #[must_use]
+    pub const fn encode(self) -> u32 {
         (self.minor & 0xff) | (self.major << 8) | ((self.minor & !0xff) << 12)
     }
 }
@@ -139,7 +142,7 @@ impl Header {
     }
 
     fn text(&self, field: Range<usize>) -> Vec<u8> {
-        super::c_string(self.0[field].to_vec())
+        super::reader::c_string(self.0[field].to_vec())
     }
 
     fn unsigned(&self, field: Range<usize>, what: &str) -> Result<u64, String> {
