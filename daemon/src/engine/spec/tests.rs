@@ -212,7 +212,7 @@ fn an_image_fills_what_is_open() {
 #[test]
 fn what_cannot_be_honoured_is_refused() {
     type Change = fn(&mut CreateRequest);
-    let cases: [(Change, ErrorKind, &str); 34] = [
+    let cases: [(Change, ErrorKind, &str); 32] = [
         (
             |r| r.host_config.network_mode = "host".into(),
             ErrorKind::Invalid,
