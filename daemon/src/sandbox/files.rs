@@ -105,7 +105,7 @@ impl Outgoing {
                 let head = (chunk.len() as u32).to_le_bytes();
                 writer.write_all_buf(&mut Buf::chain(&head[..], chunk)).await?;
             }
-            Ok(())
+            Ok::<(), TransferError>(())
         };
         tokio::select! {
             biased;

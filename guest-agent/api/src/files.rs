@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::AgentError;
 
 /// The guest port on which the agent takes transfers.
-pub const FILES_PORT: u32 = 1026;
+pub const FILES_PORT: u32 = 1027;
 
 /// The longest chunk, in bytes.
 pub const MAX_CHUNK: usize = 64 << 10;

@@ -86,7 +86,7 @@ fn an_archive_stays_below_the_root_and_keeps_kinds_when_asked() {
     for bad in ["../evil", "a/../../evil"] {
         assert!(unpack(&root, "/t", ANY, &archive(&[file(bad)])).is_err(), "{bad}");
     }
-    let hard = (("hard"), Kind::HardLink(b"../u/in".to_vec()), b"".as_slice());
+    let hard = ("hard", Kind::HardLink(b"../u/in".to_vec()), b"".as_slice());
     assert!(unpack(&root, "/t", ANY, &archive(&[hard])).is_err());
 
     let keep = Options { keep_kinds: true, owner: None };

@@ -146,7 +146,8 @@ fn whatever_a_file_is_comes_back_as_it_went() -> Test {
     builder.append_link(&mut header(EntryType::Link, 0), "hard", &long)?;
     builder.append_link(&mut header(EntryType::Symlink, 0), "soft", "s".repeat(150))?;
     let mut device = header(EntryType::Char, 0);
-    (device.set_device_major(1)?, device.set_device_minor(3)?);
+    device.set_device_major(1)?;
+    device.set_device_minor(3)?;
     builder.append_data(&mut device, "null", &b""[..])?;
     builder.append_data(&mut header(EntryType::Fifo, 0), "fifo", &b""[..])?;
     // A megabyte of nothing between two bytes.

@@ -61,7 +61,7 @@ fn udp4(ends: (&[u8], &[u8]), from: &[u8], to: &[u8], ports: (u16, u16), label: 
     header.extend([0, 0, 0, 0, 64, 17, 0, 0]);
     header.extend([from, to].concat());
     let words = header.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
-    let sum = words.fold(0, |sum, word| sum + word);
+    let sum = words.sum::<u32>();
     let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
     header[10..12].copy_from_slice(&sum.to_be_bytes());
     let mut segment = Vec::new();

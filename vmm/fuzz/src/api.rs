@@ -12,7 +12,7 @@ use bulkhead_daemon::config::{Config, Options};
 use bulkhead_daemon::engine::events::FILTER_KEYS;
 use bulkhead_daemon::engine::image::{Credentials, Platform, Reference};
 use bulkhead_daemon::engine::logs;
-use bulkhead_daemon::engine::spec::{self, Facts};
+use bulkhead_daemon::engine::spec::{self, Facts, NetworkFacts};
 use bulkhead_vmm::fuzzing::Target;
 
 pub(super) const TARGETS: [(&str, Target); 5] = [
@@ -89,8 +89,7 @@ fn create(bytes: &[u8]) {
     let Ok(mut request) = CreateRequest::from_slice(bytes) else { return };
     let id = "ab".repeat(32);
     spec::fill(&mut request, &id, daemon);
-    let CreateRequest { config, host_config, networking_config } = &request;
-    let _ = spec::validate_networks(networking_config);
+    let CreateRequest { config, host_config, .. } = &request;
     let options = host_config.log_config.config.clone().unwrap_or_default();
     let _ = logs::validate(&host_config.log_config.kind, &options);
     if spec::validate(config, host_config).is_ok() {
@@ -99,7 +98,7 @@ fn create(bytes: &[u8]) {
             config,
             host: host_config,
             daemon,
-            addresses: &[],
+            network: &NetworkFacts::default(),
             resolv_conf: "nameserver 192.0.2.1\n",
         };
         let made = spec::container(&facts).expect("what is valid can be made");

@@ -51,9 +51,6 @@ pub(super) fn config(bytes: &[u8]) {
     if let Some(vsock) = &mut config.devices.vsock {
         made.put(&mut vsock.listener, stream());
     }
-    for tap in config.devices.net.iter_mut().filter_map(|net| net.tap.as_mut()) {
-        made.put(tap, null());
-    }
     let mut inherited = Inherited::default();
     let taken = config::take_report(&config, &mut inherited)
         .and_then(|_| config::check(config.clone(), &mut inherited));

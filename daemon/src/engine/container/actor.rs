@@ -64,7 +64,7 @@ enum Report {
 
 /// What has come of a change of networks.
 enum Wired {
-    Connected(Arc<Network>, Attachment, Result<Option<Endpoint>>, Reply<()>),
+    Connected(Arc<Network>, Box<Attachment>, Result<Option<Endpoint>>, Reply<()>),
     Disconnected(String, Result<()>, Reply<()>),
 }
 
@@ -486,16 +486,16 @@ impl Actor {
                 answer(reply, Err(error));
             }
             (Command::Connect(network, attachment, reply), None) => {
-                self.connect(network, attachment, reply).await
+                self.connect(network, attachment, reply).await;
             }
             (Command::Disconnect { network, force, reply }, None) => {
-                self.disconnect(network, force, reply).await
+                self.disconnect(network, force, reply).await;
             }
             _ => {}
         }
     }
 
-    async fn connect(&mut self, network: Arc<Network>, attachment: Attachment, reply: Reply<()>) {
+    async fn connect(&mut self, network: Arc<Network>, attachment: Box<Attachment>, reply: Reply<()>) {
         if self.record.networks.contains_key(&network.name) && self.workload.is_some() {
             return answer(
                 reply,
@@ -506,7 +506,7 @@ impl Actor {
             );
         }
         let mut next = self.record.clone();
-        next.networks.insert(network.name.clone(), attachment.clone());
+        next.networks.insert(network.name.clone(), (*attachment).clone());
         let Some(workload) = self.workload.clone() else {
             return answer(reply, self.keep(next).await);
         };
@@ -559,7 +559,7 @@ impl Actor {
                     );
                 }
                 let mut next = self.record.clone();
-                let attachment = Attachment { endpoint, ..attachment };
+                let attachment = Attachment { endpoint, ..*attachment };
                 next.networks.insert(network.name.clone(), attachment);
                 let kept = self.keep(next).await;
                 self.shared.networks.tell_connected(&network, &self.record.id);

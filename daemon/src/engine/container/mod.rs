@@ -85,7 +85,7 @@ pub(crate) enum Command {
     /// To a name that is reserved.
     Rename(String, Reply<()>),
     /// Into a network; answered when it is in.
-    Connect(Arc<Network>, Attachment, Reply<()>),
+    Connect(Arc<Network>, Box<Attachment>, Reply<()>),
     /// Out of a network; answered when it is out.
     Disconnect {
         /// The network, which may be gone: then its name.

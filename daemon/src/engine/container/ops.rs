@@ -161,7 +161,7 @@ impl Engine {
         }
         let settings = request.endpoint_config.unwrap_or_default();
         let attachment = network::attach::attachment(&network, &settings)?;
-        container.ask(|reply| Command::Connect(network, attachment, reply)).await?
+        container.ask(|reply| Command::Connect(network, Box::new(attachment), reply)).await?
     }
 
     /// Takes it out of a network, running or not.

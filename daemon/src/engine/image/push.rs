@@ -34,7 +34,7 @@ use super::{
         Begun, Credentials, RegistryError, Session,
         manifest::{Descriptor, Manifest},
     },
-    store::MAX_MANIFEST,
+    store::{MAX_MANIFEST, Pin},
 };
 use crate::engine::{Error, Result};
 
@@ -59,6 +59,16 @@ pub struct PushRequest {
 
 /// Forms in which a layer lies in registries: where, and as what.
 type Known = HashMap<DiffId, Vec<(Option<String>, Descriptor)>>;
+
+/// What is known of an image before it is sent.
+struct Prepared {
+    image: Arc<Image>,
+    /// Its configuration as it came.
+    config: Vec<u8>,
+    known: Known,
+    /// Keeps its layers.
+    pin: Pin,
+}
 
 impl ImageStore {
     /// Pushes; the messages are the progress and end with the push.
@@ -147,7 +157,7 @@ impl ImageStore {
         id: Digest,
         progress: &Progress,
     ) -> Result<(), RegistryError> {
-        let (image, config, known, pin) = {
+        let Prepared { image, config, known, pin } = {
             let (store, name) = (Arc::clone(self), name.clone());
             blocking(move || store.prepare(id, &name)).await.map_err(RegistryError::Local)?
         };
@@ -201,8 +211,7 @@ impl ImageStore {
     }
 
     /// What is to be known of an image before it is sent.
-    #[expect(clippy::type_complexity, reason = "four things that are used at once")]
-    fn prepare(&self, id: Digest, name: &Reference) -> Result<(Arc<Image>, Vec<u8>, Known, super::Pin)> {
+    fn prepare(&self, id: Digest, name: &Reference) -> Result<Prepared> {
         let missing = || Error::not_found(format!("No such image: {id}"));
         let image = self.store.catalog().get(&id).cloned().ok_or_else(missing)?;
         let pin = self.store.pin(image.config.layers());
@@ -242,7 +251,7 @@ impl ImageStore {
             }
         }
         drop(catalog);
-        Ok((image, config, known, pin))
+        Ok(Prepared { image, config, known, pin })
     }
 
     async fn push_layer(

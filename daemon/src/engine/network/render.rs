@@ -27,9 +27,7 @@ pub(super) fn inspect(network: &Network, containers: BTreeMap<String, EndpointRe
         enable_ipv6: network.ipv6,
         ipam: Ipam {
             driver: "default".into(),
-            options: (!bridge || network.is_predefined())
-                .then(|| None)
-                .unwrap_or_else(|| Some(network.ipam_options.clone())),
+            options: (bridge && !network.is_predefined()).then(|| network.ipam_options.clone()),
             config: bridge.then(|| network.subnets.iter().map(subnet).collect()),
         },
         internal: network.internal,

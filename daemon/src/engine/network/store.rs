@@ -90,7 +90,7 @@ mod tests {
         write(&layout, &network).unwrap();
         fs::write(layout.networks().join("00.json"), "{").unwrap();
         fs::copy(path(&layout, &network.id), path(&layout, &"ab".repeat(32))).unwrap();
-        assert_eq!(load(&layout).unwrap(), [network.clone()]);
+        assert_eq!(load(&layout).unwrap(), std::slice::from_ref(&network));
         assert!(layout.networks().join("00.damaged").exists());
         delete(&layout, &network.id).unwrap();
         delete(&layout, &network.id).unwrap();
