@@ -50,7 +50,7 @@ pub struct Daemon {
 }
 
 /// After so long, a little before the runner ends a test, the test's output gets the daemon's log.
-const HANGS_AFTER: Duration = Duration::from_secs(285);
+const HANGS_AFTER: Duration = Duration::from_secs(570);
 
 impl Daemon {
     /// Starts one and waits until it answers.

@@ -46,8 +46,9 @@ const fn marked() -> [u8; 64] {
 pub fn run(boot_params: u64) -> ! {
     cpu::take_over();
     let boot = boot::Boot::read(boot_params);
+    virtio::Machine::probe(boot.memory_end).wait_until_attached();
+    // Once more: a network slot is no device before it has its tap.
     let machine = virtio::Machine::probe(boot.memory_end);
-    machine.wait_until_attached();
     let (name, number) = boot.scenario();
     console::line(format_args!("scenario {name} {number}"));
     match scenarios::find(name) {

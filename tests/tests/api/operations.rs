@@ -34,8 +34,10 @@ fn every_operation_answers_in_dockers_form() -> Test {
         };
         let swarm = ["/swarm", "/nodes", "/services", "/tasks", "/secrets", "/configs"];
         let of_swarm = swarm.iter().any(|part| path.starts_with(part));
+        // Their container is in the query or the body, and has no name here; a registry's own words.
+        let elsewhere = ["/commit", "/networks/{id}/disconnect", "/distribution/{name}/json"];
         let expected = match status {
-            404 => text.contains(NOBODY) || method == "HEAD",
+            404 => text.contains(NOBODY) || method == "HEAD" || elsewhere.contains(&path),
             501 | 400 | 403 | 409 => true,
             // Docker Hub cannot be asked, and says so.
             500 => ["/auth", "/images/search", "/distribution/{name}/json", "/plugins/privileges"]

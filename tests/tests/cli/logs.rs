@@ -59,7 +59,9 @@ fn full_files_go_and_their_lines_with_them() -> Test {
     let docker = docker()?;
     for driver in ["json-file", "local"] {
         let options = ["--log-driver", driver, "--log-opt", "max-size=4k", "--log-opt", "max-file=3"];
-        let compress = ["--log-opt", "compress=true", "busybox", "seq", "1", "1000"];
+        // Files change between what was written at once, never within it.
+        let script = "for i in $(seq 0 50 950); do seq $((i + 1)) $((i + 50)); sleep 0.2; done";
+        let compress = ["--log-opt", "compress=true", "busybox", "sh", "-c", script];
         let container = docker.run_detached(&[&options[..], &compress].concat())?;
         container.docker(&["wait"])?;
         let text = container.docker(&["logs"])?;

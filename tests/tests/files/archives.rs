@@ -102,7 +102,8 @@ fn hostile_archives_are_refused_or_stay_in_the_container() -> Test {
             false,
             "! -e /t/odd",
         ),
-        ("half a header", raw().file("half", b"x").0[..700].to_vec(), false, "-d /t"),
+        ("half a header", raw().file("half", b"x").0[..300].to_vec(), false, "! -e /t/half"),
+        ("cut behind a file's content", raw().file("whole", b"x").0[..700].to_vec(), true, "-s /t/whole"),
         ("nothing", Vec::new(), true, "-d /t"),
         ("many", many.finish(), true, "-e /t/many/4999"),
         (

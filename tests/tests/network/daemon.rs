@@ -142,7 +142,7 @@ fn what_a_killed_daemon_left_is_removed_by_the_next() -> Test {
         daemon.kill()?;
         // The VMM dies too, and the network's record is lost.
         host.sh(
-            "kill -9 $(cat \"$1\"/s/*/identity | tail -n +2 | cut -d' ' -f1); rm \"$2/networks/$3.json\"",
+            "kill -9 $(tail -q -n +2 \"$1\"/s/*/identity | cut -d' ' -f1); rm \"$2/networks/$3.json\"",
             &[daemon.inner_socket().trim_end_matches("/d.sock"), &daemon.data_root(), &id],
         )?;
         host.sh("while ls /sys/class/net/$1/brif | grep -q .; do sleep 0.1; done", &[&bridge])?;

@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+// SAFETY: as the C library declares them.
 unsafe extern "C" {
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
     fn bind(socket: c_int, address: *const c_void, length: c_uint) -> c_int;

@@ -20,6 +20,9 @@ const SEND: &str = "cd $(mktemp -d); mkfifo copy; sha256sum <copy >sum & \
 /// for the connection's.)
 const RECEIVE: &str = "cd $(mktemp -d); mkfifo open; exec 3<>open; nc -l -p 99 <&3 | sha256sum";
 
+/// The host has the program as busybox's alone.
+const NC: &str = "nc() { busybox nc \"$@\"; };";
+
 /// Waits until somebody listens.
 const LISTENED: &str = "until grep -q ':0063 0*:0000 0A' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done";
 
@@ -61,12 +64,12 @@ fn what_is_sent_arrives_between_host_and_container() -> Test {
         "--format",
         "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}",
     ])?;
-    let sent = host()?.sh(SEND, &[&mebibytes(), &address])?;
+    let sent = host()?.sh(&format!("{NC} {SEND}"), &[&mebibytes(), &address])?;
     assert_eq!(sent.len(), 67, "{sent}");
     assert_eq!(received(&container)?, sent);
     let gateway = network.inspect("{{range .IPAM.Config}}{{.Gateway}}{{end}}")?;
     let sum = host()?.sh("mktemp", &[])?;
-    host()?.sh(&format!("({RECEIVE}) >\"$1\" 2>&1 & {LISTENED}"), &[&sum])?;
+    host()?.sh(&format!("{NC} ({RECEIVE}) >\"$1\" 2>&1 & {LISTENED}"), &[&sum])?;
     let sent = send(&network, &gateway)?;
     assert_eq!(host()?.sh("until [ -s \"$1\" ]; do sleep 0.1; done; cat \"$1\"", &[&sum])?, sent);
     Ok(())

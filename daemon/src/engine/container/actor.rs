@@ -10,8 +10,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+mod networks;
+mod refusals;
+mod stopping;
+
+use self::{networks::Wired, refusals::failed_start};
 use super::{
-    Command, Container, Grace, Reply, Stop, View,
+    Command, Container, Reply, Stop, View,
     access::Files,
     health::{self, Check},
     hub::{Hub, Kind},
@@ -19,18 +24,13 @@ use super::{
     record::Record,
     restrain,
     resume::Resumption,
-    signal,
     start::{self, Found, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
-    wiring,
     workload::{self, Watch, Workload},
 };
 use crate::{
     api::types::container::{HealthcheckResult, HostConfig, WaitError, WaitResponse},
-    engine::{
-        Error, Result, Shared, WaitCondition,
-        network::record::{Attachment, Endpoint, Network},
-    },
+    engine::{Error, Result, Shared, WaitCondition},
     phases::{Stage, Timeline, TimelineKind},
     sandbox::Sandbox,
 };
@@ -60,12 +60,6 @@ enum Report {
     Unsaved,
     /// A running container is in a network, or out of it, or as before.
     Wired(u64, Wired),
-}
-
-/// What has come of a change of networks.
-enum Wired {
-    Connected(Arc<Network>, Box<Attachment>, Result<Option<Endpoint>>, Reply<()>),
-    Disconnected(String, Result<()>, Reply<()>),
 }
 
 /// The owner of a container.
@@ -465,117 +459,6 @@ impl Actor {
         Ok(())
     }
 
-    /// Begins a change of networks; of a running container in a task, one after the other.
-    async fn wire(&mut self, command: Command) {
-        if self.wiring {
-            self.wires.push_back(command);
-            return;
-        }
-        let refusal = match &self.record.life.state {
-            State::Removing(_) | State::Dead(_) => Some(Error::forbidden(format!(
-                "Container {} is marked for removal and cannot be connected or disconnected to the network",
-                self.record.id
-            ))),
-            State::Starting(_) => {
-                Some(Error::conflict(format!("container {} is being started", self.record.id)))
-            }
-            _ => None,
-        };
-        match (command, refusal) {
-            (Command::Connect(.., reply) | Command::Disconnect { reply, .. }, Some(error)) => {
-                answer(reply, Err(error));
-            }
-            (Command::Connect(network, attachment, reply), None) => {
-                self.connect(network, attachment, reply).await;
-            }
-            (Command::Disconnect { network, force, reply }, None) => {
-                self.disconnect(network, force, reply).await;
-            }
-            _ => {}
-        }
-    }
-
-    async fn connect(&mut self, network: Arc<Network>, attachment: Box<Attachment>, reply: Reply<()>) {
-        if self.record.networks.contains_key(&network.name) && self.workload.is_some() {
-            return answer(
-                reply,
-                Err(Error::forbidden(format!(
-                    "endpoint with name {} already exists in network {}",
-                    self.record.name, network.name
-                ))),
-            );
-        }
-        let mut next = self.record.clone();
-        next.networks.insert(network.name.clone(), (*attachment).clone());
-        let Some(workload) = self.workload.clone() else {
-            return answer(reply, self.keep(next).await);
-        };
-        self.wiring = true;
-        let (shared, reporter, turn) = (Arc::clone(&self.shared), self.reporter.clone(), self.turn);
-        tokio::spawn(async move {
-            let result = wiring::connect(&shared, &next, &workload, &network).await;
-            let id = network.id.clone();
-            let wired = Wired::Connected(network, attachment, result, reply);
-            if reporter.send(Report::Wired(turn, wired)).await.is_err() {
-                shared.networks.leave_network(&next.id, &id).await;
-            }
-        });
-    }
-
-    async fn disconnect(&mut self, network: String, force: bool, reply: Reply<()>) {
-        let mut next = self.record.clone();
-        let Some(attachment) = next.networks.remove(&network) else {
-            return answer(
-                reply,
-                Err(Error::forbidden(format!(
-                    "container {} is not connected to network {network}",
-                    self.record.id
-                ))),
-            );
-        };
-        let (Some(workload), Some(endpoint)) = (self.workload.clone(), attachment.endpoint) else {
-            return answer(reply, self.keep(next).await);
-        };
-        self.wiring = true;
-        let (shared, reporter, turn) = (Arc::clone(&self.shared), self.reporter.clone(), self.turn);
-        tokio::spawn(async move {
-            let place = (attachment.network.as_str(), &endpoint);
-            let result = wiring::disconnect(&shared, &next, &workload, place, force).await;
-            // Its drop answers for an actor that is gone.
-            let _ = reporter.send(Report::Wired(turn, Wired::Disconnected(network, result, reply))).await;
-        });
-    }
-
-    async fn wired(&mut self, turn: u64, wired: Wired) {
-        let current = turn == self.turn && matches!(self.record.life.state, State::Running(_));
-        match wired {
-            Wired::Connected(network, attachment, Ok(endpoint), reply) => {
-                if !current {
-                    // The run is over, and what it had was given back before this was had.
-                    self.shared.networks.leave_network(&self.record.id, &network.id).await;
-                    return answer(
-                        reply,
-                        Err(Error::conflict(format!("container {} is not running", self.record.id))),
-                    );
-                }
-                let mut next = self.record.clone();
-                let attachment = Attachment { endpoint, ..*attachment };
-                next.networks.insert(network.name.clone(), attachment);
-                let kept = self.keep(next).await;
-                self.shared.networks.tell_connected(&network, &self.record.id);
-                answer(reply, kept);
-            }
-            Wired::Disconnected(network, Ok(()), reply) => {
-                let mut next = self.record.clone();
-                next.networks.remove(&network);
-                answer(reply, self.keep(next).await);
-            }
-            Wired::Connected(.., Err(error), reply) | Wired::Disconnected(_, Err(error), reply) => {
-                answer(reply, Err(error));
-            }
-        }
-    }
-
     /// Makes a record the container's: on disk, then for all to see.
     async fn keep(&mut self, next: Record) -> Result<()> {
         self.save(&next)
@@ -954,61 +837,6 @@ impl Actor {
         }
     }
 
-    // ---- Stopping
-
-    async fn begin_stop(&mut self, stop: Stop) {
-        let Some(workload) = self.workload.clone() else { return };
-        let signal = stop.signal.unwrap_or_else(|| self.stop_signal());
-        let own = || Grace::from_seconds(self.record.config.stop_timeout.unwrap_or(10));
-        let grace = match stop.grace.unwrap_or_else(own) {
-            Grace::For(grace) => Some(grace),
-            Grace::Forever => None,
-        };
-        self.tell("kill", [("signal".into(), signal.to_string())]);
-        let paused = self.wake().await;
-        tokio::spawn(async move { workload::stop(&workload, signal, grace, paused).await });
-    }
-
-    fn stop_signal(&self) -> i32 {
-        signal::parse(&self.record.config.stop_signal).unwrap_or(libc::SIGTERM)
-    }
-
-    /// Answers those who wait for a stop: when nothing follows it, once the sandbox is gone too.
-    fn tell_stoppers(&mut self) {
-        for reply in self.killers.drain(..) {
-            answer(reply, Ok(()));
-        }
-        let stoppers = std::mem::take(&mut self.stoppers);
-        if !stoppers.is_empty() || !self.restarters.is_empty() {
-            self.tell("stop", []);
-        }
-        let tell = || stoppers.into_iter().for_each(|reply| answer(reply, Ok(())));
-        match (&self.record.life.state, self.ending.take()) {
-            (State::Resting(_), Some(ending)) => {
-                self.ending = Some(tokio::spawn(async move {
-                    let _ = ending.await;
-                    tell();
-                }));
-            }
-            (_, ending) => {
-                self.ending = ending;
-                tell();
-            }
-        }
-    }
-
-    fn ran_for(&self) -> Duration {
-        match &self.record.life.state {
-            State::Resting(Rest::Exited(ended))
-            | State::Starting(Rest::Exited(ended))
-            | State::Removing(Rest::Exited(ended))
-            | State::Restarting(ended) => {
-                Duration::try_from(ended.finished_at.duration_since(ended.started_at)).unwrap_or_default()
-            }
-            _ => Duration::ZERO,
-        }
-    }
-
     // ---- Record, view, events
 
     /// A full disk may have room again: until then the state is known to this daemon alone.
@@ -1042,32 +870,6 @@ impl Actor {
     fn tell<const N: usize>(&self, action: &str, attributes: [(String, String); N]) {
         self.shared.publish(&self.record, action, attributes);
     }
-
-    // ---- Docker's words
-
-    fn refused_start(&self, refusal: Refusal) -> Error {
-        match refusal {
-            Refusal::BeingRemoved | Refusal::Dead => {
-                Error::conflict("container is marked for removal and cannot be started")
-            }
-            Refusal::Paused => Error::conflict("cannot start a paused container, try unpause instead"),
-            _ => Error::not_modified("the container is already started"),
-        }
-    }
-
-    fn refused_removal(&self, refusal: Refusal) -> Error {
-        let Record { name, .. } = &self.record;
-        match refusal {
-            Refusal::Paused => Error::conflict(format!(
-                "cannot remove container \"/{name}\": container is paused and must be unpaused first"
-            )),
-            Refusal::Runs(status) => Error::conflict(format!(
-                "cannot remove container \"/{name}\": container is {status}: stop the container before removing or force \
-                 remove"
-            )),
-            _ => Error::conflict(format!("removal of container {name} is already in progress")),
-        }
-    }
 }
 
 /// Whether the step from one life to the next must be on disk: not what a restarted daemon finds out or does
@@ -1076,14 +878,6 @@ fn must_be_kept(old: &Lifecycle, new: &Lifecycle) -> bool {
     match (&old.state, &new.state) {
         (_, State::Starting(_) | State::Removing(_)) => false,
         _ => old != new,
-    }
-}
-
-/// A failed start as its caller is told of it: what the user can mend is 400, as in Docker.
-fn failed_start(failure: &Failure) -> Error {
-    match failure.code {
-        126 | 127 => Error::invalid(failure.error.clone()),
-        _ => Error::internal(failure.error.clone()),
     }
 }
 

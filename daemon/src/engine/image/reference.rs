@@ -202,10 +202,15 @@ impl Repository {
         if self.domain != HUB {
             return Cow::Owned(self.to_string());
         }
-        Cow::Borrowed(match self.path.strip_prefix(OFFICIAL) {
+        let short = match self.path.strip_prefix(OFFICIAL) {
             Some(name) if !name.contains('/') => name,
             _ => &self.path,
-        })
+        };
+        // One whose short form would be read as another's, `docker.io/a.b/c`, is told in full.
+        match Reference::parse(short) {
+            Ok(read) if read.repository == *self => Cow::Borrowed(short),
+            _ => Cow::Owned(self.to_string()),
+        }
     }
 }
 

@@ -176,8 +176,10 @@ pub(super) fn read_refused(json: &str) -> serde_json::Result<Vec<Refused>> {
     let mut refused = Vec::new();
     for item in listed.nftables {
         if let Some(set) = item.set.filter(|set| set.name.starts_with("refused")) {
+            // Other sets have elements of other forms.
+            let elements = set.elem.into_iter().filter_map(|element| serde_json::from_value(element).ok());
             for Element { elem: Counted { val: Value { concat: (address, protocol, port) }, counter } } in
-                set.elem
+                elements
             {
                 let address = match address.parse() {
                     Ok(address) => SocketAddr::new(address, port).to_string(),
@@ -211,7 +213,7 @@ struct Item {
 struct Set {
     name: String,
     #[serde(default)]
-    elem: Vec<Element>,
+    elem: Vec<serde_json::Value>,
 }
 
 #[derive(Deserialize)]

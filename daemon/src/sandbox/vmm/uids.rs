@@ -112,8 +112,10 @@ mod tests {
         let uids = uids(base.path(), 1000..1003);
         fs::create_dir(base.path().join("alive")).unwrap();
         let kept = uids.take("alive").unwrap();
-        uids.take("dead").unwrap();
-        fs::write(uids.directory.join("1002"), "").unwrap();
+        let dead = uids.take("dead").unwrap();
+        let free = (1000..1003).find(|uid| ![kept, dead].contains(uid)).unwrap();
+        // One that was taken, and nothing more.
+        fs::write(uids.directory.join(free.to_string()), "").unwrap();
         sweep(&uids.directory, base.path()).unwrap();
         let left: Vec<_> =
             fs::read_dir(&uids.directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
