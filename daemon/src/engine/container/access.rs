@@ -299,8 +299,8 @@ async fn boot(shared: &Shared, record: &Record) -> Result<Arc<Sandbox>> {
     let create = start::create_call(shared, record, &plan)?;
     let disk = shared.layout().container_disk(&record.id);
     let timeline = Timeline::begin(&record.id, TimelineKind::Run);
-    let mut spec = start::sandbox_spec(shared, record, &disk, start::origin(shared, record), &timeline)?;
-    spec.shares = plan.shares;
+    let spec = start::sandbox_spec(shared, record, &disk, start::origin(shared, record), &timeline)?;
+    let mut spec = plan.onto(spec);
     // What a workload needs beyond the machine's own.
     spec.memory = Memory { plugged_mib: 0, ..spec.memory };
     spec.limits.memory_bytes = Some(spec.memory.host_bytes());
