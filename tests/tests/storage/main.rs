@@ -3,6 +3,8 @@
 mod binds;
 mod layer;
 mod locks;
+mod posix;
+mod sqlite;
 mod volumes;
 
 use anyhow::Result;

@@ -36,15 +36,36 @@ pub(crate) struct Plan {
 pub(crate) fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Plan> {
     let mut plan = Plan::default();
     for (index, mount) in mounts.iter().enumerate() {
+        if let Source::Bind { path, create: true, .. } = &mount.source {
+            make_directory(Path::new(path))?;
+        }
+        plan.add(shared, index, mount, first)?;
+    }
+    Ok(plan)
+}
+
+/// Plans a look at the files of a container that does not run. Nothing is made or filled for it, and what is not
+/// there any more is left out: the rest can be looked at nonetheless.
+pub(crate) fn plan_at_rest(shared: &Shared, mounts: &[Mount]) -> Plan {
+    let mut plan = Plan::default();
+    for (index, mount) in mounts.iter().enumerate() {
+        let _ = plan.add(shared, index, mount, false);
+    }
+    plan.sockets.clear();
+    let gone = |share: &ShareSpec| std::fs::metadata(share.whole_path()).is_err();
+    let gone: Vec<String> = plan.shares.extract_if(.., |share| gone(share)).map(|share| share.name).collect();
+    plan.binds.retain(|(_, share, _)| !gone.contains(share));
+    plan
+}
+
+impl Plan {
+    fn add(&mut self, shared: &Shared, index: usize, mount: &Mount, first: bool) -> Result<()> {
         let (path, beneath, recursive) = match &mount.source {
-            Source::Bind { path, create, non_recursive, .. } => {
+            Source::Bind { path, non_recursive, .. } => {
                 let path = PathBuf::from(path);
-                if *create {
-                    make_directory(&path)?;
-                }
                 if let Some(socket) = socket(&path, index, &mount.destination)? {
-                    plan.sockets.push(socket);
-                    continue;
+                    self.sockets.push(socket);
+                    return Ok(());
                 }
                 (path, None, !non_recursive)
             }
@@ -53,13 +74,13 @@ pub(crate) fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Pla
                 let volume = volume.ok_or_else(|| crate::engine::volume::store::no_such(name))?;
                 let beneath = (!subpath.is_empty()).then(|| PathBuf::from(subpath));
                 if first && !no_copy && beneath.is_none() && !mount.read_only && volume.device().is_none() {
-                    plan.copy_up.push(CopyUp { share: index.to_string(), path: mount.destination.clone() });
+                    self.copy_up.push(CopyUp { share: index.to_string(), path: mount.destination.clone() });
                 }
                 (shared.volumes.directory(&volume), beneath, true)
             }
         };
-        plan.binds.push((mount.destination.clone(), index.to_string(), mount.read_only));
-        plan.shares.push(ShareSpec {
+        self.binds.push((mount.destination.clone(), index.to_string(), mount.read_only));
+        self.shares.push(ShareSpec {
             name: index.to_string(),
             path,
             beneath,
@@ -67,8 +88,8 @@ pub(crate) fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Pla
             recursive,
             cached: mount.cached,
         });
+        Ok(())
     }
-    Ok(plan)
 }
 
 /// A socket of the host is listened to in the container.
