@@ -8,7 +8,7 @@
 //! The tests come out of the last source package of docker-py's that has them; they are run with the newest library.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -17,7 +17,7 @@ use bulkhead_tests::{Daemon, DaemonOptions, Registry};
 
 use crate::bundle::Bundle;
 use crate::sh;
-use crate::tree::{self, Tree};
+use crate::tree::{self, Tree, whole};
 use crate::venue::{self, Place};
 
 /// What is installed of PyPI, by exact version: the cache's name has to change with it.
@@ -150,13 +150,4 @@ fn pip(command: &str) -> Command {
     pip.args(["-m", "pip", command, "-q", "--disable-pip-version-check"])
         .env("PIP_ROOT_USER_ACTION", "ignore");
     pip
-}
-
-/// Makes a directory that is there whole or not at all.
-fn whole(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let new = path.with_extension("new");
-    let _ = fs::remove_dir_all(&new);
-    fs::create_dir_all(&new)?;
-    fill(&new)?;
-    Ok(fs::rename(&new, path)?)
 }

@@ -9,6 +9,7 @@ mod fuzz;
 mod host;
 mod install;
 mod kernel;
+mod posix;
 mod sh;
 mod test;
 mod tidy;

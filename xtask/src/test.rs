@@ -11,6 +11,7 @@ use bulkhead_tests::Registry;
 use bulkhead_tests::daemon::BUNDLE_VARIABLE;
 use bulkhead_tests::hostile::GUEST_VARIABLE;
 use bulkhead_tests::image::Image;
+use bulkhead_tests::posix::PROGRAMS_VARIABLE;
 use bulkhead_tests::suite::SuiteOwner;
 use clap::{Args, ValueEnum};
 
@@ -18,6 +19,7 @@ use crate::bench::dockerd::{Bridge, Dockerd};
 use crate::bundle::{self, Bundle, cargo};
 use crate::deps;
 use crate::docker_py;
+use crate::posix;
 use crate::sh;
 use crate::tidy;
 use crate::tree::Tree;
@@ -113,6 +115,7 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let bundle = if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
     sh::run(test_command(tree).arg("--no-run"))?;
     let guest = bundle::build_hostile_guest(tree)?;
+    let posix = posix::ensure()?;
     let venue = venue::choose(&bundle)?;
     println!("end-to-end tests run on {}", venue.describe());
     // An emulated host keeps one CPU busy and no more: with two CPUs, two hosts share the tests.
@@ -122,11 +125,12 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let machine_tests = if filter.is_empty() { Some(machine_tests(tree)?) } else { None };
     thread::scope(|scope| {
         let (bundle, guest, machine_tests) = (&bundle, guest.as_path(), machine_tests.as_deref());
+        let posix = posix.as_path();
         let run = |share| {
             // The last share, since the first has the longest test.
             let machine_tests = machine_tests.filter(|_| share == shares);
             scope.spawn(move || {
-                run_share(tree, (bundle, guest), venue, filter, machine_tests, (share, shares))
+                run_share(tree, (bundle, guest, posix), venue, filter, machine_tests, (share, shares))
             })
         };
         let runs: Vec<_> = (1..=shares).map(run).collect();
@@ -168,7 +172,7 @@ fn machine_tests(tree: &Tree) -> Result<PathBuf> {
 /// Runs the tests of one share of several, in a host of its own.
 fn run_share(
     tree: &Tree,
-    (bundle, hostile_guest): (&Bundle, &Path),
+    (bundle, hostile_guest, posix): (&Bundle, &Path, &Path),
     venue: Venue,
     filter: &[String],
     machine_tests: Option<&Path>,
@@ -191,6 +195,7 @@ fn run_share(
     }
     tests.env(BUNDLE_VARIABLE, bundle.dir()).env(GUEST_VARIABLE, hostile_guest);
     tests.args(filter).envs([place.host.to_env()?, suite.to_env()?]);
+    tests.env(PROGRAMS_VARIABLE, posix);
     if let Err(failed) = sh::run(&mut tests) {
         let log = tree.target().join(format!("e2e-{share}.log"));
         std::fs::write(&log, suite.daemon_log().unwrap_or_default())?;

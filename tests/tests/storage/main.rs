@@ -1,8 +1,11 @@
 //! Volumes, bind mounts and the writable layer: the real docker CLI on the shared daemon.
 
 mod binds;
+mod disks;
 mod layer;
 mod locks;
+mod posix;
+mod sqlite;
 mod volumes;
 
 use anyhow::Result;
