@@ -9,6 +9,8 @@ mod fuzz;
 mod host;
 mod install;
 mod kernel;
+mod node;
+mod python;
 mod sh;
 mod test;
 mod tidy;

@@ -11,13 +11,15 @@ use bulkhead_tests::Registry;
 use bulkhead_tests::daemon::BUNDLE_VARIABLE;
 use bulkhead_tests::hostile::GUEST_VARIABLE;
 use bulkhead_tests::image::Image;
-use bulkhead_tests::suite::SuiteOwner;
+use bulkhead_tests::suite::{DEVCONTAINER_VARIABLE, NODE_VARIABLE, PYTHON_VARIABLE, SuiteOwner};
 use clap::{Args, ValueEnum};
 
 use crate::bench::dockerd::{Bridge, Dockerd};
 use crate::bundle::{self, Bundle, cargo};
 use crate::deps;
 use crate::docker_py;
+use crate::node;
+use crate::python;
 use crate::sh;
 use crate::tidy;
 use crate::tree::Tree;
@@ -190,6 +192,9 @@ fn run_share(
         tests.args(["--partition", &format!("count:{share}/{of}")]);
     }
     tests.env(BUNDLE_VARIABLE, bundle.dir()).env(GUEST_VARIABLE, hostile_guest);
+    tests.env(PYTHON_VARIABLE, python::site(&python::TESTCONTAINERS)?);
+    let devcontainers = node::devcontainers()?;
+    tests.env(NODE_VARIABLE, devcontainers.node).env(DEVCONTAINER_VARIABLE, devcontainers.script);
     tests.args(filter).envs([place.host.to_env()?, suite.to_env()?]);
     if let Err(failed) = sh::run(&mut tests) {
         let log = tree.target().join(format!("e2e-{share}.log"));
