@@ -213,7 +213,7 @@ fn table(tree: &Tree) -> Result<()> {
     dockerd.docker().ok(&["pull", "-q", "busybox"])?;
     let mut tests = test_command(tree);
     tests.env("BULKHEAD_TABLE_DOCKER", format!("unix://{}", dockerd.socket()));
-    sh::run(tests.args(["--test", "cli", "table::"]))
+    sh::run(tests.args(["--test", "cli", "--no-fail-fast", "table::"]))
 }
 
 fn test_command(tree: &Tree) -> Command {

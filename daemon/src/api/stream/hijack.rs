@@ -34,6 +34,10 @@ const PIECE: usize = 32 << 10;
 /// How long a client may take to close after the process is done.
 const LINGER: Duration = Duration::from_secs(10);
 
+/// How long the end of a terminal's line is waited for: the terminal writes it (`\r\n`) behind the line, and clients
+/// that take what comes at once for a line see one.
+const LINE_END: Duration = Duration::from_millis(5);
+
 /// A connection's two directions, with what was already read.
 pub struct Taken {
     /// What the client sent behind its request.
@@ -275,16 +279,26 @@ async fn carry_output<W: AsyncWrite + Unpin>(
         };
         let mut length = append(stream, &bytes);
         // What is there already goes with it, in one write.
-        while length < 4 * PIECE
-            && let Ok(Output { stream, bytes }) = output.try_recv()
-        {
+        let mut unfinished = terminal && is_unfinished(&bytes);
+        while length < 4 * PIECE {
+            let next = match unfinished {
+                false => output.try_recv().ok(),
+                true => tokio::time::timeout(LINE_END, output.recv()).await.ok().flatten(),
+            };
+            let Some(Output { stream, bytes }) = next else { break };
             length = append(stream, &bytes);
+            unfinished = false;
         }
         if writer.write_all(&frames).await.is_err() || writer.flush().await.is_err() {
             return OutputEnd::Gone;
         }
     }
     OutputEnd::Done
+}
+
+/// Whether a terminal's output is a line without its end. The echo of a key, one byte, is not.
+fn is_unfinished(bytes: &[u8]) -> bool {
+    bytes.len() > 1 && !bytes.ends_with(b"\n")
 }
 
 /// Reads until the client has closed, for a while: to close with input unread would reset the connection,
@@ -397,6 +411,17 @@ mod tests {
         client.read_to_end(&mut all).await.unwrap();
         assert_eq!(all, b"\x01\0\0\0\0\0\0\x03out\x02\0\0\0\0\0\0\x03err");
         served.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_line_of_a_terminal_and_its_end_come_at_once() {
+        let mut process = attach(true, b"", true);
+        process.head().await;
+        process.write(Stream::Stdout, b"hello").await;
+        tokio::task::yield_now().await;
+        process.write(Stream::Stdout, b"\r\n").await;
+        let mut buffer = [0; 16];
+        assert_eq!(process.client.read(&mut buffer).await.unwrap(), 7);
     }
 
     #[tokio::test]
