@@ -50,9 +50,11 @@ pub(crate) fn run(tree: &Tree, bundle: &Bundle, filter: &[String]) -> Result<()>
     let busybox = Image::busybox()?;
     registry.push(&busybox, "library/busybox", "latest")?;
     let alpine = Image::like_alpine()?;
-    for tag in ["latest", "3.10"] {
-        registry.push(&alpine, "library/alpine", tag)?;
-    }
+    registry.push(&alpine, "library/alpine", "3.10")?;
+    // Another one: a prune of images takes a name from an image that has two, also when a container uses it.
+    let mut newer = LayerBuilder::new();
+    newer.file("etc/alpine-release", 0o644, b"3.22.0\n")?;
+    registry.push(&alpine.with_layer(newer.finish()?), "library/alpine", "latest")?;
     // With something of its own, that a prune can free.
     let mut own = LayerBuilder::new();
     own.file("hello", 0o644, b"Hello from Docker!\n")?;

@@ -111,6 +111,17 @@ fn run_it_is_a_terminal_and_its_code_comes_back() -> Test {
 }
 
 #[test]
+fn ctrl_c_in_a_terminal_ends_what_runs_there() -> Test {
+    let docker = docker()?;
+    let words = ["run", "-it", "--rm", "--init", "busybox", "sh", "-c", "echo up; exec sleep 1000"];
+    let mut terminal = Terminal::start(docker.command(&words), 24, 80)?;
+    terminal.read_until("up")?;
+    terminal.type_text("\u{3}")?;
+    assert_eq!(terminal.wait()?, 130);
+    Ok(())
+}
+
+#[test]
 fn many_execs_at_once_do_not_mix() -> Test {
     let docker = docker()?;
     let container = docker.run_detached(SLEEP)?;

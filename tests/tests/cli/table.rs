@@ -41,6 +41,11 @@ fn images() -> Test {
 }
 
 #[test]
+fn daily() -> Test {
+    run("daily", include_str!("table/daily.table"))
+}
+
+#[test]
 fn system() -> Test {
     run("system", include_str!("table/system.table"))
 }
