@@ -55,6 +55,7 @@ const UNPACKED: &[(&str, &str)] = &[
     ("docker.io", "docker"),
     ("docker.io", "dockerd"),
     ("containerd", "containerd"),
+    ("tini", "tini-static"),
 ];
 
 #[derive(Args)]

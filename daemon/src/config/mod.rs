@@ -180,7 +180,12 @@ impl Config {
         };
         let options = options::merge(flags, &text)
             .map_err(|message| ConfigError::File { path: path.to_owned(), message })?;
-        Self::from_options(options).map_err(ConfigError::Value)
+        let nowhere = options.hosts.is_empty();
+        let mut config = Self::from_options(options).map_err(ConfigError::Value)?;
+        if nowhere && host::activated() {
+            config.hosts = vec![Host::Fd(None)];
+        }
+        Ok(config)
     }
 
     fn from_options(options: Options) -> Result<Self, String> {
@@ -303,6 +308,10 @@ fn hosts(texts: &[String], tls: &Tls) -> Result<Vec<Host>, String> {
         if !hosts.contains(&host) {
             hosts.push(host);
         }
+    }
+    // Each of the sockets is taken once.
+    if hosts.contains(&Host::Fd(None)) && hosts.iter().any(|host| matches!(host, Host::Fd(Some(_)))) {
+        return Err("fd:// is every socket that systemd passes: no other fd:// can stand beside it".into());
     }
     if hosts.is_empty() {
         hosts.push(Host::default());

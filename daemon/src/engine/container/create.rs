@@ -48,6 +48,7 @@ pub(super) async fn create(
         &host_config,
         &networking_config,
     )?;
+    warnings.extend(network::attach::warnings(&shared.networks, &networks));
     network::ports::wanted(&config, &host_config)?;
     let size = disk_size(&host_config)?;
     timeline.mark(Stage::Resolved);
