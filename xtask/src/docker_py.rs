@@ -18,7 +18,7 @@ use bulkhead_tests::{Daemon, DaemonOptions, Registry};
 use crate::bundle::Bundle;
 use crate::python;
 use crate::sh;
-use crate::tree::{self, Tree, whole};
+use crate::tree::{self, Tree};
 use crate::venue::{self, Place};
 
 /// What is installed of PyPI, by exact version: the cache's name has to change with it.
