@@ -77,7 +77,7 @@ pub(crate) async fn start(
         return resume::resume(run, resumption, booted).await;
     }
     let first = matches!(record.life.state, State::Starting(Rest::Created(_)));
-    let plan = mounts::plan(shared, &record.mounts, first).map_err(internal)?;
+    let plan = mounts::plan(shared, &record.mounts, first).await.map_err(internal)?;
     let create = create_call(shared, record, &plan).map_err(internal)?;
     let origin = origin(shared, record);
     let disk = shared.layout().container_disk(&record.id);
