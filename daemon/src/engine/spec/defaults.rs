@@ -297,8 +297,8 @@ fn check_not_there_yet(host: &HostConfig) -> Result<()> {
     if !host.cgroup.is_empty() {
         return Err(Error::invalid(format!("invalid cgroup mode: {}", host.cgroup)));
     }
-    if some(&host.links) && matches!(host.network_mode.as_str(), "bridge" | "none") {
-        return refuse("links in the default network (--link without --network) are");
+    if some(&host.links) && host.network_mode == "none" {
+        return Err(Error::invalid("conflicting options: links need a network, and --network none is none"));
     }
     if host.storage_opt.as_ref().is_some_and(|options| options.keys().any(|name| name != "size")) {
         return Err(Error::invalid("--storage-opt is supported with size only"));
