@@ -183,15 +183,15 @@ fn run_share(
     (share, of): (usize, usize),
 ) -> Result<()> {
     let place = venue.open(tree, &format!("e2e-{share}"), MEMORY_MIB)?;
-    if let Some(program) = machine_tests {
+    let on_machine = machine_tests.map(|program| {
         // Bounded: a guest that hangs must not hold up everything else for ever.
         let mut command = place.host.command("timeout");
         command.args(["-k", "10", "600"]).arg(program);
         command.env("BULKHEAD_VMM", bundle.vmm()).env("BULKHEAD_KERNEL", bundle.kernel());
         // Layers need a file system with extended attributes of users: in the test host, /run and not /tmp.
         command.env("BULKHEAD_INITRAMFS", bundle.initramfs()).env("TMPDIR", "/run");
-        sh::run(&mut command).context("the guest agent's tests on a machine")?;
-    }
+        sh::run(&mut command).context("the guest agent's tests on a machine")
+    });
     let suite = SuiteOwner::start(&place.host, bundle.dir()).with_context(|| console(&place))?;
     let mut tests = test_command(tree);
     if of > 1 {
@@ -208,7 +208,9 @@ fn run_share(
         std::fs::write(&log, suite.daemon_log().unwrap_or_default())?;
         bail!("{failed}; the shared daemon's log: {}", log.display());
     }
-    suite.finish()
+    suite.finish()?;
+    // What came after it was run nonetheless: one failure hides no other.
+    on_machine.unwrap_or(Ok(()))
 }
 
 /// Has dockerd meet the expectations that the CLI's tables record.
