@@ -10,6 +10,7 @@
 //!   networks/ID.json            networks
 //!   templates/KEY/              0700: a saved idle machine, see `sandbox::saved`
 //!   forks/                      0700: machines being forked, gone when their clones run
+//!   volumes/NAME/_data          0701: a volume
 //!   containers/ID/              0700
 //!     container.json            what it is and its state
 //!     ID-json.log               its log
@@ -80,6 +81,11 @@ impl Layout {
     /// A container's checkpoints.
     pub fn checkpoints(&self, id: &str) -> PathBuf {
         self.container(id).join("checkpoints")
+    }
+
+    /// All volumes.
+    pub fn volumes(&self) -> PathBuf {
+        self.data_root.join("volumes")
     }
 
     /// All containers.

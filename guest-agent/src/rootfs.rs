@@ -1,9 +1,9 @@
 //! A container's root filesystem, as the agent mounts it before any of the container's processes exist.
 //!
 //! ```text
-//!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer     (once a tag)
+//!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer, or each share   (once a tag)
 //!   /run/bulkhead/c/<id>/disk       ext4 of the writable layer: upper/ work/
-//!   /run/bulkhead/c/<id>/files      tmpfs: contents of injected files
+//!   /run/bulkhead/c/<id>/files      tmpfs: contents of injected files, forwarded sockets
 //!   /run/bulkhead/c/<id>/root       overlay of the two, injected files bound over it
 //! ```
 //!
@@ -19,7 +19,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_agent_api::{Create, Disk, InjectedFile, Rootfs};
+use bulkhead_agent_api::{
+    CopyUp, Create, Disk, ForwardedSocket, InjectedFile, Rootfs, VOLUME_DATA, VOLUME_DISKS, VolumeDisk,
+};
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
     io::Errno,
@@ -28,7 +30,11 @@ use rustix::{
     },
 };
 
-use crate::error::{Context, Result, internal, invalid};
+use crate::{
+    copy_up,
+    error::{Context, Result, internal, invalid},
+    forward::{self, Forwarder},
+};
 
 /// Where virtio-fs tags are mounted; the only place that a bind mount of a spec may come from.
 pub const SHARES: &str = "/run/bulkhead/fs";
@@ -40,6 +46,9 @@ const MAX_LAYERS: usize = 500;
 
 const MAX_FILES: usize = 256;
 
+/// The most volumes that are filled, and sockets.
+const MAX_SHARES: usize = 512;
+
 /// How long an unmounted disk may stay in use.
 const RELEASE: Duration = Duration::from_secs(2);
 
@@ -47,25 +56,40 @@ const RELEASE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Mounted {
     base: PathBuf,
-    /// What the kernel knows of the mounted disk; gone when the last mount of it is.
-    live: PathBuf,
+    /// What the kernel knows of each mounted disk; gone when the last mount of it is.
+    live: Vec<PathBuf>,
+    /// Where the volumes that are disks are mounted.
+    disks: Vec<PathBuf>,
     /// The paths of injected files, in the order of their numbers.
     injected: Vec<String>,
     /// Where the image's layers are.
     rootfs: Rootfs,
+    /// Where the host's shares are mounted.
+    shares: Option<PathBuf>,
+    /// Who serves its forwarded sockets.
+    forwarder: Option<Forwarder>,
 }
 
-/// Whether a disk is there.
+/// The block devices of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DiskState {
-    /// It is, as this device.
-    Ready(PathBuf),
-    /// Not yet; in words, for when it never comes.
-    Missing(String),
+pub struct Devices {
+    /// Of the writable layer.
+    pub layer: PathBuf,
+    /// Of its volumes, in the order of [`Create::disks`].
+    pub volumes: Vec<PathBuf>,
+}
+
+/// Looks for a container's disks.
+///
+/// # Errors
+/// One is not there, or not yet; in words, for when it never comes.
+pub fn find_disks(create: &Create) -> Result<Devices, String> {
+    let volumes = create.disks.iter().map(|volume| find_disk(&volume.disk)).collect::<Result<_, _>>()?;
+    Ok(Devices { layer: find_disk(&create.rootfs.disk)?, volumes })
 }
 
 /// Looks for a disk by serial and size.
-pub fn find_disk(disk: &Disk) -> DiskState {
+fn find_disk(disk: &Disk) -> Result<PathBuf, String> {
     let mut seen = format!("there is no disk {:?}", disk.id);
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let attribute = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
@@ -74,11 +98,11 @@ pub fn find_disk(disk: &Disk) -> DiskState {
         }
         let sectors: u64 = attribute("size").trim().parse().unwrap_or(0);
         if sectors.saturating_mul(512) == disk.size {
-            return DiskState::Ready(Path::new("/dev").join(entry.file_name()));
+            return Ok(Path::new("/dev").join(entry.file_name()));
         }
         seen = format!("the disk {:?} has {} bytes, not {}", disk.id, sectors.saturating_mul(512), disk.size);
     }
-    DiskState::Missing(seen)
+    Err(seen)
 }
 
 /// Checks what can be checked before the disk is there.
@@ -100,10 +124,28 @@ pub fn validate(create: &Create) -> Result<()> {
     if create.files.len() > MAX_FILES {
         return Err(invalid("too many files to inject"));
     }
-    for file in &create.files {
-        let path = Path::new(&file.path);
-        if !path.is_absolute() || path.file_name().is_none() || file.path.contains('\0') {
-            return Err(invalid(format!("{:?} is not the absolute path of a file", file.path)));
+    let files = create.files.iter().map(|file| &file.path);
+    for path in files.chain(create.sockets.iter().map(|socket| &socket.path)) {
+        if !Path::new(path).is_absolute() || Path::new(path).file_name().is_none() || path.contains('\0') {
+            return Err(invalid(format!("{path:?} is not the absolute path of a file")));
+        }
+    }
+    if let Some(tag) = &create.shares {
+        check_name("file share tag", tag)?;
+    }
+    for volume in &create.disks {
+        check_name("disk", &volume.disk.id)?;
+        if volume.copy_up.as_ref().is_some_and(|path| !path.starts_with('/') || path.contains('\0')) {
+            return Err(invalid(format!("{:?} cannot be copied to a volume", volume.copy_up)));
+        }
+    }
+    if create.copy_up.len().max(create.sockets.len()).max(create.disks.len()) > MAX_SHARES {
+        return Err(invalid("too many volumes or sockets"));
+    }
+    for copy in &create.copy_up {
+        check_name("share name", &copy.share)?;
+        if !copy.path.starts_with('/') || copy.path.contains('\0') || create.shares.is_none() {
+            return Err(invalid(format!("{:?} cannot be copied to a share", copy.path)));
         }
     }
     Ok(())
@@ -120,13 +162,15 @@ pub fn check_name(what: &str, name: &str) -> Result<()> {
 
 impl Mounted {
     /// Mounts everything; what was mounted is undone after an error.
-    pub fn new(container: &str, rootfs: &Rootfs, device: &Path, files: &[InjectedFile]) -> Result<Self> {
-        let base = Path::new(CONTAINERS).join(container);
-        let live = Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
-        let injected = files.iter().map(|file| file.path.clone()).collect();
-        let mounted = Self { base, live, injected, rootfs: rootfs.clone() };
-        let result = mounted.build(device).and_then(|()| mounted.inject(files));
-        match result {
+    pub fn new(create: &Create, devices: &Devices) -> Result<Self> {
+        let base = Path::new(CONTAINERS).join(&create.container);
+        let live = |device: &PathBuf| Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
+        let live = std::iter::once(&devices.layer).chain(&devices.volumes).map(live).collect();
+        let injected = create.files.iter().map(|file| file.path.clone()).collect();
+        let rootfs = create.rootfs.clone();
+        let mut mounted =
+            Self { base, live, disks: Vec::new(), injected, rootfs, shares: None, forwarder: None };
+        match mounted.mount(create, devices) {
             Ok(()) => Ok(mounted),
             Err(error) => {
                 let _ = mounted.unmount();
@@ -180,6 +224,20 @@ impl Mounted {
             .context(format_args!("write {}", file.path))
     }
 
+    fn mount(&mut self, create: &Create, devices: &Devices) -> Result<()> {
+        self.build(&devices.layer)?;
+        for (volume, device) in create.disks.iter().zip(&devices.volumes) {
+            self.mount_disk(volume, device)?;
+        }
+        if let Some(tag) = &create.shares {
+            let shares = self.shares.insert(mount_share(tag, MountFlags::NOATIME)?).clone();
+            for copy in &create.copy_up {
+                copy_up::copy_up(&self.root(), &shares, copy)?;
+            }
+        }
+        self.inject(&create.files, &create.sockets)
+    }
+
     fn build(&self, device: &Path) -> Result<()> {
         for name in ["disk", "files", "root", "empty"] {
             let path = self.base.join(name);
@@ -202,16 +260,43 @@ impl Mounted {
             .context(format_args!("mount {}", root.display()))
     }
 
+    /// Unlike the writable layer's, its files are a container's own: what a volume may hold it may hold.
+    fn mount_disk(&mut self, volume: &VolumeDisk, device: &Path) -> Result<()> {
+        let path = Path::new(VOLUME_DISKS).join(&volume.disk.id);
+        fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
+        let read_only = if volume.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+        rustix::mount::mount(
+            device,
+            &path,
+            "ext4",
+            MountFlags::NOATIME | read_only,
+            c"discard,noinit_itable",
+        )
+        .context(format_args!("mount the volume {}", device.display()))?;
+        self.disks.push(path.clone());
+        if volume.read_only {
+            return Ok(());
+        }
+        match rustix::fs::mkdir(path.join(VOLUME_DATA), Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error).context("mkdir of a volume's files"),
+        }
+        let Some(from) = &volume.copy_up else { return Ok(()) };
+        let copy = CopyUp { share: VOLUME_DATA.into(), path: from.clone() };
+        copy_up::copy_up(&self.root(), &path, &copy)
+    }
+
     fn open_layers(&self) -> Result<Vec<OwnedFd>> {
         if self.rootfs.layers.is_empty() {
             return Ok(vec![open_directory(CWD, &self.base.join("empty"))?]);
         }
-        let share = open_directory(CWD, &mount_share(&self.rootfs.tag)?)?;
+        let flags = MountFlags::RDONLY | MountFlags::NOATIME;
+        let share = open_directory(CWD, &mount_share(&self.rootfs.tag, flags)?)?;
         self.rootfs.layers.iter().map(|layer| open_directory(&share, Path::new(layer))).collect()
     }
 
-    fn inject(&self, files: &[InjectedFile]) -> Result<()> {
-        if files.is_empty() {
+    fn inject(&mut self, files: &[InjectedFile], sockets: &[ForwardedSocket]) -> Result<()> {
+        if files.is_empty() && sockets.is_empty() {
             return Ok(());
         }
         let store = self.base.join("files");
@@ -222,14 +307,17 @@ impl Mounted {
         for (index, file) in files.iter().enumerate() {
             let source = store.join(index.to_string());
             write_file(&source, file).context(format_args!("write {}", file.path))?;
-            let target = open_target(&root, Path::new(&file.path))
-                .context(format_args!("prepare {} in the container", file.path))?;
-            // By descriptors on both sides: nothing in the image can lead this mount elsewhere.
-            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-            let tree = rustix::mount::open_tree(CWD, &source, flags).context("open_tree")?;
-            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-            rustix::mount::move_mount(tree, c"", target, c"", flags)
-                .context(format_args!("mount over {}", file.path))?;
+            mount_over(&root, &source, &file.path)?;
+        }
+        let mut listeners = Vec::with_capacity(sockets.len());
+        for (index, socket) in sockets.iter().enumerate() {
+            let source = store.join(format!("socket{index}"));
+            let listener = listen(&source, socket).context(format_args!("listen at {}", socket.path))?;
+            listeners.push((listener, socket.port));
+            mount_over(&root, &source, &socket.path)?;
+        }
+        if !listeners.is_empty() {
+            self.forwarder = Some(forward::start(listeners)?);
         }
         Ok(())
     }
@@ -238,16 +326,17 @@ impl Mounted {
     /// last user.
     pub fn unmount(&self) -> Result<()> {
         let disk = self.base.join("disk");
-        if let Ok(directory) = open_directory(CWD, &disk).map(File::from) {
-            rustix::fs::syncfs(&directory).context("flush the writable layer")?;
+        for disk in std::iter::once(&disk).chain(&self.disks) {
+            if let Ok(directory) = open_directory(CWD, disk).map(File::from) {
+                rustix::fs::syncfs(&directory).context(format_args!("flush {}", disk.display()))?;
+            }
         }
         let mut detached = Ok(());
+        let disks = self.disks.iter().cloned().chain([disk]).map(|disk| (disk, UnmountFlags::empty()));
         // The root may hold mounts below it, and is busy while a mount namespace is being torn down.
-        for (path, flags) in [
-            (self.root(), UnmountFlags::DETACH),
-            (self.base.join("files"), UnmountFlags::DETACH),
-            (disk, UnmountFlags::empty()),
-        ] {
+        let rest = [(self.root(), UnmountFlags::DETACH), (self.base.join("files"), UnmountFlags::DETACH)]
+            .into_iter();
+        for (path, flags) in rest.chain(disks) {
             match rustix::mount::unmount(&path, flags | UnmountFlags::NOFOLLOW) {
                 Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
                 Err(Errno::BUSY) => {
@@ -257,11 +346,15 @@ impl Mounted {
                 Err(error) => detached = Err(error).context(format_args!("unmount {}", path.display())),
             }
         }
+        if let Some(shares) = &self.shares {
+            release_shares(shares)?;
+        }
         self.wait_until_released();
         if detached.is_ok() {
             // Empty directories of a tmpfs; those that stay do no harm.
-            for name in ["disk", "files", "root", "empty", ""] {
-                let _ = fs::remove_dir(self.base.join(name));
+            let own = ["disk", "files", "root", "empty", ""].map(|name| self.base.join(name));
+            for directory in own.iter().chain(&self.disks) {
+                let _ = fs::remove_dir(directory);
             }
         }
         detached
@@ -273,20 +366,56 @@ impl Mounted {
     /// was reaped; the disk must not be taken away before it is written for the last time.
     fn wait_until_released(&self) {
         let deadline = Instant::now() + RELEASE;
-        while self.live.exists() && Instant::now() < deadline {
+        while self.live.iter().any(|live| live.exists()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
+/// Unmounts the shares, which writes what was changed in memory maps; or, as long as another container uses them,
+/// writes it.
+fn release_shares(shares: &Path) -> Result<()> {
+    match rustix::mount::unmount(shares, UnmountFlags::NOFOLLOW) {
+        Ok(()) => {
+            let _ = fs::remove_dir(shares);
+            Ok(())
+        }
+        Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(Errno::BUSY) => {
+            rustix::fs::syncfs(open_directory(CWD, shares)?).context("write what was changed in shares")
+        }
+        Err(error) => Err(error).context(format_args!("unmount {}", shares.display())),
+    }
+}
+
+/// A listening socket at a path, with its owner and permissions.
+fn listen(path: &Path, socket: &ForwardedSocket) -> std::io::Result<OwnedFd> {
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    let (uid, gid) = (rustix::fs::Uid::from_raw(socket.uid), rustix::fs::Gid::from_raw(socket.gid));
+    rustix::fs::chown(path, Some(uid), Some(gid))?;
+    rustix::fs::chmod(path, Mode::from_raw_mode(socket.mode & 0o777))?;
+    Ok(listener.into())
+}
+
+/// Puts a file over a path of the root. By descriptors on both sides: nothing in the image can lead this mount
+/// elsewhere.
+fn mount_over(root: &OwnedFd, source: &Path, path: &str) -> Result<()> {
+    let target =
+        open_target(root, Path::new(path)).context(format_args!("prepare {path} in the container"))?;
+    let flags =
+        rustix::mount::OpenTreeFlags::OPEN_TREE_CLONE | rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = rustix::mount::open_tree(CWD, source, flags).context("open_tree")?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(tree, c"", target, c"", flags).context(format_args!("mount over {path}"))
+}
+
 /// Mounts a virtio-fs tag, once.
-fn mount_share(tag: &str) -> Result<PathBuf> {
+fn mount_share(tag: &str, flags: MountFlags) -> Result<PathBuf> {
     let path = Path::new(SHARES).join(tag);
     if path.exists() {
         return Ok(path);
     }
     fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
-    let flags = MountFlags::RDONLY | MountFlags::NOATIME;
     rustix::mount::mount(tag, &path, "virtiofs", flags, None)
         .inspect_err(|_| drop(fs::remove_dir(&path)))
         .context(format_args!("mount the file share {tag:?}"))?;

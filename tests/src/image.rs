@@ -70,6 +70,11 @@ impl Image {
         Ok(Image::new(vec![layer.finish()?], run))
     }
 
+    /// Sets a field of what it says about running it: `Volumes`, `User`…
+    pub fn set(&mut self, field: &str, value: Value) {
+        self.run[field] = value;
+    }
+
     /// Something like Alpine Linux: the directories and users of it that clients' own tests look for.
     ///
     /// # Errors

@@ -16,11 +16,22 @@ use crate::registry::Registry;
 
 const VARIABLE: &str = "BULKHEAD_TEST_SUITE";
 
+/// Names the directory with the packages for Python that tests use.
+pub const PYTHON_VARIABLE: &str = "BULKHEAD_TEST_PYTHON";
+
+/// Names Node.js.
+pub const NODE_VARIABLE: &str = "BULKHEAD_TEST_NODE";
+
+/// Names the script that is `devcontainer`.
+pub const DEVCONTAINER_VARIABLE: &str = "BULKHEAD_TEST_DEVCONTAINER";
+
 /// The shared daemon and registry, as a test sees them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Suite {
     /// The daemon's socket here.
     pub docker_socket: String,
+    /// The daemon's socket in the host.
+    pub inner_socket: String,
     /// The daemon's data root, in the host.
     pub data_root: String,
     /// The registry's address in the host.
@@ -98,6 +109,7 @@ impl SuiteOwner {
     pub fn to_env(&self) -> Result<(&'static str, String)> {
         let suite = Suite {
             docker_socket: self.daemon.socket().to_owned(),
+            inner_socket: self.daemon.inner_socket(),
             data_root: self.daemon.data_root(),
             registry: self.registry.address().to_owned(),
             registry_here: self.registry.forwarded().to_owned(),

@@ -142,7 +142,7 @@ impl Inherited {
     ///
     /// # Errors
     /// It is a standard stream, was taken before, or is not open.
-    fn take(&mut self, field: &'static str, number: FdNumber) -> Result<OwnedFd, ConfigError> {
+    pub fn take(&mut self, field: &'static str, number: FdNumber) -> Result<OwnedFd, ConfigError> {
         let error = |message: &str| ConfigError::Descriptor { field, number, message: message.to_owned() };
         if number <= 2 {
             return Err(error("is a standard stream or negative"));

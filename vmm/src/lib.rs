@@ -15,3 +15,4 @@ pub mod process;
 pub mod rate_limiter;
 pub mod recorder;
 pub mod seccomp;
+pub mod shares;

@@ -4,6 +4,8 @@
 //! runs it, and writes one report when it has ended, for whatever reason. It exits with 0 when the machine ended in order
 //! (the guest powered off, or it was killed on request), with 1 when it did not, and with 2 when there is
 //! not even a report to write to.
+//!
+//! `bulkhead-vmm --share-config-fd N` is another process altogether: see [`crate::shares`].
 
 use std::{
     fs::File,
@@ -22,18 +24,26 @@ use crate::{
     console::Console,
     jail,
     machine::{builder, control, end::End, signals::Signals},
-    seccomp,
+    seccomp, shares,
 };
 
-const USAGE: &str = "usage: bulkhead-vmm --config-fd N";
+const USAGE: &str = "usage: bulkhead-vmm --config-fd N | --share-config-fd N";
 
 /// Runs the machine that the arguments name.
 pub fn main() -> ExitCode {
     let started = Instant::now();
     one_arena();
+    let config = match config_number() {
+        Ok((Mode::Machine, number)) => number,
+        Ok((Mode::Shares, number)) => return shares::main(number),
+        Err(message) => {
+            eprintln!("bulkhead-vmm: {message}");
+            return ExitCode::from(2);
+        }
+    };
     // Executed by a descriptor, it would be named after that.
     let _ = rustix::thread::set_name(c"bulkhead-vmm");
-    match begin() {
+    match begin(config) {
         Ok((report, config)) => run(report, config, started),
         Err(message) => {
             eprintln!("bulkhead-vmm: {message}");
@@ -50,9 +60,9 @@ fn one_arena() {
 }
 
 /// The report's file, and the configuration or why it is refused.
-fn begin() -> Result<(File, Result<Config, String>), String> {
+fn begin(number: FdNumber) -> Result<(File, Result<Config, String>), String> {
     let mut inherited = Inherited::default();
-    let config = config::read(config_number()?, &mut inherited).map_err(|error| error.to_string())?;
+    let config = config::read(number, &mut inherited).map_err(|error| error.to_string())?;
     let report = config::take_report(&config, &mut inherited).map_err(|error| error.to_string())?;
     let config = config::check(config, &mut inherited).map_err(|error| error.to_string());
     Ok((report, config.and_then(|config| confine(config, &inherited))))
@@ -64,12 +74,20 @@ fn confine(config: Config, inherited: &Inherited) -> Result<Config, String> {
     Ok(config)
 }
 
-fn config_number() -> Result<FdNumber, String> {
+/// What the process is to be.
+enum Mode {
+    Machine,
+    Shares,
+}
+
+fn config_number() -> Result<(Mode, FdNumber), String> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["--config-fd", number] => number.parse().map_err(|_| USAGE.to_owned()),
-        _ => Err(USAGE.to_owned()),
-    }
+    let (mode, number) = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--config-fd", number] => (Mode::Machine, number),
+        ["--share-config-fd", number] => (Mode::Shares, number),
+        _ => return Err(USAGE.to_owned()),
+    };
+    number.parse().map(|number| (mode, number)).map_err(|_| USAGE.to_owned())
 }
 
 fn run(report: File, config: Result<Config, String>, started: Instant) -> ExitCode {

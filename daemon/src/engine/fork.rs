@@ -202,7 +202,7 @@ impl Clones {
         let identity = ContainerIdentity {
             container: parent.guest.clone(),
             hostname: record.config.hostname.clone(),
-            files: self.shared.spec(record)?.files,
+            files: self.shared.spec(record, &[])?.files,
             end_execs: true,
             known: Some(KnownOutput { stdout: u64::MAX, stderr: u64::MAX }),
         };

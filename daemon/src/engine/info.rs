@@ -42,7 +42,7 @@ impl Engine {
             driver: STORAGE_DRIVER.into(),
             driver_status: Vec::new(),
             plugins: Plugins {
-                volume: Vec::new(),
+                volume: vec![super::volume::DRIVER.into()],
                 network: ["bridge", "host", "null"].map(str::to_owned).to_vec(),
                 authorization: None,
                 log: logs::DRIVERS.map(str::to_owned).to_vec(),
@@ -124,7 +124,9 @@ impl Engine {
             let options = ListOptions { all: true, size: true, ..ListOptions::default() };
             usage.containers = Some(self.container_list(options).await?);
         }
-        usage.volumes = kinds.volumes.then(Vec::new);
+        if kinds.volumes {
+            usage.volumes = Some(self.volume_usage().await);
+        }
         usage.build_cache = kinds.build_cache.then(Vec::new);
         Ok(usage)
     }

@@ -15,12 +15,14 @@ mod info;
 pub(crate) mod limits;
 pub mod logs;
 mod metrics;
+pub mod mounts;
 pub mod network;
 mod open;
 mod pressure;
 mod reload;
 pub mod spec;
 pub mod store;
+pub mod volume;
 
 use std::{os::unix::fs::MetadataExt, sync::Arc};
 
@@ -159,6 +161,7 @@ pub(crate) struct Shared {
     pub(crate) config: Arc<Config>,
     pub(crate) events: Arc<events::Events>,
     pub(crate) images: Arc<image::ImageStore>,
+    pub(crate) volumes: Arc<volume::store::VolumeStore>,
     pub(crate) networks: network::Networks,
     pub(crate) registry: container::registry::Registry,
     pub(crate) execs: exec::Execs,
@@ -182,7 +185,13 @@ impl Shared {
     }
 
     /// The runtime spec and files of a container.
-    pub(crate) fn spec(&self, record: &Record) -> Result<spec::ContainerSpec> {
+    ///
+    /// `binds` are the places of its shares: destination, the share's name, whether read-only.
+    pub(crate) fn spec(
+        &self,
+        record: &Record,
+        binds: &[(String, String, bool)],
+    ) -> Result<spec::ContainerSpec> {
         // A host without one has no name servers to tell of.
         let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
         let mut facts = self.networks.facts(record);
@@ -194,6 +203,7 @@ impl Shared {
             daemon: &self.config,
             network: &facts,
             resolv_conf: &resolv_conf,
+            binds,
         })
     }
 

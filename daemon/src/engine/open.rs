@@ -28,6 +28,7 @@ use super::{
     pressure,
     reload::Live,
     store,
+    volume::store::VolumeStore,
 };
 use crate::{
     config::Config,
@@ -44,7 +45,7 @@ const SWEEP_WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let events = Arc::new(Events::default());
-    let (images, records) = tokio::task::spawn_blocking({
+    let (images, volumes, records) = tokio::task::spawn_blocking({
         let (config, events) = (Arc::clone(&config), Arc::clone(&events));
         move || open_stores(&config, events)
     })
@@ -58,10 +59,12 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
     let (registry, execs) = (Registry::default(), Execs::default());
     let timelines = Timelines::default();
     let (health_checks, live) = (Counts::default(), Live::new(&config));
+    let volumes = Arc::new(volumes);
     let shared = Arc::new(Shared {
         config,
         events,
         images,
+        volumes,
         networks,
         registry,
         execs,
@@ -100,7 +103,7 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
     Error::internal(format!("cannot {what} {}: {error}", path.display()))
 }
 
-fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, Vec<Record>)> {
+fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>, VolumeStore, Vec<Record>)> {
     let layout = &config.layout;
     // What a daemon that died was forking: its clones hold what they need open.
     match std::fs::remove_dir_all(layout.forks()) {
@@ -126,7 +129,9 @@ fn open_stores(config: &Config, events: Arc<Events>) -> Result<(Arc<ImageStore>,
     })?;
     let containers = layout.containers();
     let records = store::load(layout).map_err(|error| failed("read", &containers, &error))?;
-    Ok((images, records))
+    let volumes = VolumeStore::open(layout.volumes());
+    let volumes = volumes.map_err(|error| failed("open", &layout.volumes(), &error))?;
+    Ok((images, volumes, records))
 }
 
 /// Opens the templates, unless they are not wanted; those of an earlier daemon that wanted them stay.
@@ -202,7 +207,7 @@ fn make_template(layout: &Layout, size: u64) -> Result<()> {
     if std::fs::metadata(&path).is_ok_and(|meta| meta.len() == size) {
         return Ok(());
     }
-    disk::template(&path, size)
+    disk::template(&path, size, disk::Purpose::WritableLayer)
         .map_err(|error| Error::internal(format!("the template disk cannot be made: {error}")))
 }
 

@@ -8,6 +8,7 @@
 //! | `identity` | which process the VMM is, see [`super::vmm::process::Identity`] |
 //! | `report.json` | the VMM's last words |
 //! | `vmm.log` | the VMM's standard error |
+//! | `shares.log` | its share server's standard error, where it has one |
 //! | `saving` | there while the machine is being saved, and so may stand still |
 
 use std::{
@@ -31,6 +32,7 @@ pub(super) const JAIL: &str = "jail.json";
 pub(super) const IDENTITY: &str = "identity";
 pub(super) const REPORT: &str = "report.json";
 pub(super) const LOG: &str = "vmm.log";
+pub(super) const SHARES_LOG: &str = "shares.log";
 const SAVING: &str = "saving";
 
 /// How many connections may wait for a VMM that has not come round to accept them.

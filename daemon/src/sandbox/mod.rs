@@ -54,6 +54,7 @@ pub use vmm::{
     cgroup::{Cgroup, CgroupError, HostLimits},
     control::ControlError,
     jail::{Confinement, JailError},
+    shares::{ShareSpec, SharesError},
     uids::Uids,
 };
 
@@ -79,8 +80,26 @@ pub(crate) mod vocabulary {
 /// The block slot of the writable layer.
 pub const DISK: &str = "root";
 
+/// A disk beside the writable layer.
+#[derive(Debug)]
+pub struct ExtraDisk {
+    /// Open for writing, unless it is read-only.
+    pub file: File,
+    /// Whether the guest's writes are refused.
+    pub read_only: bool,
+}
+
+/// The block slot of a disk beside the writable layer, from 0.
+#[must_use]
+pub fn extra_disk(slot: usize) -> String {
+    format!("disk{slot}")
+}
+
 /// The virtio-fs tag below which image layers are shared.
 pub const TAG: &str = "layers";
+
+/// The virtio-fs tag below which volumes and bind mounts are shared.
+pub const SHARES: &str = "shares";
 
 /// How many network slots a machine has. An empty one costs a boot one look of the guest's kernel.
 pub const NICS: u8 = 4;
@@ -127,8 +146,14 @@ pub struct SandboxSpec {
     pub cmdline: String,
     /// The writable layer, open for reading and writing; None: the slot stays empty.
     pub disk: Option<File>,
+    /// How many more disks its machine has slots for.
+    pub disk_slots: u8,
+    /// What is in them from the start, the first first: `disk_slots` at most.
+    pub disks: Vec<ExtraDisk>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// What it gets of the host to read and write.
+    pub shares: Vec<ShareSpec>,
     /// Where the stages of the boot are marked.
     pub timeline: Arc<Timeline>,
     /// `/dev/kvm`.
@@ -169,7 +194,7 @@ impl SandboxSpec {
             cmdline: self.cmdline.clone(),
             vcpus: self.vcpus,
             memory_mib: self.memory.base_mib,
-            devices: plan::devices(),
+            devices: plan::devices(self.disk_slots),
             kvm: self.kvm.clone(),
             confinement: self.confinement.clone(),
         }
@@ -227,6 +252,9 @@ pub enum BootError {
     /// The VMM cannot be confined.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// What it is to be given of the host is not there.
+    #[error(transparent)]
+    Shares(#[from] SharesError),
     /// The VMM refused a request.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -521,6 +549,11 @@ impl Sandbox {
         let request = StreamOpen { process, stream, from };
         let (stream, from) = stream::open(&self.dir, &request).await?;
         Ok(OutputStream::new(stream, from))
+    }
+
+    /// Waits until the guest connects to the host's port.
+    pub(crate) async fn accept(&self, port: u32) -> io::Result<tokio::net::UnixStream> {
+        vsock::listen(&self.dir, port).await
     }
 
     /// Opens a process's input.

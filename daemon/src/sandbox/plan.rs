@@ -24,24 +24,25 @@ use std::{
 
 use bulkhead_agent_api::{Call, ContainerIdentity, Event, Identity, MIN_ENTROPY};
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, LimitedDevice, MemoryDeviceConfig, NetConfig, Request, ShareKind,
-    VsockConfig,
+    BlockConfig, DeviceConfig, FsConfig, FsServer, LimitedDevice, MemoryDeviceConfig, NetConfig, Request,
+    ShareKind, VsockConfig,
 };
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::phases::Stage;
 
 use super::{
-    BootError, Confinement, ControlError, DISK, NICS, Origin, Rates, Sandbox, SandboxSpec, TAG,
+    BootError, Confinement, ControlError, DISK, NICS, Origin, Rates, SHARES, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
+    extra_disk,
     memory::region_mib,
     vmm::{
         Death,
-        cgroup::Cgroup,
         control::{ANSWER_WITHIN, Control},
         jail::{self, Cell},
         process::Process,
+        shares,
         spawn::{Launch, StartFiles, spawn},
     },
 };
@@ -70,6 +71,8 @@ pub(super) async fn boot(spec: SandboxSpec) -> Result<Booted, BootError> {
             if let Some(template) = templates.store.find(&machine, domain.as_deref()) {
                 match restored(&spec, template.files.into(), Vec::new()).await {
                     Ok(booted) => return Ok(booted),
+                    // No fault of the template's.
+                    Err(error @ BootError::Shares(_)) => return Err(error),
                     Err(error) => templates.store.discard(&template.key, &error.to_string()),
                 }
             }
@@ -135,7 +138,7 @@ struct Vmm {
     dir: Arc<SandboxDir>,
     process: Arc<Process>,
     control: Control,
-    cgroup: Option<Cgroup>,
+    cell: Cell,
     undo: Undo,
 }
 
@@ -161,7 +164,7 @@ impl Vmm {
             memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
-            devices: devices(),
+            devices: devices(spec.disk_slots),
             cell: &cell,
         };
         let process = spawn(&dir, launch)
@@ -176,12 +179,12 @@ impl Vmm {
             }
         });
         spec.timeline.mark(Stage::Spawned);
-        let (control, cgroup) = (Control::default(), cell.cgroup);
-        Ok(Self { id: spec.id.clone(), dir, process, control, cgroup, undo })
+        Ok(Self { id: spec.id.clone(), dir, process, control: Control::default(), cell, undo })
     }
 
     /// Attaches what is the sandbox's own, and lets a restored machine run.
     async fn attach(&self, spec: &SandboxSpec, resume: bool) -> Result<(), BootError> {
+        self.attach_shares(spec).await?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (name, path) in &spec.layers {
             layers.push((name, open_layer(path, &spec.confinement)?));
@@ -190,6 +193,10 @@ impl Vmm {
             .disk
             .iter()
             .map(|disk| (Request::AttachDisk { id: DISK.into(), read_only: false }, Some(disk.as_fd())));
+        let extra = spec.disks.iter().enumerate().map(|(slot, disk)| {
+            let request = Request::AttachDisk { id: extra_disk(slot), read_only: disk.read_only };
+            (request, Some(disk.file.as_fd()))
+        });
         let layers = layers.iter().map(|(name, layer)| {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
@@ -197,12 +204,27 @@ impl Vmm {
         let growth = growth(spec).filter(|_| resume).map(|growth| (growth, None));
         let goes_on = resume.then_some((Request::Resume, None));
         let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
-            disk.chain(layers).chain(goes_on).chain(growth).collect();
+            disk.chain(extra).chain(layers).chain(goes_on).chain(growth).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
         if resume {
             spec.timeline.mark(Stage::Restored);
         }
+        Ok(())
+    }
+
+    /// Starts the share server where there is anything for it to serve. It ends with the VMM.
+    async fn attach_shares(&self, spec: &SandboxSpec) -> Result<(), BootError> {
+        if spec.shares.is_empty() {
+            return Ok(());
+        }
+        let (dir, memory) = (&self.dir, spec.memory.base_mib.saturating_add(spec.memory.plugged_mib));
+        let (server, theirs) = shares::spawn(dir, &spec.program, &self.cell, memory, &spec.shares)?;
+        // Somebody must reap it.
+        tokio::spawn(async move { server.ended().await });
+        let request = Request::AttachServer { tag: SHARES.into() };
+        let fds = [theirs.channel.as_fd(), theirs.area.as_fd()];
+        self.control.call(dir, &request, &fds, ANSWER_WITHIN).await?;
         Ok(())
     }
 
@@ -244,17 +266,21 @@ impl Vmm {
                 Err(_) => return Err(BootError::Silent(console(&self.control, &dir).await)),
             },
         };
-        let Self { id, dir, process, control, cgroup, undo } = self;
+        let Self { id, dir, process, control, cell: Cell { cgroup, .. }, undo } = self;
         undo.disarm();
         Ok((Sandbox { id, dir, process, control, agent, cgroup }, events))
     }
 }
 
-/// The machine of every sandbox: nothing in it belongs to one container.
-pub(super) fn devices() -> DeviceConfig {
+/// The machine of a sandbox: nothing in it belongs to one container.
+pub(super) fn devices(disk_slots: u8) -> DeviceConfig {
+    let disks = (0..disk_slots).map(|slot| BlockConfig { id: extra_disk(slot.into()) });
     DeviceConfig {
-        block: vec![BlockConfig { id: DISK.into() }],
-        fs: vec![FsConfig { tag: TAG.into() }],
+        block: std::iter::once(BlockConfig { id: DISK.into() }).chain(disks).collect(),
+        fs: vec![
+            FsConfig { tag: TAG.into(), server: FsServer::Vmm },
+            FsConfig { tag: SHARES.into(), server: FsServer::Process },
+        ],
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: (0..NICS).map(|slot| NetConfig { id: super::nic(slot) }).collect(),
         rng: true,
@@ -281,7 +307,7 @@ fn open_kvm(path: &Path) -> Result<File, BootError> {
 /// Tells the VMM how fast its devices may be.
 pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates) -> Result<(), ControlError> {
     let disk = (LimitedDevice::Block { id: DISK.into() }, rates.disk);
-    let net = devices().net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
+    let net = (0..NICS).map(|slot| (LimitedDevice::Net { id: super::nic(slot) }, rates.net));
     for (device, limits) in std::iter::once(disk).chain(net) {
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
     }
@@ -396,7 +422,10 @@ mod tests {
             initramfs: "/dev/null".into(),
             cmdline: String::new(),
             disk: Some(File::open("/dev/null").unwrap()),
+            disk_slots: 0,
+            disks: vec![],
             layers: vec![],
+            shares: vec![],
             timeline: Timeline::begin("c", TimelineKind::Run),
             kvm: "/dev/null".into(),
             limits: HostLimits::default(),

@@ -354,6 +354,64 @@ pub struct Create {
     /// bind-mounted over the root, writable, not part of the container's own layer.
     #[serde(default)]
     pub files: Vec<InjectedFile>,
+    /// The virtio-fs tag of what the host shares for reading and writing: mounted where bind mounts of the spec
+    /// come from, at `/run/bulkhead/fs/<tag>`. Each directory or file in its root is a share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares: Option<String>,
+    /// What of the root is copied into shares before the workload sees them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copy_up: Vec<CopyUp>,
+    /// Unix sockets of the host's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sockets: Vec<ForwardedSocket>,
+    /// Volumes that are disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<VolumeDisk>,
+}
+
+/// A volume with a file system of its own, ext4: mounted where bind mounts of the spec come from, at
+/// [`VOLUME_DISKS`]`/<id of the disk>`. Its files are in the directory [`VOLUME_DATA`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeDisk {
+    /// The device.
+    pub disk: Disk,
+    /// Whether nothing of it may change. The host's side does not let it then, either.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Where in the container its first content is, as for [`CopyUp`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_up: Option<String>,
+}
+
+/// Where [`VolumeDisk`]s are mounted.
+pub const VOLUME_DISKS: &str = "/run/bulkhead/fs/disks";
+
+/// The directory of a [`VolumeDisk`] that containers see.
+pub const VOLUME_DATA: &str = "_data";
+
+/// A share that is empty gets what the image has at its place, owner and permissions of the directory itself
+/// included (Docker's volumes, when they are used first). One that is not empty stays as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyUp {
+    /// The share's name.
+    pub share: String,
+    /// Absolute, in the container. Nothing is copied where there is no directory.
+    pub path: String,
+}
+
+/// A socket that listens in the container; each connection to it becomes one over vsock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForwardedSocket {
+    /// Absolute, in the container.
+    pub path: String,
+    /// The host port that is connected to.
+    pub port: u32,
+    /// Its owner.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// Its permissions.
+    pub mode: u32,
 }
 
 /// An overlay: read-only layers over virtio-fs below, a block device above.

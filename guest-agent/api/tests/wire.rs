@@ -3,10 +3,10 @@
 //! this test shows is a new version.
 
 use bulkhead_agent_api::{
-    AgentError, Answer, Call, ContainerIdentity, ContainerState, CpuStats, Create, Disk, ErrorKind, Event,
-    Exit, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface, InterfaceAddress, IoStats,
-    KnownOutput, MemoryStats, NetworkStats, ProcessDetail, ProcessId, ProcessInfo, ProcessState, Rootfs,
-    Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    AgentError, Answer, Call, ContainerIdentity, ContainerState, CopyUp, CpuStats, Create, Disk, ErrorKind,
+    Event, Exit, ForwardedSocket, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface,
+    InterfaceAddress, IoStats, KnownOutput, MemoryStats, NetworkStats, ProcessDetail, ProcessId, ProcessInfo,
+    ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent, VolumeDisk,
     files::{Change, ChangeKind, FilesDone, FilesOpen, FilesReady, FilesRequest, PathStat},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -50,6 +50,10 @@ fn calls() -> Vec<Call> {
             },
             spec: Box::new(serde_json::from_str(spec).unwrap()),
             files: vec![InjectedFile { path: "/etc/hosts".into(), content: "x\n".into(), mode: 0o644 }],
+            shares: None,
+            copy_up: Vec::new(),
+            sockets: Vec::new(),
+            disks: Vec::new(),
         })),
         Call::Start { container: "c1".into(), stdio: Stdio::default() },
         Call::Exec { process: exec(), spec: Box::new(serde_json::from_str(process).unwrap()), stdio },
@@ -173,6 +177,28 @@ fn pausing_and_stats(wire: &mut Wire) {
     }
 }
 
+fn shares(wire: &mut Wire) {
+    let create = Create {
+        container: "c1".into(),
+        rootfs: Rootfs {
+            tag: "layers".into(),
+            layers: Vec::new(),
+            disk: Disk { id: "disk0".into(), size: 1 << 30 },
+        },
+        spec: Box::new(serde_json::from_str(r#"{"ociVersion":"1.2.0"}"#).unwrap()),
+        files: Vec::new(),
+        shares: Some("shares".into()),
+        copy_up: vec![CopyUp { share: "0".into(), path: "/data".into() }],
+        sockets: vec![ForwardedSocket { path: "/run/s".into(), port: 5000, uid: 1, gid: 2, mode: 0o660 }],
+        disks: vec![VolumeDisk {
+            disk: Disk { id: "disk0".into(), size: 1 << 30 },
+            read_only: false,
+            copy_up: Some("/var/lib/db".into()),
+        }],
+    };
+    wire.message(&ToAgent { id: 12, call: Call::Create(Box::new(create)) });
+}
+
 fn memory(wire: &mut Wire) {
     wire.message(&ToAgent { id: 10, call: Call::AwaitMemory { plugged_mib: 64 } });
     wire.message(&ToAgent { id: 11, call: Call::Reclaim { container: "c1".into(), percent: 25 } });
@@ -266,6 +292,7 @@ fn every_message_is_as_it_was() {
     memory(&mut wire);
     process_detail(&mut wire);
     files(&mut wire);
+    shares(&mut wire);
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);
     }

@@ -191,6 +191,10 @@ fn create(machine: &Machine, id: &str, changes: Value) -> Call {
             content: "127.0.0.1 box\n".into(),
             mode: 0o644,
         }],
+        shares: None,
+        copy_up: Vec::new(),
+        sockets: Vec::new(),
+        disks: Vec::new(),
     }))
 }
 

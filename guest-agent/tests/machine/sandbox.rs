@@ -120,7 +120,7 @@ impl Vmm {
             console: Some(number(&console)),
             devices: vmm::DeviceConfig {
                 block: vec![vmm::BlockConfig { id: DISK.into() }],
-                fs: vec![vmm::FsConfig { tag: TAG.into() }],
+                fs: vec![vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm }],
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],
                 rng: true,
@@ -232,7 +232,7 @@ impl Layer {
 /// A formatted disk.
 pub(crate) fn new_disk(directory: &Path) -> PathBuf {
     let (template, disk) = (directory.join("template"), directory.join("disk"));
-    disk::template(&template, DISK_SIZE).expect("template");
+    disk::template(&template, DISK_SIZE, disk::Purpose::WritableLayer).expect("template");
     disk::clone(&template, &disk).expect("disk");
     disk
 }

@@ -15,6 +15,8 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod share;
+
 /// The number of a file descriptor that the VMM inherits.
 pub type FdNumber = i32;
 
@@ -132,6 +134,20 @@ pub struct BlockConfig {
 pub struct FsConfig {
     /// The tag that the guest mounts, at most 36 bytes.
     pub tag: String,
+    /// Who serves it.
+    #[serde(default)]
+    pub server: FsServer,
+}
+
+/// Who serves a virtio-fs device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsServer {
+    /// The VMM itself: read-only shares, which come with [`Request::AttachShare`].
+    #[default]
+    Vmm,
+    /// A share server ([`share`]), which comes with [`Request::AttachServer`].
+    Process,
 }
 
 /// The virtio-vsock device.
@@ -215,6 +231,12 @@ pub enum Request {
         tag: String,
         /// As it was attached.
         name: String,
+    },
+    /// Gives a virtio-fs device of kind [`FsServer::Process`] its server, once: two fds, the channel and the area
+    /// ([`share`]). From then on the machine cannot be saved.
+    AttachServer {
+        /// [`FsConfig::tag`].
+        tag: String,
     },
     /// Gives a network slot its tap: one fd, a tap opened with `IFF_NO_PI | IFF_VNET_HDR`. In a machine that
     /// was restored with a device in the slot, the driver keeps the address that it knows.

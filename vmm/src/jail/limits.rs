@@ -5,11 +5,14 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::JailError;
 
 /// Open files: thousands for the file server, one for each vsock connection.
-const FILES: u64 = 16 * 1024;
+pub(super) const FILES: u64 = 16 * 1024;
 
-pub(super) fn set() -> Result<(), JailError> {
+/// Open files of a share server: what its guest has open, and what is kept open to be found again.
+pub(super) const SHARED_FILES: u64 = 48 * 1024;
+
+pub(super) fn set(files: u64) -> Result<(), JailError> {
     // The soft limit that comes along is often 1024, for programs that use select().
-    let files = getrlimit(Resource::Nofile).maximum.map_or(FILES, |most| most.min(FILES));
+    let files = getrlimit(Resource::Nofile).maximum.map_or(files, |most| most.min(files));
     limit("RLIMIT_NOFILE", Resource::Nofile, files)?;
     // A core would hold the guest's memory.
     limit("RLIMIT_CORE", Resource::Core, 0)?;

@@ -30,6 +30,7 @@ mod root;
 use std::{collections::BTreeSet, io};
 
 use bulkhead_vmm_api::{FdNumber, Jail};
+use rustix::{fs::Mode, thread::CapabilitySet};
 
 pub use landlock::Files;
 
@@ -54,13 +55,31 @@ impl JailError {
 /// A step fails: then the machine is not to be built.
 pub fn enter(jail: Jail, keep: &BTreeSet<FdNumber>) -> Result<(), JailError> {
     descriptors::close_others(keep).map_err(JailError::at("close_range"))?;
-    limits::set()?;
+    limits::set(limits::FILES)?;
     if jail == Jail::Full {
         root::make_empty()?;
-        privileges::drop_all()?;
+        privileges::drop_all_but(CapabilitySet::empty())?;
     }
     privileges::keep_from_gaining()?;
     landlock::restrict(Files::ReadBeneath)
+}
+
+/// Confines a share server, which keeps these rights over files. No Landlock: it knows no way to move a file from
+/// one directory to another that it does not forbid; what there is to open lies in mounts without a parent.
+///
+/// # Errors
+/// A step fails: then nothing is to be served.
+pub fn enter_shares(jail: Jail, keep: &BTreeSet<FdNumber>, rights: CapabilitySet) -> Result<(), JailError> {
+    descriptors::close_others(keep).map_err(JailError::at("close_range"))?;
+    limits::set(limits::SHARED_FILES)?;
+    if jail == Jail::Full {
+        root::make_empty()?;
+        privileges::drop_all_but(rights)?;
+    }
+    privileges::keep_from_gaining()?;
+    // What it makes has the rights that the guest names.
+    rustix::process::umask(Mode::empty());
+    Ok(())
 }
 
 /// Lets no thread or process be made from now on, filter or not, besides the `threads` that are there. Under a

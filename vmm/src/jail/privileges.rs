@@ -14,9 +14,9 @@ use rustix::{
 
 use super::JailError;
 
-/// Gives up every capability in every set, for ever. Those that are there are over this process's own
-/// namespaces alone; without them it can change nothing of these either.
-pub(super) fn drop_all() -> Result<(), JailError> {
+/// Gives up every capability in every set but `kept`, for ever. Those that are there are over this process's own
+/// namespaces alone (of a share server's, over files too); without them it can change nothing of these either.
+pub(super) fn drop_all_but(kept: CapabilitySet) -> Result<(), JailError> {
     for number in 0..CapabilitySet::all().bits().trailing_ones() {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         match remove_capability_from_bounding_set(capability) {
@@ -35,12 +35,8 @@ pub(super) fn drop_all() -> Result<(), JailError> {
         | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
         | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED;
     set_capabilities_secure_bits(for_ever).map_err(JailError::at("PR_SET_SECUREBITS"))?;
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
-        inheritable: CapabilitySet::empty(),
-    };
-    set_capabilities(None, none).map_err(JailError::at("capset"))
+    let left = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, left).map_err(JailError::at("capset"))
 }
 
 /// No program that is executed gains anything, nobody of the same user may look into this process, no memory

@@ -169,7 +169,7 @@ fn recorded(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Response 
 fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Response, RequestError> {
     let wanted = match &request {
         Request::AttachDisk { .. } | Request::AttachShare { .. } | Request::AttachTap { .. } => 1,
-        Request::Snapshot => 2,
+        Request::Snapshot | Request::AttachServer { .. } => 2,
         _ => 0,
     };
     let found = fds.len();
@@ -187,6 +187,10 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
         Request::DetachDisk { id } => machine.detach_disk(&id)?,
         Request::AttachShare { tag, name, kind } => {
             machine.attach_share(&tag, &name, fds.next().ok_or(error)?, kind)?;
+        }
+        Request::AttachServer { tag } => {
+            let (channel, area) = fds.next().zip(fds.next()).ok_or(error)?;
+            machine.attach_server(&tag, channel, area)?;
         }
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id, mac, mtu } => {

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bulkhead_vmm_api::{DeviceFigures, ExitReason, LimitedDevice, RateLimits, ShareKind};
+use bulkhead_vmm_api::{DeviceFigures, ExitReason, FsServer, LimitedDevice, RateLimits, ShareKind};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -32,7 +32,7 @@ use crate::{
         balloon::Balloon,
         block::Block,
         device::{GuestMemory, Interrupt, VirtioDevice},
-        fs::Fs,
+        fs::{Forward, Fs},
         mem::Mem,
         mmio::{self, MmioTransport, register},
         net::{Net, NetIdentity},
@@ -135,6 +135,7 @@ impl<D> Slot<D> {
 pub struct DeviceSet {
     block: Named<Block>,
     fs: Named<Fs>,
+    forward: Named<Forward>,
     net: Named<Net>,
     balloon: Option<Slot<Balloon>>,
     mem: Option<Slot<Mem>>,
@@ -185,6 +186,7 @@ impl DeviceSet {
     ) -> Result<Self, DeviceSetError> {
         let mut assembly = Assembly { vm, memory, bus, end, members: Vec::new() };
         let (mut block, mut fs, mut net) = (Named::new(), Named::new(), Named::new());
+        let mut forward = Named::new();
         for (index, slot) in config.block.into_iter().enumerate() {
             let name = format!("block{index}");
             let device = Block::new(&slot.id).map_err(DeviceSetError::device(&name))?;
@@ -193,9 +195,18 @@ impl DeviceSet {
         }
         for (index, slot) in config.fs.into_iter().enumerate() {
             let name = format!("fs{index}");
-            let device = Fs::new(&slot.tag).map_err(DeviceSetError::device(&name))?;
-            let added = assembly.add(&name, &slot.tag, device)?;
-            fs.insert(slot.tag, added);
+            match slot.server {
+                FsServer::Vmm => {
+                    let device = Fs::new(&slot.tag).map_err(DeviceSetError::device(&name))?;
+                    let added = assembly.add(&name, &slot.tag, device)?;
+                    fs.insert(slot.tag, added);
+                }
+                FsServer::Process => {
+                    let device = Forward::new(&slot.tag).map_err(DeviceSetError::device(&name))?;
+                    let added = assembly.add(&name, &slot.tag, device)?;
+                    forward.insert(slot.tag, added);
+                }
+            }
         }
         if let Some((cid, listener)) = config.vsock {
             let name = "vsock";
@@ -227,7 +238,8 @@ impl DeviceSet {
         } else {
             None
         };
-        Ok(Self { block, fs, net, balloon, mem, members: assembly.members, workers: Vec::new() })
+        let (members, workers) = (assembly.members, Vec::new());
+        Ok(Self { block, fs, forward, net, balloon, mem, members, workers })
     }
 
     /// What tells the guest's kernel of the devices: ` virtio_mmio.device=<size>@<address>:<irq>` each.
@@ -264,6 +276,16 @@ impl DeviceSet {
     /// See [`super::Machine::detach_share`].
     pub(super) fn detach_share(&self, tag: &str, name: &str) -> Result<(), AttachError> {
         find("fs", &self.fs, tag)?.detach_share(name).map_err(AttachError::refused)
+    }
+
+    /// See [`super::Machine::attach_server`].
+    pub(super) fn attach_server(
+        &self,
+        tag: &str,
+        channel: OwnedFd,
+        area: OwnedFd,
+    ) -> Result<(), AttachError> {
+        find("fs", &self.forward, tag)?.attach(channel, area).map_err(AttachError::refused)
     }
 
     /// See [`super::Machine::attach_tap`].

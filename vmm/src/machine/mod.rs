@@ -154,6 +154,14 @@ impl Machine {
         self.devices.detach_share(tag, name)
     }
 
+    /// Gives a file system device its share server.
+    ///
+    /// # Errors
+    /// There is no such device, or it has a server, or these are not its channel and memory.
+    pub fn attach_server(&self, tag: &str, channel: OwnedFd, area: OwnedFd) -> Result<(), AttachError> {
+        self.devices.attach_server(tag, channel, area)
+    }
+
     /// Gives a network slot its tap.
     ///
     /// # Errors

@@ -32,6 +32,12 @@ pub(super) const CALLS: &[Call] = &[
         ],
         "how it was opened; a tap becomes non-blocking",
     ),
+    call_if(
+        SYS_mmap,
+        &[&[int(2, PROT_READ | PROT_WRITE), int(3, MAP_SHARED | MAP_NORESERVE)]],
+        "the memory that is shared with a share server",
+    ),
+    call_if(SYS_fcntl, &[&[int(1, F_GET_SEALS)]], "whether that can vanish"),
     call(SYS_openat2, "a share's own directory"),
     call(SYS_fgetxattr, "whether it is a layer"),
     call(SYS_lseek, "the size of a file"),

@@ -7,6 +7,8 @@ use super::call::{Call, call};
 pub(super) const CALLS: &[Call] = &[
     call(SYS_epoll_wait, "waits for kicks"),
     call(SYS_epoll_ctl, "a failed device's sources are no longer watched"),
+    call(SYS_sendto, "a request is handed on to a share server"),
+    call(SYS_recvfrom, "it is done"),
     // What it resolves is bounded by the share, which the daemon hands over as a mount of its own, read-only,
     // without a parent: the structure with the flags lies in memory, where no filter can see it.
     call(SYS_openat2, "a node of a share"),

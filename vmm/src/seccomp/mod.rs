@@ -21,6 +21,7 @@ mod fs;
 mod mem;
 mod net;
 mod rng;
+mod shares;
 mod vcpu;
 mod violation;
 mod vsock;
@@ -58,11 +59,13 @@ pub enum Kind {
     Balloon,
     /// virtio-mem's.
     Mem,
+    /// All threads of a share server, which is another process.
+    Shares,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Control,
         Self::Vcpu,
         Self::Block,
@@ -72,6 +75,7 @@ impl Kind {
         Self::Rng,
         Self::Balloon,
         Self::Mem,
+        Self::Shares,
     ];
 
     /// The worker of a device.
@@ -110,6 +114,7 @@ impl Kind {
             Self::Rng => "rng",
             Self::Balloon => "balloon",
             Self::Mem => "mem",
+            Self::Shares => "shares",
         }
     }
 
@@ -124,6 +129,7 @@ impl Kind {
             Self::Rng => rng::CALLS,
             Self::Balloon => balloon::CALLS,
             Self::Mem => mem::CALLS,
+            Self::Shares => shares::CALLS,
         };
         [common::CALLS, own]
     }

@@ -25,7 +25,6 @@ macro_rules! refusals {
 refusals! {
     build => "building images is",
     session => "BuildKit's sessions are",
-    volume => "volumes are",
     plugin => "plugins are",
 }
 
@@ -35,12 +34,6 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/build/cancel" => build,
     POST "/session" => session,
     POST "/grpc" => session,
-    GET "/volumes" => volumes,
-    POST "/volumes/create" => volume,
-    POST "/volumes/prune" => volumes_prune,
-    GET "/volumes/{name}" => no_volume,
-    PUT "/volumes/{name}" => no_volume,
-    DELETE "/volumes/{name}" => no_volume,
     GET "/plugins" => plugins,
     GET "/plugins/privileges" => plugin,
     POST "/plugins/pull" => plugin,
@@ -83,20 +76,6 @@ pub(super) const ROUTES: &[Route] = table! {
     POST "/configs/{id}/update" => swarm,
     DELETE "/configs/{id}" => swarm,
 };
-
-async fn volumes(call: Call) -> Result<Response<Body>> {
-    call.filters(&["dangling", "driver", "label", "name"])?;
-    json_response(&json!({ "Volumes": [], "Warnings": null }))
-}
-
-async fn volumes_prune(call: Call) -> Result<Response<Body>> {
-    call.filters(&["label", "label!", "all"])?;
-    json_response(&json!({ "VolumesDeleted": null, "SpaceReclaimed": 0 }))
-}
-
-async fn no_volume(call: Call) -> Result<Response<Body>> {
-    Err(Error::not_found(format!("get {}: no such volume", call.name())))
-}
 
 /// There is no build cache; `docker system prune` asks for this, too.
 async fn build_prune(_: Call) -> Result<Response<Body>> {

@@ -13,6 +13,7 @@ pub mod networks;
 pub mod registry;
 pub mod stats;
 pub mod system;
+pub mod volumes;
 
 use super::router::Route;
 
@@ -29,6 +30,7 @@ pub(super) const TABLES: &[&[Route]] = &[
     stats::ROUTES,
     exec::ROUTES,
     images::ROUTES,
+    volumes::ROUTES,
     networks::ROUTES,
     later::ROUTES,
 ];

@@ -13,6 +13,7 @@ pub mod json;
 pub mod machine;
 pub mod network;
 pub mod system;
+pub mod volume;
 
 pub use filters::{FilterError, Filters};
 use serde::{Deserialize, Serialize};

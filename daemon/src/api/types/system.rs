@@ -250,8 +250,8 @@ pub struct DiskUsage {
     pub images: Option<Vec<image::Summary>>,
     /// Containers with `SizeRw` and `SizeRootFs`.
     pub containers: Option<Vec<container::Summary>>,
-    /// Volumes: there are none yet.
-    pub volumes: Option<Vec<super::Empty>>,
+    /// Volumes with their `UsageData`.
+    pub volumes: Option<Vec<super::volume::Volume>>,
     /// There is none yet.
     pub build_cache: Option<Vec<super::Empty>>,
 }

@@ -707,6 +707,7 @@ impl Actor {
                 self.hub.end_run();
                 let ran = self.ran_for().as_secs().to_string();
                 self.tell("die", [("exitCode".into(), code.to_string()), ("execDuration".into(), ran)]);
+                self.shared.mount_events(&self.record, "unmount");
                 for waiter in self.exit_waiters.drain(..) {
                     let _ = waiter.send(WaitResponse { error: None, status_code: code.into() });
                 }
@@ -799,12 +800,18 @@ impl Actor {
         let before = self.ending.take();
         let (layout, id, reporter) =
             (self.shared.layout().clone(), self.record.id.clone(), self.reporter.clone());
+        // What was made for it goes with it, as `--rm` says.
+        let made_for_it =
+            self.record.host_config.auto_remove.then(|| (Arc::clone(&self.shared), self.record.clone()));
         tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.await;
             }
             let deleted =
                 tokio::task::spawn_blocking(move || crate::engine::store::delete(&layout, &id)).await;
+            if let Some((shared, record)) = made_for_it {
+                shared.remove_anonymous(&record).await;
+            }
             let _ = reporter
                 .send(Report::Deleted(deleted.unwrap_or_else(|e| Err(std::io::Error::other(e)))))
                 .await;

@@ -8,8 +8,16 @@ use jiff::Timestamp;
 use super::{Actor, names, record::Record};
 use crate::{
     api::types::container::{CreateRequest, CreateResponse},
-    engine::{Error, Result, Shared, image::ImageForContainer, limits, network, spec, store},
+    engine::{
+        Error, Result, Shared,
+        image::ImageForContainer,
+        limits,
+        mounts::{self, Mount},
+        network, spec, store,
+        volume::store::Pin,
+    },
     phases::{Stage, Timeline, TimelineKind},
+    units,
 };
 
 /// Creates it. On an error nothing is left.
@@ -40,6 +48,7 @@ pub(super) async fn create(
         &host_config,
         &networking_config,
     )?;
+    warnings.extend(network::attach::warnings(&shared.networks, &networks));
     network::ports::wanted(&config, &host_config)?;
     network::links::resolve(shared, &mut host_config)?;
     let size = disk_size(&host_config)?;
@@ -54,17 +63,38 @@ pub(super) async fn create(
     record.config = config;
     record.host_config = host_config;
     record.networks = networks;
+    // Held until the registry tells of them.
+    let pins = match resolve_mounts(shared, &record).await {
+        Ok((mounts, pins)) => {
+            record.mounts = mounts;
+            pins
+        }
+        Err(error) => {
+            shared.registry.remove(&id);
+            return Err(error);
+        }
+    };
     if let Err(error) = lay_down(shared, &record, size, &timeline).await {
         shared.registry.remove(&id);
+        drop(pins);
+        shared.remove_anonymous(&record).await;
         return Err(error);
     }
     let (actor, container) = Actor::new(Arc::clone(shared), record.clone());
     shared.registry.insert(container);
     // From here on the registry tells of the layers.
-    drop(pin);
+    drop((pin, pins));
     shared.publish(&record, "create", []);
     tokio::spawn(actor.run(false));
     Ok(CreateResponse { id, warnings })
+}
+
+/// What is to be mounted, off the runtime's threads: volumes and directories are made.
+async fn resolve_mounts(shared: &Arc<Shared>, record: &Record) -> Result<(Vec<Mount>, Vec<Pin>)> {
+    let (shared, config, host) = (Arc::clone(shared), record.config.clone(), record.host_config.clone());
+    tokio::task::spawn_blocking(move || mounts::resolve(&shared, &config, &host))
+        .await
+        .unwrap_or_else(|error| Err(Error::internal(error.to_string())))
 }
 
 /// `--storage-opt size=`, in bytes rounded up to whole blocks.
@@ -72,26 +102,12 @@ fn disk_size(host: &crate::api::types::container::HostConfig) -> Result<Option<u
     let Some(text) = host.storage_opt.as_ref().and_then(|options| options.get("size")) else {
         return Ok(None);
     };
-    let size = parse_size(text)
+    let size = units::size(text)
         .and_then(|size| size.checked_next_multiple_of(disk::BLOCK))
         .filter(|size| (disk::MIN_SIZE..=disk::MAX_SIZE).contains(size));
     size.map(Some).ok_or_else(|| {
         Error::invalid(format!("invalid --storage-opt size: '{text}': a size from 32m to 8t is expected"))
     })
-}
-
-/// A number with an optional unit: `10G`, `512mb`, `4096`.
-fn parse_size(text: &str) -> Option<u64> {
-    let lower = text.to_ascii_lowercase();
-    let bare = lower.strip_suffix("ib").or_else(|| lower.strip_suffix('b')).unwrap_or(&lower);
-    let (number, shift) = match bare.char_indices().last()? {
-        (at, 'k') => (&bare[..at], 10),
-        (at, 'm') => (&bare[..at], 20),
-        (at, 'g') => (&bare[..at], 30),
-        (at, 't') => (&bare[..at], 40),
-        _ => (bare, 0),
-    };
-    number.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 /// Makes the directory, the disk and the record, in this order.
@@ -124,7 +140,7 @@ async fn lay_down(
 fn make_disk(template: &Path, disk_path: &Path, size: Option<u64>) -> io::Result<()> {
     match size {
         None => disk::clone(template, disk_path).map(drop).map_err(io::Error::other),
-        Some(size) => disk::template(disk_path, size).map_err(io::Error::other),
+        Some(size) => disk::template(disk_path, size, disk::Purpose::WritableLayer).map_err(io::Error::other),
     }
 }
 
@@ -142,13 +158,7 @@ mod tests {
     use crate::api::types::container::HostConfig;
 
     #[test]
-    fn sizes_have_units_and_bounds() {
-        for (text, size) in [("64m", 64 << 20), ("1G", 1 << 30), ("100MB", 100 << 20), ("2gib", 2 << 30)] {
-            assert_eq!(parse_size(text), Some(size), "{text}");
-        }
-        for text in ["", "b", "m", "-1g", "1.5g", "1x", "99999999999t"] {
-            assert_eq!(parse_size(text), None, "{text}");
-        }
+    fn sizes_have_bounds() {
         let host = |size: &str| HostConfig {
             storage_opt: Some([("size".to_owned(), size.to_owned())].into()),
             ..HostConfig::default()

@@ -14,7 +14,7 @@ use crate::{
         container::{self, DriverData, Inspect, MountPoint},
         network::{EndpointSettings, NetworkSettings, PortMap},
     },
-    engine::{network::port_map, spec},
+    engine::{mounts::Mount, network::port_map, spec},
 };
 
 /// What Docker writes for "never".
@@ -83,18 +83,17 @@ pub(super) fn command(record: &Record) -> (String, Vec<String>) {
     spec::command(&record.config).unwrap_or_default()
 }
 
-/// The mounts that the user asked for: of tmpfs, as long as there are no others.
+/// Its mounts: volumes, binds, and of tmpfs those that were asked for as mounts.
 pub(super) fn mounts(record: &Record) -> Vec<MountPoint> {
     // As in Docker, `--tmpfs` is not among them.
     let mounts = record.host_config.mounts.iter().flatten().filter(|mount| mount.kind == "tmpfs");
-    mounts
-        .map(|mount| MountPoint {
-            kind: "tmpfs".into(),
-            destination: mount.target.clone(),
-            rw: !mount.read_only,
-            ..MountPoint::default()
-        })
-        .collect()
+    let tmpfs = mounts.map(|mount| MountPoint {
+        kind: "tmpfs".into(),
+        destination: mount.target.clone(),
+        rw: !mount.read_only,
+        ..MountPoint::default()
+    });
+    record.mounts.iter().map(Mount::point).chain(tmpfs).collect()
 }
 
 /// `GET /containers/{id}/json`.

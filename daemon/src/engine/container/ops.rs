@@ -99,12 +99,18 @@ impl Engine {
         self.container(name)?.ask(|reply| Command::Pause(pause, reply)).await?
     }
 
-    /// Removes it. (There are no anonymous volumes yet that `_volumes` could mean.)
+    /// Removes it, and with `volumes` those that were made for it and that nobody has named.
     ///
     /// # Errors
     /// It runs and `force` is not set.
-    pub async fn container_remove(&self, name: Name<'_>, force: bool, _volumes: bool) -> Result<()> {
-        self.container(name)?.ask(|reply| Command::Remove { force, reply }).await?
+    pub async fn container_remove(&self, name: Name<'_>, force: bool, volumes: bool) -> Result<()> {
+        let container = self.container(name)?;
+        let record = container.view().record;
+        container.ask(|reply| Command::Remove { force, reply }).await??;
+        if volumes {
+            self.shared.remove_anonymous(&record).await;
+        }
+        Ok(())
     }
 
     /// Gives it another name.
@@ -300,6 +306,14 @@ impl Engine {
         };
         self.shared.publish(&view.record, "attach", []);
         Ok(attachment)
+    }
+
+    /// A user left its terminal with the keys for it.
+    pub fn container_detached(&self, name: Name<'_>) {
+        // One that has gone in the meantime has nobody who cares.
+        if let Ok(container) = self.container(name) {
+            self.shared.publish(&container.view().record, "detach", []);
+        }
     }
 
     /// Reads its log; the flag is whether it has a terminal, which decides the wire form.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{Lifecycle, Policy, Rules};
 use crate::{
     api::types::container::{Config, Health, HostConfig, LogConfig, RestartPolicy},
-    engine::{image::Digest, logs, network::record::Attachment},
+    engine::{image::Digest, logs, mounts::Mount, network::record::Attachment},
 };
 
 /// Version of the document. A later version's is not read.
@@ -41,6 +41,9 @@ pub struct Record {
     pub config: Config,
     /// The host config.
     pub host_config: HostConfig,
+    /// What is mounted of the host.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
     /// Its places in networks, by their names.
     #[serde(default)]
     pub networks: BTreeMap<String, Attachment>,
@@ -74,6 +77,7 @@ impl Record {
             layers: Vec::new(),
             config: Config::default(),
             host_config: HostConfig::default(),
+            mounts: Vec::new(),
             networks: BTreeMap::new(),
             life: Lifecycle::default(),
             health: None,

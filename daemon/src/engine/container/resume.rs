@@ -189,6 +189,13 @@ impl Shared {
 
     /// What a running sandbox's machine is made of. Its VMM may be of an older daemon's.
     pub(crate) async fn shape_of(&self, sandbox: &Sandbox, record: &Record) -> Result<Shape, Error> {
+        if !record.mounts.is_empty() {
+            return Err(Error::conflict(format!(
+                "container {} has volumes or bind mounts, with which it cannot be saved: what it has open of them is \
+                 outside of its machine",
+                record.id
+            )));
+        }
         let disk = self.layout().container_disk(&record.id);
         let nobody = Timeline::begin(&record.id, TimelineKind::Run);
         let mut machine = sandbox_spec(self, record, &disk, Origin::Cold, &nobody)?.machine();

@@ -16,18 +16,19 @@ use super::{
     record::Record,
     restrain,
     resume::{self, Resumption, Run},
-    state::{Failure, Running},
+    state::{Failure, Rest, Running, State},
     workload::{Watch, Workload},
 };
 use crate::{
     engine::{
         Error, Shared, limits,
         logs::{Durable, Log, Stream},
+        mounts,
         network::{links, record::Endpoint, resolver::Resolver},
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, Sandbox, SandboxSpec, TAG,
+        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, SHARES, Sandbox, SandboxSpec, TAG,
         template::TemplateUse,
     },
 };
@@ -78,12 +79,15 @@ pub(crate) async fn start(
         return resume::resume(run, resumption, booted).await;
     }
     links::check(shared, record).map_err(internal)?;
-    let create = create_call(shared, record).map_err(internal)?;
+    let first = matches!(record.life.state, State::Starting(Rest::Created(_)));
+    let plan = mounts::plan(shared, &record.mounts, first).map_err(internal)?;
+    let create = create_call(shared, record, &plan).map_err(internal)?;
     let origin = origin(shared, record);
     let disk = shared.layout().container_disk(&record.id);
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
     let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
+    let spec = plan.onto(spec);
     let memory = spec.memory;
     timeline.mark(Stage::Prepared);
     // Taps and rules, which take a while, are made while the guest boots.
@@ -121,6 +125,8 @@ pub(crate) async fn start(
     let ((), (), _, resolver) =
         tokio::try_join!(interfaces, grown, create, resolver(shared, record, &sandbox))?;
     timeline.mark(Stage::Created);
+    shared.mount_events(record, "mount");
+    mounts::sockets::serve(&sandbox, &record.mounts);
     let stdio = stdio(record);
     let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
     restrain::before_start(&sandbox, record, &shared.layout().data_root)
@@ -219,6 +225,7 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Runni
         let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, state.execs);
+        mounts::sockets::serve(&workload.sandbox, &record.mounts);
         shared.networks.adopt(record).await;
         let resolver = resolver(shared, record, &workload.sandbox).await;
         let resolver = resolver.unwrap_or_else(|failure| {
@@ -247,8 +254,8 @@ pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<Conta
     }
 }
 
-pub(super) fn create_call(shared: &Shared, record: &Record) -> Result<Create, Error> {
-    let built = shared.spec(record)?;
+pub(super) fn create_call(shared: &Shared, record: &Record, plan: &mounts::Plan) -> Result<Create, Error> {
+    let built = shared.spec(record, &plan.binds)?;
     let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
     Ok(Create {
         container: record.id.clone(),
@@ -259,6 +266,10 @@ pub(super) fn create_call(shared: &Shared, record: &Record) -> Result<Create, Er
         },
         spec: Box::new(built.spec),
         files: built.files,
+        shares: (!plan.shares.is_empty()).then(|| SHARES.to_owned()),
+        copy_up: plan.copy_up.clone(),
+        sockets: plan.sockets.clone(),
+        disks: plan.volume_disks()?,
     })
 }
 
@@ -287,7 +298,10 @@ pub(super) fn sandbox_spec(
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
         disk: Some(disk),
+        disk_slots: 0,
+        disks: Vec::new(),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        shares: Vec::new(),
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),
         // The CPUs' come when it is up: a boot is to be quick.

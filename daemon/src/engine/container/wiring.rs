@@ -140,7 +140,7 @@ pub(super) fn tell_parents(shared: &Arc<Shared>, record: &Record) {
 
 /// The files of a container, `guest` in its machine, that tell of its networks.
 pub(super) fn files(shared: &Shared, record: &Record, guest: &str) -> Result<Call> {
-    let mut files = shared.spec(record)?.files;
+    let mut files = shared.spec(record, &[])?.files;
     files.retain(|file| matches!(file.path.as_str(), "/etc/hosts" | "/etc/resolv.conf"));
     Ok(Call::NetworkFiles { container: guest.to_owned(), files })
 }

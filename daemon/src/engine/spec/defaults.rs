@@ -151,7 +151,8 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
     logs::validate(&host.log_config.kind, host.log_config.config.as_ref().unwrap_or(&BTreeMap::new()))?;
     check_restart(host)?;
     check_resources(host)?;
-    mounts::mounts(host)?;
+    mounts::mounts(host, &[])?;
+    crate::engine::mounts::check(config, host)?;
     parse_security(host)?;
     super::resources::devices(host)?;
     super::resources::rlimits(host, std::iter::empty())?;
@@ -164,7 +165,7 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
         files::extra_host(extra)?;
     }
     check_names(host)?;
-    Ok(warnings(config, host))
+    Ok(warnings(host))
 }
 
 /// Checks the daemon's own settings of containers, which would otherwise fail every one of them.
@@ -292,22 +293,6 @@ fn check_modes(host: &HostConfig) -> Result<()> {
 /// What Docker has and later issues bring.
 fn check_not_there_yet(host: &HostConfig) -> Result<()> {
     let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
-    let refuse = |what: &str| Err(Error::not_implemented(format!("{what} not supported yet")));
-    if some(&host.binds) {
-        return refuse("volumes and bind mounts (-v) are");
-    }
-    if let Some(mount) = host.mounts.iter().flatten().find(|mount| mount.kind != "tmpfs") {
-        return match mount.kind.as_str() {
-            "bind" | "volume" | "image" => refuse(&format!("mounts of type {} are", mount.kind)),
-            kind => Err(Error::invalid(format!("mount type unknown: {kind:?}"))),
-        };
-    }
-    if some(&host.volumes_from) {
-        return refuse("--volumes-from is");
-    }
-    if !matches!(host.volume_driver.as_str(), "" | "local") {
-        return refuse("volume drivers (--volume-driver) are");
-    }
     if !host.cgroup.is_empty() {
         return Err(Error::invalid(format!("invalid cgroup mode: {}", host.cgroup)));
     }
@@ -391,17 +376,13 @@ fn is_namespaced(sysctl: &str) -> bool {
         || (sysctl.starts_with("net.") && sysctl.bytes().all(|byte| byte.is_ascii_graphic()))
 }
 
-fn warnings(config: &Config, host: &HostConfig) -> Vec<String> {
+fn warnings(host: &HostConfig) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut warn = |holds: bool, text: &str| {
         if holds {
             warnings.push(text.to_owned());
         }
     };
-    warn(
-        config.volumes.as_ref().is_some_and(|volumes| !volumes.is_empty()),
-        "Volumes are not supported yet: what is written to the image's volumes stays in the container's own layer.",
-    );
     warn(host.uts_mode == "host", "--uts host means the guest's own UTS namespace.");
     warn(host.cgroupns_mode == "host", "--cgroupns host means the guest's own cgroup namespace.");
     warn(!host.cgroup_parent.is_empty(), "--cgroup-parent is ignored: containers' cgroups are the guest's.");

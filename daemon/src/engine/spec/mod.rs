@@ -25,6 +25,7 @@ use std::{
 use bulkhead_agent_api::{GROUP_ADD_ANNOTATION, INIT_ANNOTATION, InjectedFile};
 pub(crate) use defaults::check_restart;
 pub use defaults::{command, fill, merge_image, validate, validate_daemon};
+pub(crate) use mounts::clean_target;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec};
 pub(crate) use resources::updated as updated_resources;
 use serde_json::json;
@@ -76,6 +77,8 @@ pub struct Facts<'a> {
     pub network: &'a NetworkFacts,
     /// The text of the host's `/etc/resolv.conf`.
     pub resolv_conf: &'a str,
+    /// What is mounted of the host: destination, the name of the share, whether read-only.
+    pub binds: &'a [(String, String, bool)],
 }
 
 /// What a container's files say of its networks.
@@ -109,7 +112,7 @@ pub struct ContainerSpec {
 /// # Errors
 /// Those of [`validate`], for a record that was not validated.
 pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
-    let Facts { id, config, host, daemon, network, resolv_conf } = *facts;
+    let Facts { id, config, host, daemon, network, resolv_conf, binds } = *facts;
     let (path, arguments) = command(config)?;
     let args = [vec![path], arguments].concat();
     let capabilities = capabilities::resolve(
@@ -137,7 +140,7 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
             "noNewPrivileges": security.no_new_privileges.unwrap_or(daemon.no_new_privileges),
             "oomScoreAdj": host.oom_score_adj,
         },
-        "mounts": mounts::mounts(host)?,
+        "mounts": mounts::mounts(host, binds)?,
         "annotations": annotations(host, daemon),
         "linux": {
             "namespaces": [

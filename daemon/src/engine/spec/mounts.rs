@@ -10,13 +10,16 @@ use crate::{
     engine::{Error, Result},
 };
 
-/// The mounts, in the order in which they are made: the kernel's filesystems, then tmpfs by depth.
+/// The mounts, in the order in which they are made: the kernel's filesystems, then tmpfs and what is mounted of the
+/// host (destination, source below the shares, whether read-only), by depth.
 ///
 /// # Errors
 /// Invalid: a tmpfs with options that it does not have or a path that is not absolute.
-pub(super) fn mounts(host: &HostConfig) -> Result<Vec<Mount>> {
+pub(super) fn mounts(host: &HostConfig, binds: &[(String, String, bool)]) -> Result<Vec<Mount>> {
     let tmpfs = tmpfs(host)?;
-    let own = |path: &str| tmpfs.iter().any(|(target, _)| target == path);
+    let own = |path: &str| {
+        tmpfs.iter().any(|(target, _)| target == path) || binds.iter().any(|(target, ..)| target == path)
+    };
     let read_only = host.readonly_rootfs;
     let mut mounts = Vec::new();
     for (path, kind, source, options) in [
@@ -56,11 +59,25 @@ pub(super) fn mounts(host: &HostConfig) -> Result<Vec<Mount>> {
         }
         mounts.push(mount(path, kind, source, &options)?);
     }
+    let mut own = Vec::new();
     for (target, options) in &tmpfs {
-        mounts.push(mount(target, "tmpfs", "tmpfs", options)?);
+        own.push((target, mount(target, "tmpfs", "tmpfs", options)?));
     }
+    for (target, share, read_only) in binds {
+        let source = format!("{SHARES}/{share}");
+        let mut options = vec!["bind".to_owned(), "rprivate".to_owned()];
+        if *read_only {
+            options.push("ro".to_owned());
+        }
+        own.push((target, mount(target, "bind", &source, &options)?));
+    }
+    own.sort_by_key(|(target, _)| target.matches('/').count());
+    mounts.extend(own.into_iter().map(|(_, mount)| mount));
     Ok(mounts)
 }
+
+/// Where the agent mounts the host's shares.
+const SHARES: &str = "/run/bulkhead/fs";
 
 fn mount(path: &str, kind: &str, source: &str, options: &[String]) -> Result<Mount> {
     serde_json::from_value(json!({"destination": path, "type": kind, "source": source, "options": options}))
@@ -97,12 +114,11 @@ fn tmpfs(host: &HostConfig) -> Result<Vec<(String, Vec<String>)>> {
         let clean = clean_target(&target)?;
         tmpfs.push((clean, merge_options(&options)?));
     }
-    tmpfs.sort_by_key(|(target, _)| target.matches('/').count());
     Ok(tmpfs)
 }
 
 /// A mount's target without `.`, `..` and doubled slashes.
-fn clean_target(target: &str) -> Result<String> {
+pub(crate) fn clean_target(target: &str) -> Result<String> {
     if !target.starts_with('/') {
         return Err(Error::invalid(format!("invalid mount path: '{target}' mount path must be absolute")));
     }
@@ -195,7 +211,7 @@ mod tests {
     #[test]
     fn a_tmpfs_takes_the_place_of_a_default_and_the_shallow_come_first() {
         let mounts =
-            mounts(&with_tmpfs(&[("/a/b/c", ""), ("/run/", "size=64m,exec"), ("/dev", "")])).unwrap();
+            mounts(&with_tmpfs(&[("/a/b/c", ""), ("/run/", "size=64m,exec"), ("/dev", "")]), &[]).unwrap();
         let tail = &destinations(&mounts)[2..];
         assert_eq!(tail, ["/sys/fs/cgroup", "/dev", "/run", "/a/b/c"]);
         assert_eq!(options(&mounts, "/run"), ["nosuid", "nodev", "size=64m", "exec"]);
@@ -216,7 +232,7 @@ mod tests {
         };
         let host = HostConfig { mounts: Some(vec![request]), ..HostConfig::default() };
         let expected = ["nosuid", "nodev", "ro", "size=4096", "mode=700", "exec"];
-        assert_eq!(options(&mounts(&host).unwrap(), "/t"), expected);
+        assert_eq!(options(&mounts(&host, &[]).unwrap(), "/t"), expected);
     }
 
     #[test]
@@ -228,19 +244,19 @@ mod tests {
             ("/a", "bind", "Invalid tmpfs option \"bind\""),
             ("/a", "mode=999", "Invalid tmpfs option \"mode=999\""),
         ] {
-            assert_eq!(mounts(&with_tmpfs(&[(path, options)])).unwrap_err().message, message);
+            assert_eq!(mounts(&with_tmpfs(&[(path, options)]), &[]).unwrap_err().message, message);
         }
     }
 
     #[test]
     fn modes_of_the_defaults() {
         let host = HostConfig { shm_size: 4096, readonly_rootfs: true, ..HostConfig::default() };
-        let read_only = mounts(&host).unwrap();
+        let read_only = mounts(&host, &[]).unwrap();
         assert!(options(&read_only, "/dev/shm").contains(&"size=4096".to_owned()));
         assert!(!options(&read_only, "/dev").contains(&"ro".to_owned()));
-        let privileged = mounts(&HostConfig { privileged: true, ..HostConfig::default() }).unwrap();
+        let privileged = mounts(&HostConfig { privileged: true, ..HostConfig::default() }, &[]).unwrap();
         assert!(!options(&privileged, "/sys/fs/cgroup").contains(&"ro".to_owned()));
-        let no_ipc = mounts(&HostConfig { ipc_mode: "none".into(), ..HostConfig::default() }).unwrap();
+        let no_ipc = mounts(&HostConfig { ipc_mode: "none".into(), ..HostConfig::default() }, &[]).unwrap();
         assert!(!destinations(&no_ipc).contains(&"/dev/shm".to_owned()));
     }
 }

@@ -37,6 +37,7 @@ fn spec_of(mut request: CreateRequest) -> ContainerSpec {
         daemon: &daemon,
         network: &NetworkFacts::default(),
         resolv_conf: "# host\nnameserver 192.0.2.1\nsearch example.org\noptions ndots:2\n",
+        binds: &[],
     })
     .unwrap()
 }
@@ -231,15 +232,11 @@ fn what_cannot_be_honoured_is_refused() {
             ErrorKind::Invalid,
             "unknown or invalid runtime name: runc",
         ),
+        (|r| r.host_config.binds = Some(strings(&["/a:/b:what"])), ErrorKind::Invalid, "invalid mode: what"),
         (
-            |r| r.host_config.binds = Some(strings(&["/a:/b"])),
+            |r| r.host_config.mounts = Some(vec![Mount { kind: "image".into(), ..Mount::default() }]),
             ErrorKind::NotImplemented,
-            "volumes and bind mounts",
-        ),
-        (
-            |r| r.host_config.mounts = Some(vec![Mount { kind: "volume".into(), ..Mount::default() }]),
-            ErrorKind::NotImplemented,
-            "mounts of type volume",
+            "mounts of type image",
         ),
         (
             |r| r.host_config.device_requests = Some(vec![Default::default()]),
@@ -301,8 +298,8 @@ fn what_cannot_be_honoured_is_refused() {
         (|r| r.config.stop_signal = "SIGODD".into(), ErrorKind::Invalid, "invalid signal: SIGODD"),
         (
             |r| r.host_config.volume_driver = "nfs".into(),
-            ErrorKind::NotImplemented,
-            "volume drivers (--volume-driver) are not",
+            ErrorKind::NotFound,
+            "error looking up volume plugin nfs",
         ),
         (|r| r.host_config.cgroup = "odd".into(), ErrorKind::Invalid, "invalid cgroup mode: odd"),
         (|r| r.host_config.dns = Some(strings(&["a\nb"])), ErrorKind::Invalid, "invalid DNS server address"),
@@ -331,9 +328,8 @@ fn what_is_not_quite_honoured_is_told() {
     let mut request = request(&["sh"]);
     fill(&mut request, ID, &daemon());
     assert_eq!(validate(&request.config, &request.host_config).unwrap(), [""; 0]);
-    request.config.volumes = Some([("/data".to_owned(), Empty {})].into());
     request.host_config.oom_kill_disable = Some(true);
     request.host_config.memory = 64 << 20;
     request.host_config.memory_swap = -1;
-    assert_eq!(validate(&request.config, &request.host_config).unwrap().len(), 3);
+    assert_eq!(validate(&request.config, &request.host_config).unwrap().len(), 2);
 }

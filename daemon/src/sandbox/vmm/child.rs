@@ -42,6 +42,38 @@ const NAMESPACES: libc::c_int = libc::CLONE_NEWUSER
 /// What the jail needs in the process's own user namespace: to mount and unmount, and to give up for ever.
 const JAIL_CAPABILITIES: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SETPCAP);
 
+/// What a share server keeps besides: rights over files, see `bulkhead_vmm::shares::RIGHTS`.
+const FILE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID);
+
+/// Which of the host's user ids a process in namespaces of its own has rights over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rights {
+    /// Its own alone.
+    Own,
+    /// All, by the capabilities that concern files: it serves files of whatever user.
+    Files,
+}
+
+impl Rights {
+    fn capabilities(self) -> CapabilitySet {
+        match self {
+            Self::Own => JAIL_CAPABILITIES,
+            Self::Files => JAIL_CAPABILITIES.union(FILE_CAPABILITIES),
+        }
+    }
+
+    /// A line of `uid_map` or `gid_map`.
+    fn map(self, uid: u32) -> String {
+        match self {
+            Self::Own => format!("{uid} {uid} 1"),
+            Self::Files => format!("0 0 {}", u32::MAX),
+        }
+    }
+}
+
 /// What is executed, and with what.
 pub(super) struct Program<'a> {
     /// The executable.
@@ -54,6 +86,8 @@ pub(super) struct Program<'a> {
     pub(super) inherited: Vec<RawFd>,
     /// The user and group id that it runs under, in namespaces of its own; None: the daemon's, and in its.
     pub(super) uid: Option<u32>,
+    /// What it has rights over, where it has an id of its own.
+    pub(super) rights: Rights,
     /// The control group that it is made in.
     pub(super) cgroup: Option<BorrowedFd<'a>>,
 }
@@ -95,7 +129,8 @@ pub(super) fn start(
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     drop((wait, report));
 
-    let begun = map_ids(pid, program.uid).and_then(|()| named(pid)).and_then(|()| begin(go, failure));
+    let begun =
+        map_ids(pid, program.uid, program.rights).and_then(|()| named(pid)).and_then(|()| begin(go, failure));
     match begun {
         Ok(()) => Ok((pid, pidfd)),
         Err(error) => {
@@ -110,12 +145,12 @@ pub(super) fn start(
     }
 }
 
-/// The child's own numbers stand for themselves in its user namespace, and no others stand for anything.
-fn map_ids(pid: i32, uid: Option<u32>) -> io::Result<()> {
+/// The child's own numbers stand for themselves in its user namespace, and no others stand for anything; of one that
+/// has rights over files, all do.
+fn map_ids(pid: i32, uid: Option<u32>, rights: Rights) -> io::Result<()> {
     let Some(uid) = uid else { return Ok(()) };
     for map in ["uid_map", "gid_map"] {
-        fs::write(format!("/proc/{pid}/{map}"), format!("{uid} {uid} 1"))
-            .map_err(|error| step(map, &error))?;
+        fs::write(format!("/proc/{pid}/{map}"), rights.map(uid)).map_err(|error| step(map, &error))?;
     }
     // The daemon may be protected from being killed when memory is short. A VMM is not.
     fs::write(format!("/proc/{pid}/oom_score_adj"), "0").map_err(|error| step("oom_score_adj", &error))
@@ -178,13 +213,14 @@ impl Image {
 }
 
 /// The steps of the child, by whose numbers it tells which failed.
-const STEPS: [&str; 10] = [
+const STEPS: [&str; 11] = [
     "the daemon",
     "setsid",
     "standard streams",
     "close_range",
     "setgroups",
     "setresgid",
+    "PR_SET_KEEPCAPS",
     "setresuid",
     "capabilities",
     "sigprocmask",
@@ -242,7 +278,7 @@ impl Child<'_> {
         if let Some(uid) = self.program.uid {
             self.take_ids(uid, at)?;
         } else {
-            *at += 4;
+            *at += 5;
         }
         // SAFETY: the set is initialised by the call, and so is what the other reads.
         unsafe {
@@ -275,15 +311,17 @@ impl Child<'_> {
         *at += 1;
         rustix::thread::set_thread_res_gid(group, group, group)?;
         *at += 1;
+        // Where all ids are mapped it was root until now, and would lose everything with the next step.
+        rustix::thread::set_keep_capabilities(true)?;
+        *at += 1;
         rustix::thread::set_thread_res_uid(user, user, user)?;
         *at += 1;
-        let sets = CapabilitySets {
-            effective: JAIL_CAPABILITIES,
-            permitted: JAIL_CAPABILITIES,
-            inheritable: JAIL_CAPABILITIES,
-        };
-        rustix::thread::set_capabilities(None, sets)?;
-        for capability in [CapabilitySet::SYS_ADMIN, CapabilitySet::SETPCAP] {
+        let kept = self.program.rights.capabilities();
+        rustix::thread::set_capabilities(
+            None,
+            CapabilitySets { effective: kept, permitted: kept, inheritable: kept },
+        )?;
+        for capability in kept.iter() {
             rustix::thread::configure_capability_in_ambient_set(capability, true)?;
         }
         *at += 1;

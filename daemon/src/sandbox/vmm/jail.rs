@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cgroup::{self, Cgroup, CgroupError, HostLimits},
-    child::{self, Program},
+    child::{self, Program, Rights},
     uids::{self, Uids},
 };
 use crate::sandbox::dir::{JAIL, SandboxDir};
@@ -164,14 +164,33 @@ pub(crate) fn detached(directory: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let flags = flags | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
     let mount = rustix::mount::open_tree(rustix::fs::CWD, directory, flags)?;
+    restrict_mount(&mount, true, false)?;
+    Ok(mount)
+}
+
+/// What an `O_PATH` descriptor shows as a mount of its own that is in no namespace, likewise, but for what may be
+/// written; `recursive` with all that is mounted below. What is mounted there later is not seen.
+///
+/// # Errors
+/// The daemon may not mount.
+pub(crate) fn detached_share(file: impl AsFd, read_only: bool, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    let mount = rustix::mount::open_tree(file, c"", flags)?;
+    restrict_mount(&mount, read_only, recursive)?;
+    Ok(mount)
+}
+
+fn restrict_mount(mount: &OwnedFd, read_only: bool, recursive: bool) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY
+        attr_set: if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 }
             | libc::MOUNT_ATTR_NOSUID
             | libc::MOUNT_ATTR_NODEV
             | libc::MOUNT_ATTR_NOEXEC
             | libc::MOUNT_ATTR_NOSYMFOLLOW,
         attr_clr: 0,
-        propagation: 0,
+        propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
     // SAFETY: the path is an empty C string, and the structure is as long as said; the kernel copies it.
@@ -180,12 +199,12 @@ pub(crate) fn detached(directory: &Path) -> io::Result<OwnedFd> {
             libc::SYS_mount_setattr,
             mount.as_fd().as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
+            libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 },
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(mount) }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Starts this very program as a VMM is started, to say its version to nobody.
@@ -200,6 +219,7 @@ pub(crate) fn probe(uids: &Uids) -> io::Result<()> {
         streams: [null.as_fd(); 3],
         inherited: Vec::new(),
         uid: Some(uids.range.start),
+        rights: Rights::Own,
         cgroup: None,
     };
     let (_, pidfd) = child::start(&program, |_| Ok(()))?;

@@ -5,6 +5,7 @@ mod child;
 pub(super) mod control;
 pub(super) mod jail;
 pub(super) mod process;
+pub(crate) mod shares;
 pub(super) mod spawn;
 pub(super) mod uids;
 

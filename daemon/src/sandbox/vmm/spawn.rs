@@ -15,7 +15,7 @@ use rustix::{
 };
 
 use super::{
-    child::{self, Program},
+    child::{self, Program, Rights},
     jail::Cell,
     process::{Process, boot_id},
 };
@@ -110,6 +110,7 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
             vsock.as_raw_fd(),
         ],
         uid: launch.cell.uid,
+        rights: Rights::Own,
         cgroup: launch.cell.cgroup.as_ref().map(AsFd::as_fd),
     };
     let (pid, pidfd) = child::start(&program, |pid| {
@@ -120,12 +121,12 @@ pub(crate) fn spawn(dir: &SandboxDir, launch: Launch<'_>) -> io::Result<Process>
 }
 
 /// A descriptor's number as an argument.
-fn number(fd: RawFd) -> CString {
+pub(super) fn number(fd: RawFd) -> CString {
     CString::new(fd.to_string()).unwrap_or_default()
 }
 
 /// A memory file with this content that nobody can change any more.
-fn memory_file(content: &[u8]) -> io::Result<OwnedFd> {
+pub(super) fn memory_file(content: &[u8]) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let mut file = File::from(rustix::fs::memfd_create("bulkhead-vm-config", flags)?);
     file.write_all(content)?;

@@ -70,7 +70,7 @@ impl Machine {
             console: Some(inherit(&console)?),
             devices: DeviceConfig {
                 block: vec![BlockConfig { id: DISK.into() }],
-                fs: vec![FsConfig { tag: TAG.into() }],
+                fs: vec![FsConfig { tag: TAG.into(), server: bulkhead_vmm_api::FsServer::Vmm }],
                 vsock: Some(VsockConfig { cid: 3, listener: inherit(&vsock)? }),
                 net: vec![NetConfig { id: NIC.into() }],
                 rng: true,

@@ -61,6 +61,8 @@ impl AsRawFd for Wake {
 pub enum Verdict {
     /// It is used; so many bytes were written into it.
     Used(u32),
+    /// The device keeps it, and completes it later by itself.
+    Kept,
     /// It has to wait, and with it those behind it: it is left in the queue, and the turn is over. The device
     /// sees to it that it gets another.
     Waits,
@@ -99,6 +101,7 @@ where
             let head = chain.head_index();
             match each(chain, memory).into() {
                 Verdict::Used(written) => complete(queue, index, memory, head, written)?,
+                Verdict::Kept => {}
                 Verdict::Waits => {
                     queue.go_to_previous_position();
                     break 'turn;

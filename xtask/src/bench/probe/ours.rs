@@ -92,7 +92,7 @@ fn devices(scene: &Scene<'_>, vsock: &UnixListener) -> DeviceConfig {
     }
     DeviceConfig {
         block: vec![BlockConfig { id: "root".into() }],
-        fs: vec![FsConfig { tag: "layers".into() }],
+        fs: vec![FsConfig { tag: "layers".into(), server: bulkhead_vmm_api::FsServer::Vmm }],
         vsock: Some(VsockConfig { cid: 3, listener: vsock.as_raw_fd() }),
         rng: true,
         ..DeviceConfig::default()

@@ -16,7 +16,7 @@ use rustix::{
 use super::wire::Attr;
 
 /// The guest sees this error number.
-pub(super) type Result<T> = std::result::Result<T, Errno>;
+pub(crate) type Result<T> = std::result::Result<T, Errno>;
 
 /// The bits of a mode that say what kind of file it is.
 pub(super) const S_IFMT: u32 = 0o170_000;

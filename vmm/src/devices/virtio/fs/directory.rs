@@ -16,7 +16,7 @@ const MOST: usize = 32 << 10;
 const LEAST: usize = 512;
 
 /// A reply to READDIR or READDIRPLUS that is being put together.
-pub(super) struct Listing {
+pub(crate) struct Listing {
     bytes: Vec<u8>,
     room: usize,
     plus: bool,
@@ -24,24 +24,24 @@ pub(super) struct Listing {
 
 impl Listing {
     /// A listing of at most `room` bytes, with an [`EntryOut`] before each entry when `plus` is set.
-    pub(super) fn new(room: usize, plus: bool) -> Self {
+    pub(crate) fn new(room: usize, plus: bool) -> Self {
         Self { bytes: Vec::new(), room, plus }
     }
 
     /// Whether entries are to be looked up.
-    pub(super) fn wants_entries(&self) -> bool {
+    pub(crate) fn wants_entries(&self) -> bool {
         self.plus
     }
 
     /// Whether an entry of that name still has room. Asked before it is looked up: a look-up that the guest
     /// does not hear of would never be forgotten.
-    pub(super) fn has_room(&self, name: &[u8]) -> bool {
+    pub(crate) fn has_room(&self, name: &[u8]) -> bool {
         let fixed = if self.plus { EntryOut::SIZE + Dirent::SIZE } else { Dirent::SIZE };
         self.bytes.len() + (fixed + name.len()).next_multiple_of(8) <= self.room
     }
 
     /// Adds an entry; false when it has no room. `mode` holds its kind, or 0 when that is not known.
-    pub(super) fn add(
+    pub(crate) fn add(
         &mut self,
         entry: Option<EntryOut>,
         ino: u64,
@@ -64,14 +64,14 @@ impl Listing {
         true
     }
 
-    pub(super) fn finish(self) -> Vec<u8> {
+    pub(crate) fn finish(self) -> Vec<u8> {
         self.bytes
     }
 }
 
 /// Hands out a directory's entries from its present position on, until `each` answers false or `room` bytes
 /// of the host's form have been seen (whose entries are smaller than FUSE's, so that these fill a reply).
-pub(super) fn for_each(
+pub(crate) fn for_each(
     dir: BorrowedFd<'_>,
     room: usize,
     mut each: impl FnMut(HostEntry<'_>) -> bool,

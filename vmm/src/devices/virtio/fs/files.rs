@@ -14,7 +14,7 @@ const FEWEST: usize = 16;
 
 /// Open files by node id, the least recently used closed first.
 #[derive(Debug)]
-pub(super) struct OpenFiles {
+pub(crate) struct OpenFiles {
     capacity: usize,
     files: HashMap<u64, (Arc<OwnedFd>, u64)>,
     by_use: BTreeMap<u64, u64>,
@@ -24,18 +24,18 @@ pub(super) struct OpenFiles {
 impl OpenFiles {
     /// Room for a quarter of the file descriptors that the process may have, within bounds: other devices
     /// and shares need some too.
-    pub(super) fn within_limit() -> Self {
+    pub(crate) fn within_limit() -> Self {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let quarter = limit.map_or(MOST, |limit| usize::try_from(limit / 4).unwrap_or(MOST));
         Self::new(quarter.clamp(FEWEST, MOST))
     }
 
-    pub(super) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         Self { capacity, files: HashMap::new(), by_use: BTreeMap::new(), clock: 0 }
     }
 
     /// The node's file if it is open.
-    pub(super) fn get(&mut self, node: u64) -> Option<Arc<OwnedFd>> {
+    pub(crate) fn get(&mut self, node: u64) -> Option<Arc<OwnedFd>> {
         let (file, used) = self.files.get_mut(&node)?;
         self.by_use.remove(used);
         self.clock += 1;
@@ -45,7 +45,7 @@ impl OpenFiles {
     }
 
     /// Keeps a file open for the node.
-    pub(super) fn insert(&mut self, node: u64, file: Arc<OwnedFd>) {
+    pub(crate) fn insert(&mut self, node: u64, file: Arc<OwnedFd>) {
         self.remove(node);
         while self.files.len() >= self.capacity
             && let Some((_, oldest)) = self.by_use.pop_first()
@@ -58,20 +58,20 @@ impl OpenFiles {
     }
 
     /// Closes the node's file.
-    pub(super) fn remove(&mut self, node: u64) {
+    pub(crate) fn remove(&mut self, node: u64) {
         if let Some((_, used)) = self.files.remove(&node) {
             self.by_use.remove(&used);
         }
     }
 
     /// Closes all.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.files.clear();
         self.by_use.clear();
     }
 
     #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         assert_eq!(self.files.len(), self.by_use.len());
         self.files.len()
     }

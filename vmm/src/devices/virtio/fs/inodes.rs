@@ -30,7 +30,7 @@ const MOST: usize = 128 << 20;
 /// How much the tables may cost, in bytes, for a guest of so much memory. Linux spends more than a KiB of the
 /// guest's memory on each file that it knows, and forgets when memory becomes scarce: it can never hold
 /// what this allows. A guest that forgets nothing gets ENFILE.
-pub(super) fn budget(guest_memory: u64) -> usize {
+pub(crate) fn budget(guest_memory: u64) -> usize {
     usize::try_from(guest_memory / 4).unwrap_or(MOST).min(MOST)
 }
 

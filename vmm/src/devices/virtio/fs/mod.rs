@@ -14,6 +14,7 @@
 //!   shares (`shares`).
 //! * `backend`, `layer`: what a share's files look like. A further kind of share is a further backend.
 //! * `state`: how all this is saved.
+//! * `forward`: the other kind of device, whose server is another process ([`crate::shares`]).
 //!
 //! Requests are served one at a time on the device's worker thread: with the device's lock held, as a reset
 //! or a save may come at any moment. A pool of workers, and more request queues with it, would share the
@@ -39,19 +40,21 @@ use super::{
 };
 
 mod backend;
-mod directory;
+pub(crate) mod directory;
 mod dispatch;
-mod files;
-mod inodes;
+pub(crate) mod files;
+mod forward;
+pub(crate) mod inodes;
 mod layer;
 mod memory;
-mod server;
+pub(crate) mod server;
 mod shares;
 mod state;
 #[cfg(test)]
 mod tests;
 pub mod wire;
 
+pub use forward::{Forward, ServerError};
 pub use shares::ShareError;
 
 use server::Server;
@@ -81,12 +84,7 @@ impl Fs {
     /// # Errors
     /// The tag is empty, longer than [`MAX_TAG`] bytes or holds a NUL; or no eventfd could be made.
     pub fn new(tag: &str) -> Result<Self, DeviceError> {
-        if tag.is_empty() || tag.len() > MAX_TAG || tag.contains('\0') {
-            return Err(DeviceError::Invalid(format!("{tag:?} cannot be a file system's tag")));
-        }
-        let mut config = [0; MAX_TAG + 4];
-        config[..tag.len()].copy_from_slice(tag.as_bytes());
-        config[MAX_TAG..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+        let config = config_space(tag)?;
         let wake =
             || Wake::new().map_err(|source| DeviceError::Backend { context: "making an eventfd", source });
         Ok(Self { config, server: Server::new(), active: None, wakes: [wake()?, wake()?] })
@@ -131,6 +129,17 @@ impl Fs {
             Buffers::of(chain).map_or(0, |buffers| memory::serve(server, memory, &buffers))
         })
     }
+}
+
+/// `struct virtio_fs_config`.
+fn config_space(tag: &str) -> Result<[u8; MAX_TAG + 4], DeviceError> {
+    if tag.is_empty() || tag.len() > MAX_TAG || tag.contains('\0') {
+        return Err(DeviceError::Invalid(format!("{tag:?} cannot be a file system's tag")));
+    }
+    let mut config = [0; MAX_TAG + 4];
+    config[..tag.len()].copy_from_slice(tag.as_bytes());
+    config[MAX_TAG..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+    Ok(config)
 }
 
 /// Bytes of guest memory.

@@ -361,7 +361,7 @@ impl Server {
 }
 
 /// Checks a single name from the guest.
-pub(super) fn check_name(name: &[u8]) -> Result<()> {
+pub(crate) fn check_name(name: &[u8]) -> Result<()> {
     match name {
         b"" | b"." | b".." => Err(Errno::INVAL),
         _ if name.len() > MAX_NAME => Err(Errno::NAMETOOLONG),
@@ -379,9 +379,9 @@ pub(super) fn now() -> Duration {
 }
 
 /// What the host takes a directory's entry for.
-pub(super) struct HostEntry<'a> {
-    pub(super) name: &'a [u8],
-    pub(super) inode: u64,
-    pub(super) cookie: u64,
-    pub(super) kind: FileType,
+pub(crate) struct HostEntry<'a> {
+    pub(crate) name: &'a [u8],
+    pub(crate) inode: u64,
+    pub(crate) cookie: u64,
+    pub(crate) kind: FileType,
 }

@@ -105,6 +105,9 @@ pub mod opcode {
     pub const READDIR: u32 = 28;
     pub const RELEASEDIR: u32 = 29;
     pub const FSYNCDIR: u32 = 30;
+    pub const GETLK: u32 = 31;
+    pub const SETLK: u32 = 32;
+    pub const SETLKW: u32 = 33;
     pub const ACCESS: u32 = 34;
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
@@ -115,6 +118,7 @@ pub mod opcode {
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
     pub const STATX: u32 = 52;
 }
@@ -123,6 +127,10 @@ pub mod opcode {
 #[allow(missing_docs, reason = "the protocol's own names")]
 pub mod init {
     pub const ASYNC_READ: u64 = 1 << 0;
+    pub const POSIX_LOCKS: u64 = 1 << 1;
+    pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
+    pub const BIG_WRITES: u64 = 1 << 5;
+    pub const FLOCK_LOCKS: u64 = 1 << 10;
     pub const AUTO_INVAL_DATA: u64 = 1 << 12;
     pub const DO_READDIRPLUS: u64 = 1 << 13;
     pub const READDIRPLUS_AUTO: u64 = 1 << 14;
@@ -133,7 +141,29 @@ pub mod init {
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
     pub const NO_OPENDIR_SUPPORT: u64 = 1 << 24;
     pub const INIT_EXT: u64 = 1 << 30;
+    pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     pub const NO_EXPORT_SUPPORT: u64 = 1 << 38;
+}
+
+/// Flags of the reply to OPEN.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod fopen {
+    pub const DIRECT_IO: u32 = 1 << 0;
+    pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+}
+
+/// What SETATTR sets.
+#[allow(missing_docs, reason = "the protocol's own names")]
+pub mod fattr {
+    pub const MODE: u32 = 1 << 0;
+    pub const UID: u32 = 1 << 1;
+    pub const GID: u32 = 1 << 2;
+    pub const SIZE: u32 = 1 << 3;
+    pub const ATIME: u32 = 1 << 4;
+    pub const MTIME: u32 = 1 << 5;
+    pub const FH: u32 = 1 << 6;
+    pub const ATIME_NOW: u32 = 1 << 7;
+    pub const MTIME_NOW: u32 = 1 << 8;
 }
 
 wire!(
@@ -540,6 +570,281 @@ wire!(
     }
 );
 
+wire!(
+    /// `struct fuse_setattr_in`.
+    SetattrIn {
+        /// See [`fattr`].
+        valid: u32,
+        /// Zero.
+        padding: u32,
+        /// File handle, where [`fattr::FH`] is set.
+        fh: u64,
+        /// In bytes.
+        size: u64,
+        /// Not used.
+        lock_owner: u64,
+        /// Seconds since the epoch; signed.
+        atime: u64,
+        /// Likewise.
+        mtime: u64,
+        /// Likewise.
+        ctime: u64,
+        /// Nanoseconds.
+        atimensec: u32,
+        /// Likewise.
+        mtimensec: u32,
+        /// Likewise.
+        ctimensec: u32,
+        /// Permissions.
+        mode: u32,
+        /// Nothing.
+        unused4: u32,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+        /// Nothing.
+        unused5: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_mknod_in`, followed by a name.
+    MknodIn {
+        /// Kind and permissions.
+        mode: u32,
+        /// Of a device.
+        rdev: u32,
+        /// Applied by the kernel already.
+        umask: u32,
+        /// Zero.
+        padding: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_mkdir_in`, followed by a name.
+    MkdirIn {
+        /// Permissions.
+        mode: u32,
+        /// Applied by the kernel already.
+        umask: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_rename2_in`, followed by the old name and the new.
+    Rename2In {
+        /// The new directory.
+        newdir: u64,
+        /// `RENAME_*`.
+        flags: u32,
+        /// Zero.
+        padding: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_link_in`, followed by the new name.
+    LinkIn {
+        /// The file.
+        oldnodeid: u64,
+    }
+);
+
+wire!(
+    /// `struct fuse_open_in`.
+    OpenIn {
+        /// `O_*`.
+        flags: u32,
+        /// `FUSE_OPEN_*`.
+        open_flags: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_create_in`, of CREATE and TMPFILE, followed by a name.
+    CreateIn {
+        /// `O_*`.
+        flags: u32,
+        /// Permissions.
+        mode: u32,
+        /// Applied by the kernel already.
+        umask: u32,
+        /// `FUSE_OPEN_*`.
+        open_flags: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_open_out`.
+    OpenOut {
+        /// File handle.
+        fh: u64,
+        /// See [`fopen`].
+        open_flags: u32,
+        /// For passthrough: none.
+        backing_id: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_release_in`.
+    ReleaseIn {
+        /// File handle.
+        fh: u64,
+        /// `O_*`.
+        flags: u32,
+        /// `FUSE_RELEASE_*`.
+        release_flags: u32,
+        /// Who closed it last.
+        lock_owner: u64,
+    }
+);
+
+wire!(
+    /// `struct fuse_flush_in`.
+    FlushIn {
+        /// File handle.
+        fh: u64,
+        /// Nothing.
+        unused: u32,
+        /// Zero.
+        padding: u32,
+        /// Whose POSIX locks end.
+        lock_owner: u64,
+    }
+);
+
+wire!(
+    /// `struct fuse_write_in`, followed by the data.
+    WriteIn {
+        /// File handle.
+        fh: u64,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        size: u32,
+        /// `FUSE_WRITE_*`.
+        write_flags: u32,
+        /// Who writes.
+        lock_owner: u64,
+        /// `O_*` of the open file.
+        flags: u32,
+        /// Zero.
+        padding: u32,
+    }
+);
+
+/// `FUSE_WRITE_CACHE`: the page cache writes, not a process.
+pub const WRITE_CACHE: u32 = 1;
+
+wire!(
+    /// `struct fuse_write_out`, of WRITE and COPY_FILE_RANGE.
+    WriteOut {
+        /// How many bytes were written.
+        size: u32,
+        /// Zero.
+        padding: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_fsync_in`.
+    FsyncIn {
+        /// File handle.
+        fh: u64,
+        /// Bit 0: the data alone.
+        fsync_flags: u32,
+        /// Zero.
+        padding: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_setxattr_in` as it is without `FUSE_SETXATTR_EXT`, followed by a name and the value.
+    SetxattrIn {
+        /// Of the value, in bytes.
+        size: u32,
+        /// `XATTR_*`.
+        flags: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_file_lock`; the reply to GETLK.
+    FileLock {
+        /// The first byte.
+        start: u64,
+        /// The last; `i64::MAX` is the end of any file.
+        end: u64,
+        /// `F_RDLCK`, `F_WRLCK`, `F_UNLCK`.
+        kind: u32,
+        /// Of the holder; 0: not known here.
+        pid: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_lk_in`.
+    LkIn {
+        /// File handle.
+        fh: u64,
+        /// Whose lock it is.
+        owner: u64,
+        /// The lock.
+        lock: FileLock,
+        /// Bit 0: it is of `flock`, not of `fcntl`.
+        lk_flags: u32,
+        /// Zero.
+        padding: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_fallocate_in`.
+    FallocateIn {
+        /// File handle.
+        fh: u64,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        length: u64,
+        /// `FALLOC_FL_*`.
+        mode: u32,
+        /// Zero.
+        padding: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_copy_file_range_in`.
+    CopyFileRangeIn {
+        /// File handle.
+        fh_in: u64,
+        /// In bytes.
+        off_in: u64,
+        /// Of the other file.
+        nodeid_out: u64,
+        /// Likewise.
+        fh_out: u64,
+        /// In bytes.
+        off_out: u64,
+        /// In bytes.
+        len: u64,
+        /// Zero.
+        flags: u64,
+    }
+);
+
+wire!(
+    /// `struct fuse_interrupt_in`.
+    InterruptIn {
+        /// Of the request that is not to wait any longer.
+        unique: u64,
+    }
+);
+
 /// The bytes of a structure.
 pub fn encode<T: Wire>(value: &T) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(T::SIZE);
@@ -565,6 +870,9 @@ mod tests {
         assert_eq!(InitOut::SIZE, 64);
         assert_eq!(LseekIn::SIZE, 24);
         assert_eq!(Dirent::SIZE, 24);
+        assert_eq!((SetattrIn::SIZE, CreateIn::SIZE, OpenOut::SIZE), (88, 16, 16));
+        assert_eq!((WriteIn::SIZE, LkIn::SIZE, FallocateIn::SIZE), (40, 48, 32));
+        assert_eq!((CopyFileRangeIn::SIZE, ReleaseIn::SIZE, FlushIn::SIZE), (56, 24, 24));
         assert_eq!((ForgetOne::SIZE, BatchForgetIn::SIZE, GetattrIn::SIZE), (16, 8, 16));
     }
 
