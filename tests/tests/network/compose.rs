@@ -1,7 +1,7 @@
 //! Real Compose, of both kinds, with a stack of three services that find each other by name.
 //!
 //! ```text
-//!   host ─▶ published port ─▶ web ─(backend)─▶ app ─(database)─▶ store, which keeps its value in a tmpfs
+//!   host ─▶ published port ─▶ web ─(backend)─▶ app ─(database)─▶ store, which keeps its value in a volume
 //!                             front            front, back       back, which is internal
 //! ```
 
@@ -32,13 +32,15 @@ services:
     image: busybox
     command: [sh, -c, "echo $$VALUE >/data/value; exec httpd -f -p 80 -h /data"]
     environment: {VALUE: kept}
-    tmpfs: [/data]
+    volumes: ["kept:/data"]
     healthcheck: {test: [CMD, wget, -qO-, "http://127.0.0.1/value"], interval: 2s, timeout: 60s, retries: 30}
     networks:
       back: {aliases: [database]}
 networks:
   front: {}
   back: {internal: true}
+volumes:
+  kept: {}
 "#;
 
 /// A project of the stack; taken down when dropped.
@@ -93,7 +95,15 @@ fn brings_a_stack_up_and_down(program: &'static str) -> Test {
     let label = format!("label=com.docker.compose.project={}", project.name);
     let of_project = |what: &[&str]| docker.ok(&[what, &["-q", "--filter", &label]].concat());
     assert_eq!(of_project(&["network", "ls"])?.lines().count(), 2);
+    // Down and up again, the volume has what it had; and then nothing of it is left.
+    let volume = of_project(&["volume", "ls"])?;
+    assert_eq!(volume, format!("{}_kept", project.name));
+    project.run(&["down", "-t", "0"])?;
+    let kept =
+        docker.ok(&["run", "--rm", "-v", &format!("{volume}:/data"), "busybox", "cat", "/data/value"])?;
+    assert_eq!(kept, "kept");
     project.run(&["down", "-v", "-t", "0"])?;
+    assert_eq!(of_project(&["volume", "ls"])?, "");
     assert_eq!(of_project(&["ps", "-a"])?, "");
     assert_eq!(of_project(&["network", "ls"])?, "");
     host()?.sh("! nc -z 127.0.0.1 \"$1\"", &[&port])?;
