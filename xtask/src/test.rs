@@ -57,7 +57,8 @@ enum Part {
 }
 
 pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
-    let parts = args.part.map_or_else(|| vec![Part::Lint, Part::Unit, Part::E2e, Part::DockerPy], |part| vec![part]);
+    let parts =
+        args.part.map_or_else(|| vec![Part::Lint, Part::Unit, Part::E2e, Part::DockerPy], |part| vec![part]);
     if args.part != Some(Part::Lint) && args.part != Some(Part::Unit) {
         deps::ensure()?;
     }

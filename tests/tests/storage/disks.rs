@@ -8,7 +8,8 @@ use crate::{Test, Volume, docker, host};
 fn a_volume_can_be_a_disk_with_a_file_system_of_its_own() -> Test {
     let docker = docker()?;
     let volume = Volume::new(&docker, "disk");
-    let refused = docker.run(&["volume", "create", "--opt", "type=disk", "--opt", "size=1m", &volume.name])?;
+    let refused =
+        docker.run(&["volume", "create", "--opt", "type=disk", "--opt", "size=1m", &volume.name])?;
     ensure!(refused.stderr.contains("a size from 32m to 8t is expected"), "{refused:?}");
     docker.ok(&["volume", "create", "--opt", "type=disk", "--opt", "size=64m", &volume.name])?;
     let image = docker.ok(&["volume", "inspect", "--format", "{{.Mountpoint}}", &volume.name])?;
