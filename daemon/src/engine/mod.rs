@@ -194,12 +194,14 @@ impl Shared {
     ) -> Result<spec::ContainerSpec> {
         // A host without one has no name servers to tell of.
         let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        let mut facts = self.networks.facts(record);
+        network::links::add(self, record, &mut facts);
         spec::container(&spec::Facts {
             id: &record.id,
             config: &record.config,
             host: &record.host_config,
             daemon: &self.config,
-            network: &self.networks.facts(record),
+            network: &facts,
             resolv_conf: &resolv_conf,
             binds,
         })

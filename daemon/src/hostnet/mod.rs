@@ -12,6 +12,7 @@
 //! its successor does not take over ([`HostNetwork::bring_up`]) or remove ([`HostNetwork::sweep`]).
 
 mod egress;
+mod elements;
 mod forwarding;
 mod links;
 mod nft;
@@ -128,6 +129,15 @@ impl HostError {
     }
 }
 
+/// What was last done to the packet filter.
+#[derive(Debug, Default)]
+struct Applied {
+    /// Which state it is.
+    generation: u64,
+    /// The state, where the tables are known to have it.
+    state: Option<State>,
+}
+
 /// The host's network, as far as it is this daemon's.
 #[derive(Debug)]
 pub struct HostNetwork {
@@ -139,9 +149,8 @@ pub struct HostNetwork {
     dry: bool,
     forwarding: Forwarding,
     state: Mutex<(u64, State)>,
-    /// Which state the packet filter has. Whoever waits for it finds the states of all who waited applied at
-    /// once.
-    applied: tokio::sync::Mutex<u64>,
+    /// What the packet filter has. Whoever waits for it finds the states of all who waited applied at once.
+    applied: tokio::sync::Mutex<Applied>,
     /// Whether all that runs is known. Until then the rules of an earlier daemon stay as they are: those of a
     /// part would leave the rest unguarded.
     complete: AtomicBool,
@@ -161,7 +170,7 @@ impl HostNetwork {
             dry: cfg!(test),
             forwarding: Forwarding::new(exec_root),
             state: Mutex::default(),
-            applied: tokio::sync::Mutex::new(0),
+            applied: tokio::sync::Mutex::default(),
             complete: AtomicBool::new(false),
             served: Mutex::default(),
             proxies: Mutex::default(),
@@ -400,16 +409,34 @@ impl HostNetwork {
         }
         let wanted = self.state(|(generation, _)| *generation);
         let mut applied = self.applied.lock().await;
-        if *applied >= wanted {
+        if applied.generation >= wanted {
             return Ok(());
         }
-        let (generation, script) =
-            self.state(|(generation, state)| (*generation, rules::script(&self.table, state)));
-        if !self.dry {
-            nft::apply(&script).await?;
+        let (generation, state) = self.state(|(generation, state)| (*generation, state.clone()));
+        // Whoever gives up in between leaves tables of which nothing is known.
+        let before = applied.state.take();
+        if !self.dry && !self.change_elements(before, &state) {
+            nft::apply(&rules::script(&self.table, &state)).await?;
         }
-        *applied = generation;
+        *applied = Applied { generation, state: Some(state) };
         Ok(())
+    }
+
+    /// Changes elements alone, where that is enough; whether the tables have the new state now. Tables that somebody
+    /// has flushed refuse it, and are then made anew.
+    fn change_elements(&self, before: Option<State>, state: &State) -> bool {
+        let Some(before) = before.filter(|before| before.has_rules_of(state)) else { return false };
+        let (before, after) = (elements::elements(&before), elements::elements(state));
+        let Some(changes) = elements::difference(&self.table, &before, &after) else { return false };
+        // In place: it is a call of a millisecond, and one that is given up half-way could otherwise meet its
+        // successor.
+        match tokio::task::block_in_place(|| bulkhead_netlink::change_elements(&changes)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "the packet filter's tables are made anew");
+                false
+            }
+        }
     }
 }
 

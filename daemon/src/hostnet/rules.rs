@@ -10,7 +10,9 @@
 //! discovery about itself alone; no routers, no DHCP servers, no VLANs, nothing that is not ARP or IP. Into a
 //! bridge goes what was asked for from inside, and what is published; between networks goes nothing else.
 //!
-//! nft applies a script as one transaction: there is no moment with half of the rules.
+//! nft applies a script as one transaction: there is no moment with half of the rules. The rules speak of bridges;
+//! what is an endpoint's they look up in sets and maps ([`super::elements`]), so that a container's start and end need
+//! no script.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +20,12 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-use super::{Bridge, Forward, Tap};
+use bulkhead_netlink::TableFamily;
+
+use super::{
+    Bridge, Forward, Tap,
+    elements::{Elements, Set, elements},
+};
 
 /// Everything that the rules are made of.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,12 +56,27 @@ pub(super) fn remove(table: &str) -> String {
     script
 }
 
+impl State {
+    /// Whether the rules of another state are the same, elements aside.
+    pub(super) fn has_rules_of(&self, other: &Self) -> bool {
+        self.bridges == other.bridges && self.sole_router == other.sole_router
+    }
+}
+
 /// A script that replaces the tables of that name.
 pub(super) fn script(table: &str, state: &State) -> String {
     let mut script = remove(table);
-    routed(&mut script, table, state);
-    bridged(&mut script, table, state);
+    let elements = elements(state);
+    routed(&mut script, table, state, &elements);
+    bridged(&mut script, table, &elements);
     script
+}
+
+fn sets(script: &mut String, family: TableFamily, elements: &Elements) {
+    Set::ALL
+        .iter()
+        .filter(|set| set.family() == family)
+        .for_each(|set| script.push_str(&set.script(elements)));
 }
 
 /// A script line; never fails.
@@ -77,7 +99,7 @@ fn set_of_bridges(script: &mut String, name: &str, bridges: Vec<&String>) {
     line!(script, "  }}");
 }
 
-fn routed(script: &mut String, table: &str, state: &State) {
+fn routed(script: &mut String, table: &str, state: &State, elements: &Elements) {
     let bridges = &state.bridges;
     let those = |filter: fn(&Bridge) -> bool| {
         bridges.iter().filter(|(_, bridge)| filter(bridge)).map(|(name, _)| name).collect()
@@ -86,6 +108,7 @@ fn routed(script: &mut String, table: &str, state: &State) {
     set_of_bridges(script, "bridges", those(|_| true));
     set_of_bridges(script, "internal", those(|bridge| bridge.internal));
     set_of_bridges(script, "without_metadata", those(|bridge| !bridge.metadata));
+    sets(script, TableFamily::Inet, elements);
     script.push_str(
         "  chain early {\n    type filter hook prerouting priority raw; policy accept;\n    \
          iifname @without_metadata ip daddr 169.254.169.254 drop\n    \
@@ -99,8 +122,12 @@ fn routed(script: &mut String, table: &str, state: &State) {
          fib daddr type local jump published\n  }\n",
     );
     line!(script, "  chain published {{");
-    for forward in state.forwards.values().flatten() {
-        publish(script, forward);
+    for (ip, nfproto, version) in [("ip", "ipv4", 4), ("ip6", "ipv6", 6)] {
+        line!(script, "    dnat {ip} to {ip} daddr . meta l4proto . th dport map @published{version}");
+        line!(
+            script,
+            "    meta nfproto {nfproto} dnat {ip} to meta l4proto . th dport map @anywhere{version}"
+        );
     }
     line!(script, "  }}");
     line!(script, "  chain leave {{");
@@ -140,90 +167,42 @@ fn routed(script: &mut String, table: &str, state: &State) {
     line!(script, "}}");
 }
 
-fn publish(script: &mut String, forward: &Forward) {
-    let Forward { protocol, host, to } = forward;
-    // The other family's, and the loopback's, are the proxy's.
-    if host.is_ipv6() != to.is_ipv6() || host.ip().is_loopback() {
-        return;
-    }
-    let (nfproto, family) = if to.is_ipv6() { ("ipv6", "ip6") } else { ("ipv4", "ip") };
-    let destination = match host.ip() {
-        address if address.is_unspecified() => format!("meta nfproto {nfproto}"),
-        address => format!("{family} daddr {address}"),
-    };
-    let port = host.port();
-    line!(script, "    {destination} {protocol} dport {port} dnat {family} to {to}");
-}
-
-fn bridged(script: &mut String, table: &str, state: &State) {
+fn bridged(script: &mut String, table: &str, elements: &Elements) {
     line!(script, "table bridge {table} {{");
-    for (name, tap) in &state.taps {
-        endpoint(script, name, tap);
-    }
+    sets(script, TableFamily::Bridge, elements);
+    line!(script, "  chain from_guest {{");
+    line!(script, "    iifname . ether saddr != @macs drop");
+    // A tag would be taken off before the protocol is looked at.
+    line!(script, "    ether type {{ 0x8100, 0x88a8 }} drop");
+    line!(
+        script,
+        "    ether type arp iifname . arp operation . arp saddr ether . arp saddr ip @arp_of accept"
+    );
+    line!(script, "    ether type ip udp sport 67 drop");
+    line!(script, "    ether type ip iifname . ip saddr @sources4 accept");
+    line!(script, "    ether type != ip6 drop");
+    line!(script, "    icmpv6 type {{ nd-router-advert, nd-redirect }} drop");
+    // Neighbour discovery in fragments is nothing that an honest sender makes (RFC 6980).
+    line!(script, "    ip6 daddr ff00::/8 exthdr frag exists drop");
+    line!(script, "    udp sport 547 drop");
+    // Without an address of its own only to find out which it can have.
+    let nameless = "icmpv6 type { nd-neighbor-solicit, mld2-listener-report }";
+    line!(script, "    ip6 saddr :: {nameless} iifname . ip6 saddr @sources6 accept");
+    line!(script, "    ip6 saddr :: drop");
+    line!(script, "    iifname . ip6 saddr != @sources6 drop");
+    line!(script, "    icmpv6 type nd-neighbor-advert iifname . @th,64,128 @targets6 accept");
+    line!(script, "    icmpv6 type nd-neighbor-advert drop");
+    line!(script, "    accept");
+    line!(script, "  }}");
     line!(script, "  chain from_guests {{");
     line!(script, "    type filter hook prerouting priority -300; policy accept;");
-    if !state.taps.is_empty() {
-        let verdicts: Vec<_> = state.taps.keys().map(|name| format!("{name:?} : jump from_{name}")).collect();
-        line!(script, "    iifname vmap {{ {} }}", verdicts.join(", "));
-    }
+    line!(script, "    iifname @taps jump from_guest");
     line!(script, "  }}");
     line!(script, "}}");
 }
 
-fn endpoint(script: &mut String, name: &str, tap: &Tap) {
-    let mac = mac_text(tap.mac);
-    line!(script, "  chain from_{name} {{");
-    line!(script, "    ether saddr != {mac} drop");
-    // A tag would be taken off before the protocol is looked at.
-    line!(script, "    ether type {{ 0x8100, 0x88a8 }} drop");
-    for address in tap.addresses.iter().filter(|address| address.is_ipv4()) {
-        line!(
-            script,
-            "    ether type arp arp operation request arp saddr ether {mac} arp saddr ip {{ 0.0.0.0, {address} }} accept"
-        );
-        line!(
-            script,
-            "    ether type arp arp operation reply arp saddr ether {mac} arp saddr ip {address} accept"
-        );
-        line!(script, "    ether type ip udp sport 67 drop");
-        line!(script, "    ether type ip ip saddr {address} accept");
-    }
-    let mut ipv6: Vec<Ipv6Addr> = tap
-        .addresses
-        .iter()
-        .filter_map(|address| match address {
-            IpAddr::V4(_) => None,
-            IpAddr::V6(address) => Some(*address),
-        })
-        .collect();
-    if !ipv6.is_empty() {
-        ipv6.push(link_local(tap.mac));
-        let own = ipv6.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        line!(script, "    icmpv6 type {{ nd-router-advert, nd-redirect }} drop");
-        // Neighbour discovery in fragments is nothing that an honest sender makes (RFC 6980).
-        line!(script, "    ip6 daddr ff00::/8 exthdr frag exists drop");
-        line!(script, "    ether type ip6 udp sport 547 drop");
-        for address in &ipv6 {
-            line!(
-                script,
-                "    ip6 saddr {{ {own} }} icmpv6 type nd-neighbor-advert @th,64,128 0x{:032x} accept",
-                u128::from(*address)
-            );
-        }
-        line!(script, "    icmpv6 type nd-neighbor-advert drop");
-        line!(script, "    ip6 saddr :: icmpv6 type {{ nd-neighbor-solicit, mld2-listener-report }} accept");
-        line!(script, "    ether type ip6 ip6 saddr {{ {own} }} accept");
-    }
-    line!(script, "    drop");
-    line!(script, "  }}");
-}
-
 fn family(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "ip" } else { "ip6" }
-}
-
-fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-//! Links, addresses and routes by rtnetlink (rtnetlink(7)), and the table of connections by ctnetlink: as much
-//! of it as the guest agent and the daemon need. Calls block for as long as the kernel takes, which is not long; there is one socket and no state.
+//! Links, addresses and routes by rtnetlink (rtnetlink(7)), the table of connections by ctnetlink, and sets of the
+//! packet filter by nf_tables: as much of it as the guest agent and the daemon need. Calls block for as long as the
+//! kernel takes, which is not long; there is one socket and no state.
 //!
 //! ```text
 //!   request  ──▶ kernel ──▶ ACK, or an error number
@@ -7,6 +8,7 @@
 //! ```
 
 mod conntrack;
+mod elements;
 mod message;
 
 use std::{
@@ -21,6 +23,7 @@ use rustix::net::{
 };
 
 pub use conntrack::forget_connections;
+pub use elements::{MAX_ELEMENTS, SetChange, TableFamily, change_elements};
 
 /// The longest interface name, in bytes.
 pub const MAX_NAME: usize = 15;
@@ -276,18 +279,28 @@ impl Netlink {
         self.exchange(request, kind, object)
     }
 
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        rustix::net::send(&self.socket, bytes, SendFlags::empty())?;
+        Ok(())
+    }
+
+    /// The next datagram.
+    fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let (received, whole) = rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::TRUNC)?;
+        if whole > received {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a netlink message is too long"));
+        }
+        Ok(buffer.get(..received).unwrap_or_default())
+    }
+
     /// Sends a request and takes all of its answer; bodies of messages of type `kind` go to `object`.
     fn exchange(&mut self, request: Message, kind: u16, mut object: impl FnMut(&[u8])) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
         let bytes = request.finish(self.sequence)?;
-        rustix::net::send(&self.socket, &bytes, SendFlags::empty())?;
+        self.send(&bytes)?;
         let mut buffer = vec![0; BUFFER];
         loop {
-            let (received, whole) = rustix::net::recv(&self.socket, buffer.as_mut_slice(), RecvFlags::TRUNC)?;
-            if whole > received {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a netlink message is too long"));
-            }
-            let mut datagram = buffer.get(..received).unwrap_or_default();
+            let mut datagram = self.receive(&mut buffer)?;
             while let Some(part) = message::next(&mut datagram) {
                 if part.sequence != self.sequence {
                     continue;

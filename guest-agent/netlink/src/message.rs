@@ -109,8 +109,16 @@ impl Message {
         if name.is_empty() || name.len() > super::MAX_NAME || name.contains('\0') {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an interface's name"));
         }
+        self.text(kind, name)
+    }
+
+    /// Appends a text, ended by a zero.
+    pub(crate) fn text(&mut self, kind: u16, text: &str) -> io::Result<()> {
+        if text.contains('\0') {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a zero in a text"));
+        }
         self.nest(kind, |message| {
-            message.bytes(name.as_bytes());
+            message.bytes(text.as_bytes());
             message.bytes(&[0]);
         });
         Ok(())

@@ -14,7 +14,6 @@ use crate::{Test, docker, host, unique};
 
 /// Each service's page asks the next service. What is a `$` to the shell is `$$` to Compose.
 const STACK: &str = r#"
-version: "3.7"
 services:
   web:
     image: busybox
@@ -25,7 +24,7 @@ services:
   app:
     image: busybox
     command: [sh, -c, "mkdir -p /www/cgi-bin; printf '#!/bin/sh\\necho; echo app; wget -qO- http://database/value' >/www/cgi-bin/page; chmod +x /www/cgi-bin/page; exec httpd -f -p 8080 -h /www"]
-    depends_on: [store]
+    depends_on: {store: {condition: service_healthy}}
     networks:
       front: {aliases: [backend]}
       back: {}
@@ -34,6 +33,7 @@ services:
     command: [sh, -c, "echo $$VALUE >/data/value; exec httpd -f -p 80 -h /data"]
     environment: {VALUE: kept}
     tmpfs: [/data]
+    healthcheck: {test: [CMD, wget, -qO-, "http://127.0.0.1/value"], interval: 2s, timeout: 60s, retries: 30}
     networks:
       back: {aliases: [database]}
 networks:

@@ -6,19 +6,24 @@ use bulkhead_tests::{Daemon, Docker, Host, Suite, with_daemon};
 
 use crate::{Test, serve};
 
-/// What of networks is on the host for containers of this daemon: taps in its bridges and chains of rules, each a
-/// line.
-fn traces(daemon: &Daemon) -> anyhow::Result<String> {
-    let docker = daemon.docker();
-    let id = docker.ok(&["info", "--format", "{{.ID}}"])?;
+/// The daemon's id, and what its tables in the packet filter are called.
+fn table(daemon: &Daemon) -> anyhow::Result<(String, String)> {
+    let id = daemon.docker().ok(&["info", "--format", "{{.ID}}"])?;
     let digits: String = id.chars().filter(char::is_ascii_hexdigit).take(12).collect();
+    Ok((id, format!("bulkhead-{digits}")))
+}
+
+/// What of networks is on the host for containers of this daemon: taps in its bridges and elements of the packet
+/// filter's sets, each a line.
+fn traces(daemon: &Daemon) -> anyhow::Result<String> {
+    let (id, table) = table(daemon)?;
     let script = r#"
         for alias in /sys/class/net/*/ifalias; do
           case "$(cat "$alias")" in "bulkhead $1") ls "${alias%ifalias}brif";; esac
         done
-        nft list table bridge "bulkhead-$2" | grep 'chain from_bht' || true
-        nft list table inet "bulkhead-$2" | grep dnat | grep dport || true"#;
-    Host::from_env()?.sh(script, &[&id, &digits])
+        nft list table bridge "$2" | grep -o 'bht-[0-9a-f]*' | sort -u
+        nft list table inet "$2" | grep -oE '(tcp|udp) [.] [0-9]+ : [^,}]*' | sort"#;
+    Host::from_env()?.sh(script, &[&id, &table])
 }
 
 /// Removes all containers, running or not.
@@ -100,11 +105,17 @@ fn after_kill_9_names_ports_and_rules_are_there_again() -> Test {
         let port = docker.ok(&["port", web.name(), "80"])?;
         let host = Host::from_env()?;
         assert_eq!(host.sh("wget -qO- \"http://$1\"", &[&port])?, "still here");
+        let traced = traces(daemon)?;
+        assert!(traced.contains("bht-"), "{traced}");
+        // Tables that somebody has flushed are made anew, of all that runs.
+        let (_, table) = table(daemon)?;
+        host.sh("nft delete table bridge \"$1\"; nft delete table inet \"$1\"", &[&table])?;
         let url = format!("http://{}", web.name());
         assert_eq!(
             docker.ok(&["run", "--rm", "--network", "mine", "busybox", "wget", "-qO-", &url])?,
             "still here"
         );
+        assert_eq!(traces(daemon)?, traced);
         // Its own address is not given away.
         let own = docker.inspect(web.name(), "{{.NetworkSettings.Networks.mine.IPAddress}}")?;
         let other = docker.ok(&[

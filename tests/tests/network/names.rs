@@ -73,6 +73,43 @@ fn a_name_of_another_network_is_unknown_and_a_name_server_of_ones_own_can_be_run
 }
 
 #[test]
+fn a_link_in_the_default_bridge_is_hosts_and_environment_and_follows_its_container() -> Test {
+    let docker = docker()?;
+    let child = serve(&docker, &["--expose", "80", "-e", "SECRET=x"], "child")?;
+    let link = format!("{}:my-db", child.name());
+    let parent = docker.run_detached(&["--link", &link, "busybox", "sleep", "100000"])?;
+    let address = docker.inspect(child.name(), "{{.NetworkSettings.IPAddress}}")?;
+    let hosts = parent.exec(&["cat", "/etc/hosts"])?;
+    let hostname = docker.inspect(child.name(), "{{.Config.Hostname}}")?;
+    let line = format!("{address}\tmy-db {hostname} {}", child.name());
+    assert!(hosts.lines().any(|found| found == line), "{line}: {hosts}");
+    let environment = parent.exec(&["env"])?;
+    for expected in [
+        format!("MY_DB_PORT=tcp://{address}:80"),
+        format!("MY_DB_PORT_80_TCP_ADDR={address}"),
+        format!("MY_DB_NAME=/{}/my-db", parent.name()),
+        "MY_DB_ENV_SECRET=x".to_owned(),
+    ] {
+        assert!(environment.lines().any(|found| found == expected), "{expected}: {environment}");
+    }
+    assert_eq!(
+        docker.inspect(parent.name(), "{{json .HostConfig.Links}}")?,
+        format!("[\"/{}:/{}/my-db\"]", child.name(), parent.name())
+    );
+    // At another address, and under another name.
+    docker.ok(&["restart", "-t", "0", child.name()])?;
+    parent.exec(&["sh", "-c", "until wget -qO- -T 2 http://my-db; do sleep 0.2; done"])?;
+    docker.ok(&["stop", "-t", "0", child.name()])?;
+    let refused = docker.run(&["restart", "-t", "0", parent.name()])?;
+    let words =
+        format!("Cannot link to a non running container: /{} AS /{}/my-db", child.name(), parent.name());
+    assert!(refused.stderr.contains(&words), "{}", refused.stderr);
+    let unknown = docker.run(&["create", "--link", "nosuch:x", "busybox"])?;
+    assert!(unknown.stderr.contains("could not get container for nosuch"), "{}", unknown.stderr);
+    Ok(())
+}
+
+#[test]
 fn links_added_hosts_and_the_files_are_as_docker_has_them() -> Test {
     let docker = docker()?;
     let network = Network::create(&docker, &[])?;

@@ -57,6 +57,23 @@ fn a_published_port_is_reached_by_every_way_and_freed_by_the_stop() -> Test {
 }
 
 #[test]
+fn published_ports_follow_a_running_container_into_its_other_network() -> Test {
+    let docker = docker()?;
+    let (one, two) = (Network::create(&docker, &[])?, Network::create(&docker, &[])?);
+    let web = serve(&docker, &["--network", &one.name, "-p", "80"], "moved")?;
+    docker.ok(&["network", "connect", &two.name, web.name()])?;
+    docker.ok(&["network", "disconnect", &one.name, web.name()])?;
+    let reach = || host()?.sh("wget -qO- \"http://10.0.2.15:$1\"", &[&published(&web)?]);
+    assert_eq!(reach()?, "moved");
+    // In none, it has none; and then it has them again.
+    docker.ok(&["network", "disconnect", &two.name, web.name()])?;
+    assert_eq!(docker.ok(&["port", web.name()])?, "");
+    docker.ok(&["network", "connect", &one.name, web.name()])?;
+    assert_eq!(reach()?, "moved");
+    Ok(())
+}
+
+#[test]
 fn udp_ranges_and_all_exposed_ports() -> Test {
     let docker = docker()?;
     let image = crate::spoof::image(&docker)?;

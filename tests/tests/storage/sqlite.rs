@@ -11,7 +11,7 @@ use bulkhead_tests::{
 use crate::{Test, host};
 
 /// Transactions of each side; `BULKHEAD_SQLITE_ROUNDS` for more.
-const ROUNDS: &str = "60";
+const ROUNDS: &str = "20";
 
 /// A container with SQLite and a directory of the host at `/db`.
 fn start() -> anyhow::Result<(Host, Scratch, String, Container)> {
@@ -62,6 +62,11 @@ const HOLD: &str = "cd \"$1\"; { echo \"INSERT INTO rows VALUES ('$2', 0, ''); S
 
 const ONE: &str = "cd \"$1\"; sqlite3 -bail data \"INSERT INTO rows VALUES ('$2', 2, ''); SELECT count(*) FROM rows;\" 2>&1 || true";
 
+/// What SQLite makes of a lock that it does not get of an index: one or the other, by who tries again.
+fn is_refusal(told: &str) -> bool {
+    told.contains("database is locked") || told.contains("locking protocol")
+}
+
 #[test]
 fn a_write_ahead_log_is_for_one_kernel_at_a_time() -> Test {
     let (host, _scratch, path, container) = start()?;
@@ -72,14 +77,14 @@ fn a_write_ahead_log_is_for_one_kernel_at_a_time() -> Test {
     ensure!(in_guest(HOLD, "guest")? == "1");
     ensure!(in_guest(ONE, "other")? == "2");
     let refused = host.sh(ONE, &[&path, "host"])?;
-    ensure!(refused.contains("database is locked"), "{refused}");
+    ensure!(is_refusal(&refused), "{refused}");
     host.sh(": >\"$1/go-guest\"", &[&path])?;
     let gone = "cd \"$1\"; while [ -e data-shm ]; do sleep 0.2; done";
     host.sh(gone, &[&path])?;
     // And the other way round, with all that was written.
     ensure!(host.sh(HOLD, &[&path, "host"])? == "4");
     let refused = in_guest(ONE, "guest")?;
-    ensure!(refused.contains("database is locked"), "{refused}");
+    ensure!(is_refusal(&refused), "{refused}");
     host.sh(&format!(": >\"$1/go-host\"; {gone}"), &[&path])?;
     ensure!(in_guest(ONE, "guest")? == "6");
     ensure!(

@@ -444,6 +444,13 @@ impl Assembly<'_> {
         for (queue, kick) in (0u32..).zip(port.kicks()) {
             self.vm.register_ioevent(kick, &notify, queue).map_err(KvmError::of("KVM_IOEVENTFD"))?;
         }
+        // Nobody reads it, and KVM keeps it: this way a write that says nothing new ends in the kernel.
+        let nobody = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|error| KvmError { operation: "eventfd", source: error.into() })?;
+        let acknowledge = IoEventAddress::Mmio(window + register::INTERRUPT_ACK);
+        self.vm
+            .register_ioevent(&nobody, &acknowledge, Interrupt::SILENT)
+            .map_err(KvmError::of("KVM_IOEVENTFD"))?;
         Ok(())
     }
 }

@@ -134,12 +134,12 @@ impl Guest {
         Ok(decode::<wire::WriteOut>(&reply).size)
     }
 
+    /// By a handle, for an owner.
     fn lock(
         &mut self,
         opcode: u32,
         node: u64,
-        fh: u64,
-        owner: u64,
+        (fh, owner): (u64, u64),
         kind: i32,
         flock: bool,
     ) -> Result<Vec<u8>, Errno> {
@@ -406,22 +406,22 @@ fn locks_exclude_the_host_and_end_with_their_owner() {
         // SAFETY: takes numbers.
         unsafe { libc::flock(host.as_raw_fd(), operation | libc::LOCK_NB) == 0 }
     };
-    guest.lock(opcode::SETLK, node, fh, 1, libc::F_WRLCK, true).unwrap();
+    guest.lock(opcode::SETLK, node, (fh, 1), libc::F_WRLCK, true).unwrap();
     assert!(!flock(libc::LOCK_SH));
-    assert_eq!(guest.lock(opcode::SETLK, node, other, 1, libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
+    assert_eq!(guest.lock(opcode::SETLK, node, (other, 1), libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
     guest.ask(opcode::RELEASE, node, &encode(&wire::ReleaseIn { fh, ..Default::default() })).unwrap();
     assert!(flock(libc::LOCK_EX));
-    assert_eq!(guest.lock(opcode::SETLK, node, other, 1, libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
+    assert_eq!(guest.lock(opcode::SETLK, node, (other, 1), libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
     assert!(flock(libc::LOCK_UN));
 
-    guest.lock(opcode::SETLK, node, other, 7, libc::F_WRLCK, false).unwrap();
-    let reply = guest.lock(opcode::GETLK, node, other, 8, libc::F_RDLCK, false).unwrap();
+    guest.lock(opcode::SETLK, node, (other, 7), libc::F_WRLCK, false).unwrap();
+    let reply = guest.lock(opcode::GETLK, node, (other, 8), libc::F_RDLCK, false).unwrap();
     assert_eq!(decode::<FileLock>(&reply).kind, libc::F_WRLCK as u32);
-    assert_eq!(guest.lock(opcode::SETLK, node, other, 8, libc::F_WRLCK, false).unwrap_err(), Errno::AGAIN);
+    assert_eq!(guest.lock(opcode::SETLK, node, (other, 8), libc::F_WRLCK, false).unwrap_err(), Errno::AGAIN);
     guest
         .ask(opcode::FLUSH, node, &encode(&wire::FlushIn { fh: other, lock_owner: 7, ..Default::default() }))
         .unwrap();
-    guest.lock(opcode::SETLK, node, other, 8, libc::F_WRLCK, false).unwrap();
+    guest.lock(opcode::SETLK, node, (other, 8), libc::F_WRLCK, false).unwrap();
 }
 
 #[test]

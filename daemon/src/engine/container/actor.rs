@@ -26,6 +26,7 @@ use super::{
     resume::Resumption,
     start::{self, Found, Started},
     state::{Effect, Event, Exit, Failure, Lifecycle, Refusal, Rest, Running, State, Then},
+    wiring,
     workload::{self, Watch, Workload},
 };
 use crate::{
@@ -572,6 +573,7 @@ impl Actor {
                 self.shared.networks.tell_connected(&network, &self.record.id);
             }
         }
+        wiring::tell_parents(&self.shared, &self.record);
         self.watch_health();
         self.tell("start", []);
         for reply in self.starters.drain(..) {

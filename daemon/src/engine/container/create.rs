@@ -37,7 +37,7 @@ pub(super) async fn create(
         spec::merge_image(&mut request.config, config);
     }
     spec::fill(&mut request, &id, &shared.config);
-    let CreateRequest { config, host_config, networking_config } = request;
+    let CreateRequest { config, mut host_config, networking_config } = request;
     let mut warnings: Vec<String> = warning.into_iter().collect();
     warnings.extend(spec::validate(&config, &host_config)?);
     warnings.extend(limits::check(&config, &host_config, &shared.layout().data_root, false)?);
@@ -50,6 +50,7 @@ pub(super) async fn create(
     )?;
     warnings.extend(network::attach::warnings(&shared.networks, &networks));
     network::ports::wanted(&config, &host_config)?;
+    network::links::resolve(shared, &mut host_config)?;
     let size = disk_size(&host_config)?;
     timeline.mark(Stage::Resolved);
 

@@ -215,6 +215,7 @@ impl Engine {
         let running = matches!(record.life.state, State::Running(_));
         let networks = self.shared.networks.settings(record, running);
         let mut inspect = inspect::inspect(&view, log_path, exec_ids, networks);
+        inspect.host_config.links = crate::engine::network::links::shown(&self.shared, record);
         if size {
             let (own, root) = self.shared.sizes(record).await;
             (inspect.size_rw, inspect.size_root_fs) = (Some(own), Some(root));

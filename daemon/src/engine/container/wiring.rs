@@ -13,7 +13,10 @@ use bulkhead_agent_api::{Answer, Call};
 use super::{network, record::Record, workload::Workload};
 use crate::engine::{
     Error, Result, Shared,
-    network::record::{Attachment, Endpoint, Network},
+    network::{
+        links,
+        record::{Attachment, Endpoint, Network},
+    },
 };
 
 /// How long the agent may take for one call.
@@ -46,7 +49,9 @@ async fn wire(
     attachment: &Attachment,
 ) -> Result<Option<Endpoint>> {
     let taken: Vec<&Endpoint> = crate::engine::network::endpoints(record).collect();
-    let Some(mut joined) = shared.networks.join_one(record, name, attachment, &taken, false).await? else {
+    let publishes = shared.networks.publishes(record, name);
+    let Some(mut joined) = shared.networks.join_one(record, name, attachment, &taken, publishes).await?
+    else {
         return Ok(None);
     };
     let endpoint = joined.endpoint.clone();
@@ -69,7 +74,8 @@ async fn wire(
     Ok(Some(endpoint))
 }
 
-/// Takes a running container out of a network. `record` is the container's, without the attachment.
+/// Takes a running container out of a network. `record` is the container's, without the attachment. Where its ports
+/// are published in another one now, that one's name and the endpoint as it has become.
 ///
 /// # Errors
 /// The guest's; with `force` they are only told.
@@ -79,7 +85,7 @@ pub(super) async fn disconnect(
     workload: &Workload,
     (network, endpoint): (&str, &Endpoint),
     force: bool,
-) -> Result<()> {
+) -> Result<Option<(String, Endpoint)>> {
     let gone = async {
         call(workload, Call::NetworkDisconnect { mac: endpoint.mac }).await?;
         workload.sandbox.unplug(endpoint.slot).await.map_err(|error| Error::internal(error.to_string()))
@@ -101,13 +107,35 @@ pub(super) async fn disconnect(
             "a container's routes or files are of before"
         );
     }
-    Ok(())
+    if endpoint.ports.is_empty() {
+        return Ok(None);
+    }
+    // It has left, whatever becomes of them.
+    Ok(shared.networks.publish_elsewhere(record).await.unwrap_or_else(|error| {
+        tracing::warn!(container = record.id, error = error.message, "its ports are published no more");
+        None
+    }))
 }
 
 /// Default routes, `/etc/hosts` and `/etc/resolv.conf` as they are by now.
 async fn rewrite(shared: &Arc<Shared>, record: &Record, workload: &Workload) -> Result<()> {
     call(workload, network::routes(shared, record)).await?;
     call(workload, files(shared, record, workload.guest())?).await
+}
+
+/// A container that others link to has begun to run, maybe at another address: their hosts are to know it.
+pub(super) fn tell_parents(shared: &Arc<Shared>, record: &Record) {
+    for parent in links::parents(shared, &record.id) {
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            let view = parent.view();
+            let Some(workload) = &view.workload else { return };
+            let told = async { call(workload, files(&shared, &view.record, workload.guest())?).await };
+            if let Err(error) = told.await {
+                tracing::warn!(container = parent.id(), error = error.message, "its links are of before");
+            }
+        });
+    }
 }
 
 /// The files of a container, `guest` in its machine, that tell of its networks.

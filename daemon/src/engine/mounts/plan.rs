@@ -3,13 +3,14 @@
 use std::{
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use bulkhead_agent_api::{CopyUp, Disk, ForwardedSocket, VOLUME_DATA, VolumeDisk};
 
 use super::{Mount, Source, resolve::make_directory};
 use crate::{
-    engine::{Error, Result, Shared, volume},
+    engine::{Error, ErrorKind, Result, Shared, volume},
     sandbox::{ExtraDisk, SHARES, SandboxSpec, ShareSpec, extra_disk},
 };
 
@@ -34,11 +35,30 @@ pub(crate) struct Plan {
     pub(crate) sockets: Vec<ForwardedSocket>,
 }
 
+/// How long a start waits for a disk that another container has: one that is being stopped, or whose files somebody
+/// has just looked at, will give it back.
+const DISK_WITHIN: Duration = Duration::from_secs(8);
+
+/// How often it is tried.
+const DISK_PERIOD: Duration = Duration::from_millis(100);
+
 /// Plans a start; `first` is whether the container has never run.
 ///
 /// # Errors
-/// What is to be mounted is not there.
-pub(crate) fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Plan> {
+/// What is to be mounted is not there, or another's.
+pub(crate) async fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Plan> {
+    let deadline = Instant::now() + DISK_WITHIN;
+    loop {
+        match try_plan(shared, mounts, first) {
+            Err(error) if error.kind == ErrorKind::Conflict && Instant::now() < deadline => {
+                tokio::time::sleep(DISK_PERIOD).await;
+            }
+            planned => return planned,
+        }
+    }
+}
+
+fn try_plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Plan> {
     let mut plan = Plan::default();
     for (index, mount) in mounts.iter().enumerate() {
         if let Source::Bind { path, create: true, .. } = &mount.source {

@@ -1,6 +1,6 @@
 //! Containers in networks: addresses, taps and ports from a start to an end.
 
-use std::{net::IpAddr, os::fd::OwnedFd, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, os::fd::OwnedFd, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -60,8 +60,7 @@ impl Networks {
     /// In Docker's words.
     pub(crate) async fn join(&self, record: &Record) -> Result<Vec<Joined>> {
         let mut joined = Vec::new();
-        let gateway = attach::gateway_network(&record.networks, false, |name| self.named(record, name))
-            .or_else(|| attach::gateway_network(&record.networks, true, |name| self.named(record, name)));
+        let gateway = self.publishing(record);
         for (name, attachment) in &record.networks {
             let publishes = gateway.as_deref() == Some(name.as_str());
             let taken: Vec<&Endpoint> = joined.iter().map(|other: &Joined| &other.endpoint).collect();
@@ -82,6 +81,18 @@ impl Networks {
             }
         }
         Ok(joined)
+    }
+
+    /// The name of the network in which a container publishes its ports: that of its default route.
+    fn publishing(&self, record: &Record) -> Option<String> {
+        let of = |ipv6| attach::gateway_network(&record.networks, ipv6, |name| self.named(record, name));
+        of(false).or_else(|| of(true))
+    }
+
+    /// Whether a running container that is put into a network publishes its ports there: it does so nowhere yet.
+    pub(crate) fn publishes(&self, record: &Record, name: &str) -> bool {
+        super::render::endpoints(record).all(|endpoint| endpoint.ports.is_empty())
+            && self.publishing(record).as_deref() == Some(name)
     }
 
     /// The network of an attachment: by its id, else by the name that it had.
@@ -118,24 +129,59 @@ impl Networks {
         let mut endpoint = self.reserve(&network, record, attachment, taken)?;
         let mut bindings = Vec::new();
         if publishes && !network.internal {
-            let wanted = ports::wanted(&record.config, &record.host_config)?;
-            bindings = ports::bind(&wanted, &endpoint, network.settings.binding).map_err(|error| Error {
-                message: format!(
-                    "driver failed programming external connectivity on endpoint {} ({}): {}",
-                    record.name, endpoint.id, error.message
-                ),
-                ..error
-            })?;
-            endpoint.ports = bindings.iter().map(|(_, _, published)| published.clone()).collect();
-            self.with(|inner| {
-                if let Some(member) =
-                    inner.get_mut(&network.id).and_then(|entry| entry.members.get_mut(&record.id))
-                {
-                    member.endpoint.ports.clone_from(&endpoint.ports);
-                }
-            });
+            bindings = self.bind(record, &network, &mut endpoint)?;
         }
         Ok(Some(Joined { network, endpoint, ports: bindings }))
+    }
+
+    /// Binds a container's published ports, to lead to this endpoint.
+    fn bind(&self, record: &Record, network: &Network, endpoint: &mut Endpoint) -> Result<Vec<Binding>> {
+        let wanted = ports::wanted(&record.config, &record.host_config)?;
+        let bindings = ports::bind(&wanted, endpoint, network.settings.binding).map_err(|error| Error {
+            message: format!(
+                "driver failed programming external connectivity on endpoint {} ({}): {}",
+                record.name, endpoint.id, error.message
+            ),
+            ..error
+        })?;
+        endpoint.ports = bindings.iter().map(|(_, _, published)| published.clone()).collect();
+        self.with(|inner| {
+            let member = inner.get_mut(&network.id).and_then(|entry| entry.members.get_mut(&record.id));
+            if let Some(member) = member {
+                member.endpoint.ports.clone_from(&endpoint.ports);
+            }
+        });
+        Ok(bindings)
+    }
+
+    /// Publishes the ports of a running container that has left the network where they were in another of its own.
+    ///
+    /// # Errors
+    /// Somebody has taken a port in between; the host's.
+    pub(crate) async fn publish_elsewhere(&self, record: &Record) -> Result<Option<(String, Endpoint)>> {
+        let Some(name) = self.publishing(record).filter(|name| self.publishes(record, name)) else {
+            return Ok(None);
+        };
+        let endpoint = record.networks.get(&name).and_then(|attachment| attachment.endpoint.clone());
+        let (Some(mut endpoint), Some(network)) = (endpoint, self.named(record, &name)) else {
+            return Ok(None);
+        };
+        let ports = self.bind(record, &network, &mut endpoint)?;
+        let (id, mut joined) = (network.id.clone(), Joined { network, endpoint, ports });
+        let published = async {
+            self.guard(record, &joined).await?;
+            self.raise(&mut joined).await
+        };
+        let published = published.await;
+        let is_member = |inner: &mut BTreeMap<String, Entry>| {
+            inner.get(&id).is_some_and(|entry| entry.members.contains_key(&record.id))
+        };
+        if !self.with(is_member) {
+            // It has ended in between: what was taken away then must not stay now.
+            self.host.dismiss(&[joined.endpoint.tap]).await;
+            return Ok(None);
+        }
+        published.map(|()| Some((name, joined.endpoint)))
     }
 
     /// Takes addresses and makes the container a member.
@@ -304,6 +350,7 @@ impl Networks {
             resolver: bridges.iter().any(|network| !network.is_predefined()),
             connected: !bridges.is_empty(),
             host_gateway: [gateway(false), gateway(true)].into_iter().flatten().collect(),
+            ..NetworkFacts::default()
         }
     }
 

@@ -15,6 +15,7 @@ pub mod create;
 mod dns;
 pub mod egress;
 pub mod ipam;
+pub(crate) mod links;
 mod members;
 mod ops;
 pub mod ports;

@@ -147,7 +147,7 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
     command(config)?;
     check_config(config)?;
     check_modes(host)?;
-    check_not_there_yet(host)?;
+    check_unsupported(host)?;
     logs::validate(&host.log_config.kind, host.log_config.config.as_ref().unwrap_or(&BTreeMap::new()))?;
     check_restart(host)?;
     check_resources(host)?;
@@ -290,15 +290,14 @@ fn check_modes(host: &HostConfig) -> Result<()> {
     Ok(())
 }
 
-/// What Docker has and later issues bring.
-fn check_not_there_yet(host: &HostConfig) -> Result<()> {
+/// What Docker has in some places and a microVM has not.
+fn check_unsupported(host: &HostConfig) -> Result<()> {
     let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
-    let refuse = |what: &str| Err(Error::not_implemented(format!("{what} not supported yet")));
     if !host.cgroup.is_empty() {
         return Err(Error::invalid(format!("invalid cgroup mode: {}", host.cgroup)));
     }
-    if some(&host.links) && matches!(host.network_mode.as_str(), "bridge" | "none") {
-        return refuse("links in the default network (--link without --network) are");
+    if some(&host.links) && host.network_mode == "none" {
+        return Err(Error::invalid("conflicting options: links need a network, and --network none is none"));
     }
     if host.storage_opt.as_ref().is_some_and(|options| options.keys().any(|name| name != "size")) {
         return Err(Error::invalid("--storage-opt is supported with size only"));

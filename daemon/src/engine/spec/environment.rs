@@ -18,14 +18,19 @@ pub(super) fn merge<'a>(mut base: Vec<String>, changes: impl Iterator<Item = &'a
     base
 }
 
-/// A container's environment: Docker's own variables, and the config's over them. (`HOME` is the agent's to
+/// A container's environment: Docker's own variables, those of its links, and the config's over them. (`HOME` is the agent's to
 /// set: it knows the user.)
-pub(super) fn of_container(hostname: &str, terminal: bool, config: &[String]) -> Vec<String> {
+pub(super) fn of_container(
+    hostname: &str,
+    terminal: bool,
+    links: &[String],
+    config: &[String],
+) -> Vec<String> {
     let mut base = vec![PATH.to_owned(), format!("HOSTNAME={hostname}")];
     if terminal {
         base.push("TERM=xterm".to_owned());
     }
-    merge(base, config.iter())
+    merge(base, links.iter().chain(config))
 }
 
 #[cfg(test)]
@@ -38,8 +43,11 @@ mod tests {
 
     #[test]
     fn the_config_has_the_last_word() {
-        assert_eq!(of_container("h", false, &[]), [PATH, "HOSTNAME=h"]);
+        assert_eq!(of_container("h", false, &[], &[]), [PATH, "HOSTNAME=h"]);
         let config = strings(&["A=1", "TERM", "PATH=/x", "A=2=3", "HOSTNAMES=y", "NONE"]);
-        assert_eq!(of_container("h", true, &config), ["PATH=/x", "HOSTNAME=h", "A=2=3", "HOSTNAMES=y"]);
+        assert_eq!(
+            of_container("h", true, &strings(&["A=0"]), &config),
+            ["PATH=/x", "HOSTNAME=h", "A=2=3", "HOSTNAMES=y"]
+        );
     }
 }

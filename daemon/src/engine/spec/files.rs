@@ -62,6 +62,9 @@ fn hosts(hostname: &str, domainname: &str, host: &HostConfig, network: &NetworkF
             let _ = writeln!(text, "{address}\t{name}");
         }
     }
+    for (address, names) in &network.linked {
+        let _ = writeln!(text, "{address}\t{names}");
+    }
     let names = match domainname {
         "" => hostname.to_owned(),
         domain => format!("{hostname}.{domain} {hostname}"),

@@ -92,6 +92,10 @@ pub struct NetworkFacts {
     pub connected: bool,
     /// What `host-gateway` means.
     pub host_gateway: Vec<IpAddr>,
+    /// Linked containers' addresses and names.
+    pub linked: Vec<(IpAddr, String)>,
+    /// Variables that tell of linked containers.
+    pub environment: Vec<String>,
 }
 
 /// What the agent needs to create a container, besides its root.
@@ -130,7 +134,7 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
             "consoleSize": (config.tty && rows > 0 && columns > 0).then(|| json!({ "height": rows, "width": columns })),
             "user": { "uid": 0, "gid": 0, "username": user(&config.user) },
             "args": args,
-            "env": environment::of_container(hostname, config.tty, config.env.as_deref().unwrap_or_default()),
+            "env": environment::of_container(hostname, config.tty, &network.environment, config.env.as_deref().unwrap_or_default()),
             "cwd": if config.working_dir.is_empty() { "/" } else { &config.working_dir },
             "rlimits": resources::rlimits(host, daemon.ulimits.values())?,
             "noNewPrivileges": security.no_new_privileges.unwrap_or(daemon.no_new_privileges),

@@ -179,9 +179,16 @@ pub struct Interrupt {
 
 impl Interrupt {
     /// InterruptStatus bit 0: a queue was used.
+    ///
+    /// The driver's look at it takes it back, so that what it acknowledges with this bit alone need not reach the VMM
+    /// ([`Interrupt::SILENT`]): the driver looks at its queues only afterwards, and what is used after its look sets
+    /// the bit anew.
     const USED_RING: u32 = 1;
     /// InterruptStatus bit 1: the configuration changed.
     const CONFIG: u32 = 2;
+
+    /// What a driver acknowledges most often, and without effect: an exit to the VMM for each would be in vain.
+    pub const SILENT: u32 = Self::USED_RING;
 
     /// An interrupt that is raised by writing to `irqfd`.
     #[must_use]
@@ -206,10 +213,15 @@ impl Interrupt {
         let _ = self.irqfd.write(1);
     }
 
-    /// InterruptStatus as the driver reads it; saved and restored by the transport.
+    /// InterruptStatus as it is; saved and restored by the transport.
     #[must_use]
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
+    }
+
+    /// The driver reads InterruptStatus.
+    pub fn look(&self) -> u32 {
+        self.status.fetch_and(!Self::USED_RING, Ordering::SeqCst)
     }
 
     /// How often it was raised.

@@ -204,7 +204,7 @@ impl MmioTransport {
                 .ok()
                 .and_then(|queue| self.queues.get(queue))
                 .map_or(0, |queue| u32::from(queue.ready)),
-            register::INTERRUPT_STATUS => self.port.interrupt().status(),
+            register::INTERRUPT_STATUS => self.port.interrupt().look(),
             register::STATUS => self.port.status(),
             register::SHM_LEN_LOW => half(self.shared_memory().1, 0),
             register::SHM_LEN_HIGH => half(self.shared_memory().1, 1),

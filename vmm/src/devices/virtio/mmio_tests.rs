@@ -302,6 +302,21 @@ fn a_change_before_activation_is_told_after_it() {
 }
 
 #[test]
+fn a_look_at_the_status_takes_used_buffers_back_and_nothing_else() {
+    let mut guest = Guest::active();
+    let interrupt = Arc::clone(guest.transport.port().interrupt());
+    interrupt.used_ring();
+    interrupt.config_changed();
+    assert_eq!(guest.get(register::INTERRUPT_STATUS), 3);
+    assert_eq!(guest.get(register::INTERRUPT_STATUS), 2);
+    // What is used between the look and its acknowledgement, which the VMM does not hear of, is told of anew.
+    interrupt.used_ring();
+    guest.set(register::INTERRUPT_ACK, 2);
+    assert_eq!(guest.get(register::INTERRUPT_STATUS), 1);
+    assert_eq!(guest.get(register::INTERRUPT_STATUS), 0);
+}
+
+#[test]
 fn shared_memory_is_all_ones_where_there_is_none() {
     let mut guest = Guest::new();
     let registers =

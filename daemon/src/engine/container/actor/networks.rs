@@ -14,7 +14,8 @@ use crate::engine::{
 /// What has come of a change of networks.
 pub(super) enum Wired {
     Connected(Arc<Network>, Box<Attachment>, Result<Option<Endpoint>>, Reply<()>),
-    Disconnected(String, Result<()>, Reply<()>),
+    /// With the endpoint that has its published ports now, if it is another.
+    Disconnected(String, Result<Option<(String, Endpoint)>>, Reply<()>),
 }
 
 impl Actor {
@@ -118,12 +119,17 @@ impl Actor {
                 self.shared.networks.tell_connected(&network, &self.record.id);
                 answer(reply, kept);
             }
-            Wired::Disconnected(network, Ok(()), reply) => {
+            Wired::Disconnected(network, Ok(published), reply) => {
                 let mut next = self.record.clone();
                 next.networks.remove(&network);
+                if let Some((name, endpoint)) = published.filter(|_| current)
+                    && let Some(attachment) = next.networks.get_mut(&name)
+                {
+                    attachment.endpoint = Some(endpoint);
+                }
                 answer(reply, self.keep(next).await);
             }
-            Wired::Connected(.., Err(error), reply) | Wired::Disconnected(_, Err(error), reply) => {
+            Wired::Connected(_, _, Err(error), reply) | Wired::Disconnected(_, Err(error), reply) => {
                 answer(reply, Err(error));
             }
         }
