@@ -29,20 +29,6 @@ const PACKAGES: [&str; 4] =
 /// Later source packages have no tests.
 const SUITE: &str = "docker==7.0.0";
 
-/// What of the suite every run of all tests includes: the files that take little time for many tests.
-pub(crate) const PART: [&str; 10] = [
-    "api_client_test.py",
-    "api_exec_test.py",
-    "api_healthcheck_test.py",
-    "api_image_test.py",
-    "api_network_test.py",
-    "client_test.py",
-    "errors_test.py",
-    "models_images_test.py",
-    "models_networks_test.py",
-    "regression_test.py",
-];
-
 const MEMORY_MIB: u32 = 6144;
 
 /// How long one test may take, in seconds: where the processor is emulated most of it is waiting.

@@ -50,15 +50,14 @@ enum Part {
     Unit,
     /// Real clients against a real daemon.
     E2e,
-    /// The integration tests of Docker's library for Python; of all parts, the files that take least.
+    /// The integration tests of Docker's library for Python.
     DockerPy,
     /// The CLI's tables against Debian's dockerd: whether what is expected of us is what Docker does.
     Table,
 }
 
 pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
-    let parts =
-        args.part.map_or_else(|| vec![Part::Lint, Part::Unit, Part::E2e, Part::DockerPy], |part| vec![part]);
+    let parts = args.part.map_or_else(|| vec![Part::Lint, Part::Unit, Part::E2e], |part| vec![part]);
     if args.part != Some(Part::Lint) && args.part != Some(Part::Unit) {
         deps::ensure()?;
     }
@@ -71,8 +70,7 @@ pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
             Part::DockerPy => {
                 let bundle =
                     if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
-                let part = docker_py::PART.map(str::to_owned);
-                docker_py::run(tree, &bundle, if args.part.is_none() { &part } else { &args.filter })
+                docker_py::run(tree, &bundle, &args.filter)
             }
             Part::Table => table(tree),
         }?;

@@ -7,7 +7,7 @@ mod websocket;
 use bulkhead_tests::Suite;
 use bulkhead_tests::http::{Client, Response};
 use serde_json::{Value, json};
-use std::io::Read;
+use std::io::{Read, Write};
 
 /// An error fails the test, with its whole story.
 type Test = anyhow::Result<()>;
@@ -163,6 +163,35 @@ fn attach_and_wait_work_before_start_and_the_stream_is_framed() -> Test {
     );
     let ended: Value = serde_json::from_slice(&wait.read_body(&head)?)?;
     assert_eq!(ended["StatusCode"], 3);
+    Ok(())
+}
+
+/// The CLI looks for the keys itself, and sends none: other clients leave it to the daemon.
+#[test]
+fn the_keys_that_leave_a_terminal_are_the_daemon_s_too_and_are_events() -> Test {
+    let terminal = json!({"Image": "busybox", "Cmd": ["sh"], "Tty": true, "OpenStdin": true});
+    let container = Created::new(&terminal)?;
+    let upgrade = [("Connection", "Upgrade"), ("Upgrade", "tcp"), ("Content-Type", "application/json")];
+    let leave = |path: &str, body: &[u8]| -> Test {
+        let (head, mut stream) = api()?.open("POST", path, &upgrade, body)?;
+        assert_eq!(head.status, 101);
+        stream.write_all(b"echo typed\x18\x19")?;
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest)?;
+        Ok(())
+    };
+    api()?.request("POST", &container.path("start"), &[], b"")?.success()?;
+    leave(&container.path("attach?stream=1&stdin=1&stdout=1&detachKeys=ctrl-x,ctrl-y"), b"")?;
+    let exec = json!({"Cmd": ["sh"], "Tty": true, "AttachStdin": true, "AttachStdout": true, "DetachKeys": "ctrl-x,ctrl-y"});
+    let exec = api()?.json("POST", &container.path("exec"), &exec)?.success()?.json()?;
+    leave(&format!("/exec/{}/start", exec["Id"].as_str().unwrap_or_default()), br#"{"Tty": true}"#)?;
+    let inspect = api()?.request("GET", &container.path("json"), &[], b"")?.success()?.json()?;
+    assert_eq!(inspect["State"]["Running"], true);
+    assert_eq!(inspect["ExecIDs"], json!([exec["Id"]]));
+    let mine = format!("container={}", inspect["Id"].as_str().unwrap_or_default());
+    let events =
+        Suite::from_env()?.docker().events(&["event=detach", "event=exec_detach", &mine], "{{.Action}}")?;
+    assert_eq!(events, "detach\nexec_detach");
     Ok(())
 }
 

@@ -41,11 +41,6 @@ fn images() -> Test {
 }
 
 #[test]
-fn daily() -> Test {
-    run("daily", include_str!("table/daily.table"))
-}
-
-#[test]
 fn system() -> Test {
     run("system", include_str!("table/system.table"))
 }
