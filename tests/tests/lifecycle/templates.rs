@@ -91,7 +91,8 @@ fn a_template_that_is_damaged_or_cannot_be_restored_costs_nobody_a_start() -> Te
         assert_eq!(run(&docker)?, "hello");
         assert_eq!(daemon.restored_runs()?.0, 0, "what cannot be restored is booted");
         let told = docker.events(&["event=template"], "{{index .Actor.Attributes \"status\"}}")?;
-        assert_eq!(told.lines().collect::<Vec<_>>(), ["built", "discarded"]);
+        // And made again, as soon as there is time for it.
+        assert_eq!(told.lines().take(2).collect::<Vec<_>>(), ["built", "discarded"]);
         Ok(())
     })
 }

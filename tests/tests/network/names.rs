@@ -98,7 +98,8 @@ fn a_link_in_the_default_bridge_is_hosts_and_environment_and_follows_its_contain
     );
     // At another address, and under another name.
     docker.ok(&["restart", "-t", "0", child.name()])?;
-    parent.exec(&["sh", "-c", "until wget -qO- -T 2 http://my-db; do sleep 0.2; done"])?;
+    let fetch = "for i in $(seq 60); do wget -qO- -T 2 http://$(grep my-db /etc/hosts | cut -f1) && exit; sleep 0.2; done; exit 1";
+    parent.exec(&["sh", "-c", fetch])?;
     docker.ok(&["stop", "-t", "0", child.name()])?;
     let refused = docker.run(&["restart", "-t", "0", parent.name()])?;
     let words =
