@@ -98,8 +98,9 @@ fn a_link_in_the_default_bridge_is_hosts_and_environment_and_follows_its_contain
     );
     // At another address, and under another name.
     docker.ok(&["restart", "-t", "0", child.name()])?;
-    let fetch = "for i in $(seq 60); do wget -qO- -T 2 http://$(grep my-db /etc/hosts | cut -f1) && exit; sleep 0.2; done; exit 1";
-    parent.exec(&["sh", "-c", fetch])?;
+    let address = docker.inspect(child.name(), "{{.NetworkSettings.IPAddress}}")?;
+    let follows = "for i in $(seq 60); do grep -q \"^$1\tmy-db \" /etc/hosts && exit; sleep 0.2; done; cat /etc/hosts; exit 1";
+    parent.exec(&["sh", "-c", follows, "sh", &address])?;
     docker.ok(&["stop", "-t", "0", child.name()])?;
     let refused = docker.run(&["restart", "-t", "0", parent.name()])?;
     let words =

