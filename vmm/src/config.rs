@@ -15,8 +15,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FdNumber, FsConfig, Jail, MEMORY_BLOCK_MIB, NetConfig, Start, VERSION,
-    VmConfig,
+    BlockConfig, DeviceConfig, FdNumber, FsConfig, FsServer, Jail, MEMORY_BLOCK_MIB, NetConfig, Start,
+    VERSION, VmConfig,
 };
 use rustix::{
     fs::{FileType, OFlags, fcntl_getfl, fstat},
@@ -305,6 +305,10 @@ fn check_devices(
 ) -> Result<Devices, ConfigError> {
     check_names("block", config.block.iter().map(|block| block.id.as_str()), MAX_BLOCK_ID)?;
     check_names("fs", config.fs.iter().map(|fs| fs.tag.as_str()), MAX_TAG)?;
+    if let Some(fs) = config.fs.iter().find(|fs| fs.late && fs.server == FsServer::Vmm) {
+        let message = format!("{:?} is late, which only a device with a share server can be", fs.tag);
+        return Err(value_error("fs", message));
+    }
     check_names("net", config.net.iter().map(|net| net.id.as_str()), MAX_NAME)?;
     let vsock = match config.vsock {
         Some(vsock) if !CIDS.contains(&vsock.cid) => {

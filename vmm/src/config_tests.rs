@@ -1,6 +1,6 @@
 use std::{io::Write, os::fd::IntoRawFd};
 
-use bulkhead_vmm_api::{MemoryDeviceConfig, VsockConfig};
+use bulkhead_vmm_api::{FsServer, MemoryDeviceConfig, VsockConfig};
 use rustix::net::{SocketAddrUnix, bind, listen, socket};
 
 use super::*;
@@ -38,8 +38,8 @@ fn valid() -> VmConfig {
         jail: Jail::Process,
         console: None,
         devices: DeviceConfig {
-            block: vec![BlockConfig { id: "root".to_owned() }],
-            fs: vec![FsConfig { tag: "layers".to_owned(), server: bulkhead_vmm_api::FsServer::Vmm }],
+            block: vec![BlockConfig { id: "root".to_owned(), late: false }],
+            fs: vec![FsConfig { tag: "layers".to_owned(), server: FsServer::Vmm, late: false }],
             vsock: Some(VsockConfig { cid: 3, listener: listener(SocketType::STREAM) }),
             net: vec![NetConfig { id: "net0".to_owned() }],
             rng: true,
@@ -88,9 +88,10 @@ fn values_outside_the_contract_are_refused() {
         ("vcpus", |c| c.vcpus = 65),
         ("memory_mib", |c| c.memory_mib = 31),
         ("memory_mib", |c| c.memory_mib = u32::MAX),
-        ("block", |c| c.devices.block.push(BlockConfig { id: "root".to_owned() })),
+        ("block", |c| c.devices.block.push(BlockConfig { id: "root".to_owned(), late: false })),
         ("block", |c| c.devices.block[0].id = "x".repeat(21)),
         ("fs", |c| c.devices.fs[0].tag = String::new()),
+        ("fs", |c| c.devices.fs[0].late = true),
         ("vsock", |c| c.devices.vsock.as_mut().unwrap().cid = 2),
         ("net", |c| c.devices.net.push(NetConfig { id: "net0".to_owned() })),
         ("net", |c| c.devices.net[0].id = String::new()),

@@ -274,12 +274,12 @@ impl Vmm {
 
 /// The machine of a sandbox: nothing in it belongs to one container.
 pub(super) fn devices(disk_slots: u8) -> DeviceConfig {
-    let disks = (0..disk_slots).map(|slot| BlockConfig { id: extra_disk(slot.into()) });
+    let disks = (0..disk_slots).map(|slot| BlockConfig { id: extra_disk(slot.into()), late: false });
     DeviceConfig {
-        block: std::iter::once(BlockConfig { id: DISK.into() }).chain(disks).collect(),
+        block: std::iter::once(BlockConfig { id: DISK.into(), late: false }).chain(disks).collect(),
         fs: vec![
-            FsConfig { tag: TAG.into(), server: FsServer::Vmm },
-            FsConfig { tag: SHARES.into(), server: FsServer::Process },
+            FsConfig { tag: TAG.into(), server: FsServer::Vmm, late: false },
+            FsConfig { tag: SHARES.into(), server: FsServer::Process, late: false },
         ],
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: (0..NICS).map(|slot| NetConfig { id: super::nic(slot) }).collect(),

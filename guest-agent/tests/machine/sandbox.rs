@@ -119,8 +119,8 @@ impl Vmm {
             jail: vmm::Jail::Process,
             console: Some(number(&console)),
             devices: vmm::DeviceConfig {
-                block: vec![vmm::BlockConfig { id: DISK.into() }],
-                fs: vec![vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm }],
+                block: vec![vmm::BlockConfig { id: DISK.into(), late: false }],
+                fs: vec![vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm, late: false }],
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],
                 rng: true,

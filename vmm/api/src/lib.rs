@@ -120,12 +120,16 @@ pub struct DeviceConfig {
     pub memory: Option<MemoryDeviceConfig>,
 }
 
-/// A virtio-blk slot: a device whose medium is attached later (capacity 0 until then).
+/// A virtio-blk slot: a device whose medium is attached later (capacity 0 until then, or no device at all).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     /// Names the slot in requests; also the guest-visible serial, at most 20 bytes.
     pub id: String,
+    /// No device at all until its medium is attached: see [`NetConfig`] for what the guest sees of the slot. It
+    /// stays one, without a medium after [`Request::DetachDisk`], until its driver lets go of it.
+    #[serde(default)]
+    pub late: bool,
 }
 
 /// A virtio-fs device whose root directory lists the attached shares by name.
@@ -137,6 +141,10 @@ pub struct FsConfig {
     /// Who serves it.
     #[serde(default)]
     pub server: FsServer,
+    /// No device at all until its server is attached, as [`BlockConfig::late`]. Only of a device of kind
+    /// [`FsServer::Process`].
+    #[serde(default)]
+    pub late: bool,
 }
 
 /// Who serves a virtio-fs device.
@@ -232,9 +240,15 @@ pub enum Request {
         /// As it was attached.
         name: String,
     },
-    /// Gives a virtio-fs device of kind [`FsServer::Process`] its server, once: two fds, the channel and the area
-    /// ([`share`]). From then on the machine cannot be saved.
+    /// Gives a virtio-fs device of kind [`FsServer::Process`], which has none, its server: two fds, the channel and
+    /// the area ([`share`]). While it has one the machine cannot be saved.
     AttachServer {
+        /// [`FsConfig::tag`].
+        tag: String,
+    },
+    /// Takes a virtio-fs device's server away, whether it lives or not: the channel is closed, which ends it, and
+    /// every request under way and later gets ENOTCONN. Another can be attached; the guest has to mount anew then.
+    DetachServer {
         /// [`FsConfig::tag`].
         tag: String,
     },

@@ -192,6 +192,7 @@ fn perform(machine: &Machine, request: Request, fds: Vec<OwnedFd>) -> Result<Res
             let (channel, area) = fds.next().zip(fds.next()).ok_or(error)?;
             machine.attach_server(&tag, channel, area)?;
         }
+        Request::DetachServer { tag } => machine.detach_server(&tag)?,
         Request::DetachShare { tag, name } => machine.detach_share(&tag, &name)?,
         Request::AttachTap { id, mac, mtu } => {
             machine.attach_tap(&id, fds.next().ok_or(error)?, NetIdentity { mac, mtu })?;

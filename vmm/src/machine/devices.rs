@@ -288,6 +288,15 @@ impl DeviceSet {
         find("fs", &self.forward, tag)?.attach(channel, area).map_err(AttachError::refused)
     }
 
+    /// See [`super::Machine::detach_server`].
+    pub(super) fn detach_server(&self, tag: &str) -> Result<(), AttachError> {
+        if find("fs", &self.forward, tag)?.detach() {
+            Ok(())
+        } else {
+            Err(AttachError::Refused(format!("file system device {tag:?} has no server")))
+        }
+    }
+
     /// See [`super::Machine::attach_tap`].
     pub(super) fn attach_tap(
         &self,

@@ -162,6 +162,14 @@ impl Machine {
         self.devices.attach_server(tag, channel, area)
     }
 
+    /// Takes a file system device's share server away.
+    ///
+    /// # Errors
+    /// There is no such device, or it has no server.
+    pub fn detach_server(&self, tag: &str) -> Result<(), AttachError> {
+        self.devices.detach_server(tag)
+    }
+
     /// Gives a network slot its tap.
     ///
     /// # Errors

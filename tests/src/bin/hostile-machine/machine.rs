@@ -69,8 +69,8 @@ impl Machine {
             report: inherit(&report)?,
             console: Some(inherit(&console)?),
             devices: DeviceConfig {
-                block: vec![BlockConfig { id: DISK.into() }],
-                fs: vec![FsConfig { tag: TAG.into(), server: bulkhead_vmm_api::FsServer::Vmm }],
+                block: vec![BlockConfig { id: DISK.into(), late: false }],
+                fs: vec![FsConfig { tag: TAG.into(), server: bulkhead_vmm_api::FsServer::Vmm, late: false }],
                 vsock: Some(VsockConfig { cid: 3, listener: inherit(&vsock)? }),
                 net: vec![NetConfig { id: NIC.into() }],
                 rng: true,

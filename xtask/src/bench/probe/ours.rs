@@ -91,8 +91,8 @@ fn devices(scene: &Scene<'_>, vsock: &UnixListener) -> DeviceConfig {
         return DeviceConfig::default();
     }
     DeviceConfig {
-        block: vec![BlockConfig { id: "root".into() }],
-        fs: vec![FsConfig { tag: "layers".into(), server: bulkhead_vmm_api::FsServer::Vmm }],
+        block: vec![BlockConfig { id: "root".into(), late: false }],
+        fs: vec![FsConfig { tag: "layers".into(), server: bulkhead_vmm_api::FsServer::Vmm, late: false }],
         vsock: Some(VsockConfig { cid: 3, listener: vsock.as_raw_fd() }),
         rng: true,
         ..DeviceConfig::default()

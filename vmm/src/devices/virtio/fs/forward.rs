@@ -7,8 +7,8 @@
 //! ```
 //!
 //! The device keeps a chain's buffers while its slot is away, checked once. A reset forgets the chains; slots that
-//! are away then come back, and nothing is done with them. A server that is gone answers nothing: then everything
-//! gets ENOTCONN. See [`crate::shares`].
+//! are away then come back, and nothing is done with them. A server that is gone, or was taken away, answers
+//! nothing: then everything gets ENOTCONN. See [`crate::shares`].
 
 use std::{
     collections::BTreeMap,
@@ -60,6 +60,8 @@ pub struct Forward {
     config: [u8; MAX_TAG + 4],
     link: Option<Link>,
     active: Option<Activation>,
+    /// What went wrong when the server was taken away, for the worker to report.
+    broken: Option<DeviceError>,
     epoll: Epoll,
     wake: Wake,
 }
@@ -106,7 +108,7 @@ impl Forward {
         let epoll = Epoll::new().map_err(failed("making an epoll"))?;
         let event = EpollEvent::new(EventSet::IN, TOKEN_WAKE);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event).map_err(failed("EPOLL_CTL_ADD"))?;
-        Ok(Self { config: config_space(tag)?, link: None, active: None, epoll, wake })
+        Ok(Self { config: config_space(tag)?, link: None, active: None, broken: None, epoll, wake })
     }
 
     /// Gives it its server.
@@ -123,6 +125,17 @@ impl Forward {
         self.link = Some(Link::new(channel, area));
         self.wake.request();
         Ok(())
+    }
+
+    /// Takes the server away, if there is one: closed, its channel ends it. What it has not answered never will be.
+    pub fn detach(&mut self) -> bool {
+        let Some(mut link) = self.link.take() else { return false };
+        let mut touched = [false; QUEUE_SIZES.len()];
+        let lost = link.lose(&self.epoll, &mut self.active, &mut touched);
+        self.broken = lost.and_then(|()| tell(self.active.as_mut(), touched)).err();
+        // For those that waited in their queues for a slot.
+        self.wake.request();
+        true
     }
 
     /// Hands on what the guest has offered, as far as there are slots.
@@ -166,13 +179,7 @@ impl Forward {
                 *touched = true;
             }
         }
-        if let Some(Activation { queues, resources, .. }) = &mut self.active {
-            for (index, queue) in queues.iter_mut().enumerate() {
-                if touched.get(index) == Some(&true) {
-                    notify(queue, index, &resources.memory, &resources.interrupt)?;
-                }
-            }
-        }
+        tell(self.active.as_mut(), touched)?;
         // Slots are free again.
         for queue in 0..QUEUE_SIZES.len() {
             self.take(queue)?;
@@ -325,6 +332,17 @@ impl Link {
     }
 }
 
+/// Tells the driver of the queues in which something was used.
+fn tell(active: Option<&mut Activation>, touched: [bool; QUEUE_SIZES.len()]) -> Result<(), DeviceError> {
+    let Some(Activation { queues, resources, .. }) = active else { return Ok(()) };
+    for (index, (queue, touched)) in queues.iter_mut().zip(touched).enumerate() {
+        if touched {
+            notify(queue, index, &resources.memory, &resources.interrupt)?;
+        }
+    }
+    Ok(())
+}
+
 /// The answer to a request that nobody can serve.
 fn refuse(chain: Chain<'_>, memory: &GuestMemory) -> u32 {
     let Ok(Buffers { readable, writable }) = Buffers::of(chain) else { return 0 };
@@ -374,6 +392,7 @@ impl VirtioDevice for Forward {
 
     fn reset(&mut self) {
         self.active = None;
+        self.broken = None;
         let Some(link) = &mut self.link else { return };
         // When they are settled, nobody has their tickets.
         link.put_off.clear();
@@ -394,6 +413,9 @@ impl VirtioDevice for Forward {
 
     fn source_event(&mut self, _source: usize) -> Result<(), DeviceError> {
         self.wake.take();
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
         self.take_back()?;
         for queue in 0..QUEUE_SIZES.len() {
             self.take(queue)?;
