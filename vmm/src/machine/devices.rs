@@ -190,7 +190,7 @@ impl DeviceSet {
         for (index, slot) in config.block.into_iter().enumerate() {
             let name = format!("block{index}");
             let device = Block::new(&slot.id).map_err(DeviceSetError::device(&name))?;
-            let added = assembly.add(&name, &slot.id, device)?;
+            let added = assembly.add(&name, &slot.id, device.late(slot.late))?;
             block.insert(slot.id, added);
         }
         for (index, slot) in config.fs.into_iter().enumerate() {
@@ -203,7 +203,7 @@ impl DeviceSet {
                 }
                 FsServer::Process => {
                     let device = Forward::new(&slot.tag).map_err(DeviceSetError::device(&name))?;
-                    let added = assembly.add(&name, &slot.tag, device)?;
+                    let added = assembly.add(&name, &slot.tag, device.late(slot.late))?;
                     forward.insert(slot.tag, added);
                 }
             }

@@ -141,6 +141,18 @@ pub fn require_first_queues(activation: &Activation, count: usize) -> Result<(),
     }
 }
 
+/// Checks that there is a device to be activated.
+///
+/// # Errors
+/// Its slot is empty, and the driver has not cared.
+pub fn require_presence(device: &impl VirtioDevice) -> Result<(), DeviceError> {
+    if device.present() {
+        Ok(())
+    } else {
+        Err(DeviceError::Invalid("there is no device in the slot".to_owned()))
+    }
+}
+
 /// The interrupt of an active device.
 pub fn interrupt(active: Option<&Activation>) -> Option<&Interrupt> {
     active.map(|active| &*active.resources.interrupt)

@@ -6,6 +6,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     super::{
+        block::Block,
         device::{DeviceType, Interrupt},
         queue::SavedQueue,
         testing::{Driver, memory},
@@ -343,6 +344,31 @@ fn a_saved_device_comes_back() {
 
     let outside = SavedTransport { driver_features: 1, ..saved };
     assert!(Guest::new().transport.restore(&outside).is_err());
+}
+
+#[test]
+fn an_empty_slot_comes_back_empty_and_is_filled_then() {
+    let slot = || {
+        let device = Arc::new(Mutex::new(Block::new("late").unwrap().late(true)));
+        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let dynamic: Arc<Mutex<dyn VirtioDevice>> = Arc::<Mutex<Block>>::clone(&device);
+        let port = Port::new("slot".to_owned(), dynamic, interrupt, Arc::new(|_: &str, _: &DeviceError| {}))
+            .unwrap();
+        (MmioTransport::new(Arc::new(port), memory()), device)
+    };
+    let id = |transport: &mut MmioTransport| {
+        let mut data = [0xff; 4];
+        transport.read(register::DEVICE_ID, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let (mut transport, _) = slot();
+    assert_eq!(id(&mut transport), 0);
+    let saved = postcard::to_stdvec(&transport.save().unwrap()).unwrap();
+    let (mut transport, device) = slot();
+    transport.restore(&postcard::from_bytes(&saved).unwrap()).unwrap();
+    assert_eq!(id(&mut transport), 0);
+    device.lock().unwrap().attach(tempfile::tempfile().unwrap(), false).unwrap();
+    assert_eq!(id(&mut transport), DeviceType::Block as u32);
 }
 
 #[derive(Debug, Clone)]

@@ -7,6 +7,14 @@
 //!   requests fail                        requests work on the file
 //! ```
 //!
+//! A late slot is no device at all before its first medium, and becomes none again:
+//!
+//! ```text
+//!   absent ── attach ──▶ occupied ── detach ──▶ empty ── driver resets ──▶ absent
+//!     no device             ▲                     │
+//!                           └────── attach ───────┘
+//! ```
+//!
 //! Each change raises a configuration interrupt, and Linux takes the new capacity. Requests are served one by
 //! one on the worker's thread, straight between the file and guest memory, so none is ever under way when
 //! the device is reset, saved, or loses its medium.
@@ -83,6 +91,7 @@ const STATE_VERSION: u32 = 1;
 /// The device.
 pub struct Block {
     id: [u8; ID_BYTES],
+    late: bool,
     medium: Option<Medium>,
     active: Option<Activation>,
     wake: Wake,
@@ -106,7 +115,14 @@ impl Block {
             ));
         };
         start.copy_from_slice(id.as_bytes());
-        Ok(Self { id: bytes, medium: None, active: None, wake: Wake::new()?, limiter: RateLimiter::new()? })
+        let (wake, limiter) = (Wake::new()?, RateLimiter::new()?);
+        Ok(Self { id: bytes, late: false, medium: None, active: None, wake, limiter })
+    }
+
+    /// Whether the slot is late: no device as long as it has neither a medium nor a driver.
+    #[must_use]
+    pub fn late(self, late: bool) -> Self {
+        Self { late, ..self }
     }
 
     /// Gives the slot its medium, in raw format whatever the content looks like.
@@ -183,6 +199,10 @@ impl VirtioDevice for Block {
         DeviceType::Block
     }
 
+    fn present(&self) -> bool {
+        !self.late || self.medium.is_some() || self.active.is_some()
+    }
+
     fn queue_max_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
@@ -197,6 +217,7 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         common::require_queues(&activation)?;
+        common::require_presence(self)?;
         self.active = Some(activation);
         Ok(())
     }

@@ -316,6 +316,79 @@ fn an_empty_slot_has_no_capacity_and_fails_requests() {
     assert!(bench.device.detach().is_none());
 }
 
+fn late() -> Block {
+    Block::new("disk0").unwrap().late(true)
+}
+
+#[test]
+fn a_late_slot_is_a_device_from_its_medium_until_its_driver_has_let_go() {
+    let mut bench = Bench::new(late());
+    assert!(!bench.device.present());
+    assert!(bench.device.detach().is_none());
+    bench.device.attach(medium(), false).unwrap();
+    assert!(bench.device.present());
+    // Nobody has looked meanwhile.
+    assert!(bench.device.detach().is_some());
+    assert!(!bench.device.present());
+
+    bench.device.attach(medium(), false).unwrap();
+    bench.activate(FEATURES);
+    works(&mut bench);
+    bench.interrupted();
+    assert!(bench.device.detach().is_some());
+    assert!(bench.device.present(), "its driver is there");
+    assert_eq!((capacity(&bench), bench.interrupt.status()), (0, 2));
+    assert_eq!(read(&mut bench, 0, 512), (IOERR, 0));
+
+    bench.interrupted();
+    bench.device.attach(medium(), false).unwrap();
+    assert_eq!((capacity(&bench), bench.interrupt.status()), (SECTORS, 2));
+    works(&mut bench);
+    bench.device.reset();
+    assert!(bench.device.present(), "it has a medium");
+    assert!(bench.device.detach().is_some());
+    assert!(!bench.device.present());
+    bench.device.reset();
+    bench.device.attach(medium(), false).unwrap();
+    bench.start_again(FEATURES);
+    works(&mut bench);
+    bench.device.detach();
+    bench.device.reset();
+    assert!(!bench.device.present());
+}
+
+#[test]
+fn a_driver_cannot_activate_what_is_not_there() {
+    let mut bench = active();
+    let state = bench.device.save().unwrap();
+    let resources = bench.resources();
+    let (activation, ()) = common::restore(&bench.device, STATE_VERSION, &state, resources).unwrap();
+    bench.device = late();
+    assert!(matches!(bench.device.activate(activation.unwrap()), Err(DeviceError::Invalid(_))));
+    assert!(!bench.device.present());
+}
+
+#[test]
+fn a_late_slot_comes_back_absent_or_with_its_driver() {
+    let mut bench = Bench::new(late());
+    let state = bench.device.save().unwrap();
+    bench.device = late();
+    bench.device.restore(&state, bench.resources()).unwrap();
+    assert!(!bench.device.present());
+    bench.device.attach(medium(), false).unwrap();
+    bench.activate(FEATURES);
+    works(&mut bench);
+
+    bench.device.detach();
+    let state = bench.device.save().unwrap();
+    bench.device = late();
+    bench.device.restore(&state, bench.resources()).unwrap();
+    assert!(bench.device.present(), "its driver is there");
+    assert_eq!(capacity(&bench), 0);
+    bench.device.attach(medium(), false).unwrap();
+    works(&mut bench);
+}
+
 #[test]
 fn a_read_only_medium_cannot_be_written() {
     let mut bench = Bench::new(Block::new("disk0").unwrap());

@@ -9,6 +9,9 @@
 //! The device keeps a chain's buffers while its slot is away, checked once. A reset forgets the chains; slots that
 //! are away then come back, and nothing is done with them. A server that is gone, or was taken away, answers
 //! nothing: then everything gets ENOTCONN. See [`crate::shares`].
+//!
+//! A late device is none at all while it has neither a server nor a driver, as a late block slot
+//! ([`super::super::block`]). A server that dies by itself leaves it one: it has to be detached.
 
 use std::{
     collections::BTreeMap,
@@ -58,10 +61,9 @@ pub enum ServerError {
 /// The device.
 pub struct Forward {
     config: [u8; MAX_TAG + 4],
+    late: bool,
     link: Option<Link>,
     active: Option<Activation>,
-    /// What went wrong when the server was taken away, for the worker to report.
-    broken: Option<DeviceError>,
     epoll: Epoll,
     wake: Wake,
 }
@@ -108,7 +110,14 @@ impl Forward {
         let epoll = Epoll::new().map_err(failed("making an epoll"))?;
         let event = EpollEvent::new(EventSet::IN, TOKEN_WAKE);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event).map_err(failed("EPOLL_CTL_ADD"))?;
-        Ok(Self { config: config_space(tag)?, link: None, active: None, broken: None, epoll, wake })
+        let (config, late) = (config_space(tag)?, false);
+        Ok(Self { config, late, link: None, active: None, epoll, wake })
+    }
+
+    /// Whether it is late: no device as long as it has neither a server nor a driver.
+    #[must_use]
+    pub fn late(self, late: bool) -> Self {
+        Self { late, ..self }
     }
 
     /// Gives it its server.
@@ -132,7 +141,8 @@ impl Forward {
         let Some(mut link) = self.link.take() else { return false };
         let mut touched = [false; QUEUE_SIZES.len()];
         let lost = link.lose(&self.epoll, &mut self.active, &mut touched);
-        self.broken = lost.and_then(|()| tell(self.active.as_mut(), touched)).err();
+        // A queue that cannot be written to is a failure of the device, which its worker comes upon by itself.
+        let _ = lost.and_then(|()| tell(self.active.as_mut(), touched));
         // For those that waited in their queues for a slot.
         self.wake.request();
         true
@@ -372,6 +382,10 @@ impl VirtioDevice for Forward {
         DeviceType::Fs
     }
 
+    fn present(&self) -> bool {
+        !self.late || self.link.is_some() || self.active.is_some()
+    }
+
     fn queue_max_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
@@ -386,13 +400,13 @@ impl VirtioDevice for Forward {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         common::require_queues(&activation)?;
+        common::require_presence(self)?;
         self.active = Some(activation);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.active = None;
-        self.broken = None;
         let Some(link) = &mut self.link else { return };
         // When they are settled, nobody has their tickets.
         link.put_off.clear();
@@ -413,9 +427,6 @@ impl VirtioDevice for Forward {
 
     fn source_event(&mut self, _source: usize) -> Result<(), DeviceError> {
         self.wake.take();
-        if let Some(error) = self.broken.take() {
-            return Err(error);
-        }
         self.take_back()?;
         for queue in 0..QUEUE_SIZES.len() {
             self.take(queue)?;

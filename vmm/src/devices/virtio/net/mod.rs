@@ -339,9 +339,7 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         common::require_queues(&activation)?;
-        if self.identity.is_none() {
-            return Err(DeviceError::Invalid("there is no device in the slot".to_owned()));
-        }
+        common::require_presence(self)?;
         if let Some(link) = &mut self.link {
             let set = link.set_offloads(offloads(activation.features));
             set.map_err(|source| DeviceError::Backend { context: "TUNSETOFFLOAD", source })?;

@@ -30,13 +30,24 @@ struct Peer {
     area: Area,
 }
 
-fn bench() -> (Bench<Forward>, Peer) {
+/// A channel and an area: for the device, and the server's side of them.
+fn server() -> (OwnedFd, OwnedFd, Peer) {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let area = memory_file(AREA_SIZE);
     let peer = Peer { channel: theirs, area: Area::map(area.try_clone().unwrap()).unwrap() };
+    (ours, area, peer)
+}
+
+fn attach(bench: &mut Bench<Forward>) -> Peer {
+    let (channel, area, peer) = server();
+    bench.device.attach(channel, area).unwrap();
+    peer
+}
+
+fn bench() -> (Bench<Forward>, Peer) {
     let mut bench = Bench::new(Forward::new("shares").unwrap());
-    bench.device.attach(ours, area).unwrap();
+    let peer = attach(&mut bench);
     bench.activate(bench.offered());
     (bench, peer)
 }
@@ -76,6 +87,18 @@ impl Peer {
             Ok((length, _)) => Some(Call::decode(&datagram[..length]).unwrap()),
             Err(Errno::AGAIN) => None,
             Err(errno) => panic!("{errno}"),
+        }
+    }
+
+    /// Whether the device has hung up, after all that it has said.
+    fn has_ended(&self) -> bool {
+        let mut datagram = [0; 64];
+        loop {
+            match rustix::net::recv(&self.channel, &mut datagram[..], RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return true,
+                Ok(_) => {}
+                Err(_) => return false,
+            }
         }
     }
 
@@ -168,6 +191,86 @@ fn without_its_server_everything_is_answered() {
     assert_eq!(bench.queue(REQUESTS).used().len(), 3);
     let gone = -Errno::NOTCONN.raw_os_error();
     assert_eq!([0, 1, 2].map(|index| answer(&bench, index)), [gone; 3]);
+}
+
+#[test]
+fn a_server_that_is_taken_away_makes_room_for_another() {
+    let (mut bench, peer) = bench();
+    let full = u16::try_from(SLOTS).unwrap();
+    // One is put off, all slots are away, and two wait for a slot.
+    offer(&mut bench, 0);
+    let call = peer.call().unwrap();
+    peer.say(&mut bench, Return::PutOff { slot: call.slot });
+    (1..full + 3).for_each(|index| offer(&mut bench, index));
+    bench.interrupted();
+    assert!(bench.device.detach());
+    assert!(bench.interrupted(), "whoever waits is told at once");
+    assert_eq!(bench.queue(REQUESTS).used().len(), usize::from(full) + 1);
+    bench.device.source_event(0).unwrap();
+    assert_eq!(bench.queue(REQUESTS).used().len(), 2);
+    let gone = -Errno::NOTCONN.raw_os_error();
+    assert!((0..full + 3).all(|index| answer(&bench, index) == gone));
+    assert!(peer.has_ended());
+
+    assert!(!bench.device.detach(), "there is none any more");
+    offer(&mut bench, 30);
+    assert_eq!((bench.queue(REQUESTS).used().len(), answer(&bench, 30)), (1, gone));
+    assert!(bench.device.save().is_ok(), "nothing is another process's");
+
+    let peer = attach(&mut bench);
+    offer(&mut bench, 31);
+    let call = peer.call().unwrap();
+    peer.say(&mut bench, Return::Settled { ticket: call.ticket, error: 0 });
+    assert_eq!(bench.queue(REQUESTS).used(), [], "that ticket was not given");
+    peer.say(&mut bench, Return::Done { slot: call.slot, reply: 0 });
+    assert_eq!(bench.queue(REQUESTS).used(), [(62, 0)]);
+}
+
+#[test]
+fn a_server_that_is_dead_is_taken_away_too() {
+    let (mut bench, peer) = bench();
+    drop(peer);
+    bench.device.source_event(0).unwrap();
+    let (channel, area, _peer) = server();
+    assert!(bench.device.attach(channel, area).is_err(), "it has one, if a dead one");
+    assert!(bench.device.detach());
+    let peer = attach(&mut bench);
+    offer(&mut bench, 0);
+    assert!(peer.call().is_some());
+}
+
+#[test]
+fn a_late_device_is_one_from_its_server_until_its_driver_has_let_go() {
+    let late = || Forward::new("shares").unwrap().late(true);
+    let mut bench = Bench::new(late());
+    assert!(!bench.device.present() && !bench.device.detach());
+    let state = bench.device.save().unwrap();
+    bench.device = late();
+    bench.device.restore(&state, bench.resources()).unwrap();
+    assert!(!bench.device.present());
+
+    let peer = attach(&mut bench);
+    assert!(bench.device.present());
+    let features = bench.offered();
+    bench.activate(features);
+    offer(&mut bench, 0);
+    assert!(peer.call().is_some());
+    drop(peer);
+    bench.device.source_event(0).unwrap();
+    assert!(bench.device.present(), "its server is dead, and its driver is there");
+    assert!(bench.device.detach() && bench.device.present());
+    // A machine is saved with a driver that has nobody to talk to, and goes on with another server.
+    let state = bench.device.save().unwrap();
+    bench.device = late();
+    bench.device.restore(&state, bench.resources()).unwrap();
+    assert!(bench.device.present());
+    let peer = attach(&mut bench);
+    offer(&mut bench, 1);
+    assert!(peer.call().is_some());
+    bench.device.reset();
+    assert!(bench.device.present(), "it has a server");
+    assert!(bench.device.detach());
+    assert!(!bench.device.present());
 }
 
 /// Whatever a server says, that its guest may own by now: nothing is written beyond a request's room.
