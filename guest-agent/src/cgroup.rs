@@ -74,6 +74,10 @@ impl Cgroup {
     /// Makes a container's cgroup with its limits and device rules; nothing remains after an error.
     pub fn create(container: &str, resources: Option<&LinuxResources>) -> Result<Self> {
         let path = Path::new(PARENT).join(container);
+        if path.exists() {
+            // Of a container of that name, which was still busy when it was to be removed.
+            remove_tree(&path).context(format_args!("rmdir {}", path.display()))?;
+        }
         fs::create_dir(&path).context(format_args!("mkdir {}", path.display()))?;
         let made = Self::open(&path).and_then(|cgroup| cgroup.apply(resources).map(|()| cgroup));
         if made.is_err() {

@@ -34,6 +34,7 @@ pub mod processes;
 pub mod rootfs;
 pub mod seccomp;
 pub mod server;
+pub mod slots;
 pub mod spawn;
 pub mod spec;
 pub mod stdio;

@@ -5,8 +5,8 @@
 //!       device id 0 while empty          ◀──────unbind──────
 //! ```
 //!
-//! The kernel looks into every slot once, when it boots; one that was empty then is looked into again by
-//! binding it by hand. There is no network namespace: the machine's network is the container's.
+//! How a slot gets its driver is in [`slots`]. There is no network namespace: the machine's network is the
+//! container's.
 
 use std::{
     fs, io,
@@ -19,11 +19,9 @@ use bulkhead_netlink::{Address, Link, LinkChange, MAX_NAME, Netlink};
 
 use crate::{
     error::{Context, Result, invalid, not_found},
-    log,
+    log, slots,
 };
 
-const DEVICES: &str = "/sys/bus/platform/devices";
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const LINKS: &str = "/sys/class/net";
 
 /// Makes an interface of the device.
@@ -33,7 +31,7 @@ pub fn connect(interface: &Interface) -> Result<()> {
     let link = match find(&mut netlink, interface)? {
         Some(link) => link,
         None => {
-            look_into_slots();
+            slots::look_into();
             find(&mut netlink, interface)?.ok_or_else(|| not_found("the network device is not there"))?
         }
     };
@@ -45,7 +43,7 @@ pub fn disconnect(mac: [u8; 6]) -> Result<()> {
     let mut netlink = Netlink::open().context("netlink")?;
     let link = by_mac(&mut netlink, mac)?.ok_or_else(|| not_found("there is no such interface"))?;
     let device = slot_of(&link.name).context(format_args!("find the device of {}", link.name))?;
-    fs::write(Path::new(DRIVER).join("unbind"), device).context(format_args!("remove {}", link.name))
+    slots::let_go(&device).context(format_args!("remove {}", link.name))
 }
 
 /// Makes these the default routes, and no others.
@@ -79,24 +77,11 @@ fn by_mac(netlink: &mut Netlink, mac: [u8; 6]) -> Result<Option<Link>> {
     Ok(links.into_iter().find(|link| link.mac == Some(mac) && slot_of(&link.name).is_ok()))
 }
 
-/// Looks into every slot without a driver: those that hold a device by now get one.
-fn look_into_slots() {
-    let Ok(devices) = fs::read_dir(DEVICES) else { return };
-    for device in devices.flatten() {
-        let name = device.file_name();
-        let is_slot = name.to_str().is_some_and(|name| name.starts_with("virtio-mmio"));
-        if is_slot && !device.path().join("driver").exists() {
-            // The error is that the slot is still empty.
-            let _ = fs::write(Path::new(DRIVER).join("bind"), name.as_encoded_bytes());
-        }
-    }
-}
-
 /// The slot that a link's device is in.
 fn slot_of(link: &str) -> io::Result<String> {
     let device: PathBuf = fs::canonicalize(Path::new(LINKS).join(link).join("device"))?;
     let slot = device.parent().and_then(Path::file_name).and_then(|name| name.to_str());
-    slot.filter(|slot| slot.starts_with("virtio-mmio"))
+    slot.filter(|slot| slots::is_slot(slot))
         .map(str::to_owned)
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "not a virtio device"))
 }

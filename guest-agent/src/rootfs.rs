@@ -1,7 +1,9 @@
 //! A container's root filesystem, as the agent mounts it before any of the container's processes exist.
 //!
 //! ```text
-//!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer, or each share   (once a tag)
+//!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer            (once for all containers)
+//!   /run/bulkhead/fs/<tag>          virtio-fs: one file or directory for each share    (of one container)
+//!   /run/bulkhead/fs/disks/<disk>   ext4 of a volume
 //!   /run/bulkhead/c/<id>/disk       ext4 of the writable layer: upper/ work/
 //!   /run/bulkhead/c/<id>/files      tmpfs: contents of injected files, forwarded sockets
 //!   /run/bulkhead/c/<id>/root       overlay of the two, injected files bound over it
@@ -10,13 +12,15 @@
 //! All of it lies in the agent's mount namespace; a container's first process takes a copy of that
 //! namespace, makes `root` its root and drops the rest, so the layers' share and the disk's own mount are
 //! not to be reached from inside.
+//!
+//! A container's disks and share device may be in slots that are used again when it is gone, for another medium and
+//! another server. So nothing is mounted that is still mounted somewhere, and the end of all of it is waited for.
 
 use std::{
     fs::{self, File},
     io::Write,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
-    time::{Duration, Instant},
 };
 
 use bulkhead_agent_api::{
@@ -32,9 +36,14 @@ use rustix::{
 
 use crate::{
     copy_up,
-    error::{Context, Result, internal, invalid},
+    error::{Context, Result, conflict, internal, invalid},
     forward::{self, Forwarder},
+    log,
 };
+use live::Live;
+
+mod live;
+mod share;
 
 /// Where virtio-fs tags are mounted; the only place that a bind mount of a spec may come from.
 pub const SHARES: &str = "/run/bulkhead/fs";
@@ -49,15 +58,12 @@ const MAX_FILES: usize = 256;
 /// The most volumes that are filled, and sockets.
 const MAX_SHARES: usize = 512;
 
-/// How long an unmounted disk may stay in use.
-const RELEASE: Duration = Duration::from_secs(2);
-
 /// A mounted root filesystem.
 #[derive(Debug)]
 pub struct Mounted {
     base: PathBuf,
-    /// What the kernel knows of each mounted disk; gone when the last mount of it is.
-    live: Vec<PathBuf>,
+    /// What must not be taken away before its last mount is gone.
+    live: Vec<Live>,
     /// Where the volumes that are disks are mounted.
     disks: Vec<PathBuf>,
     /// The paths of injected files, in the order of their numbers.
@@ -79,18 +85,27 @@ pub struct Devices {
     pub volumes: Vec<PathBuf>,
 }
 
+/// A disk that is not there, or not yet.
+#[derive(Debug)]
+pub struct Absent {
+    /// In words, for when it never comes.
+    pub why: String,
+    /// Whether there is a device for it, which has no medium or another one.
+    pub known: bool,
+}
+
 /// Looks for a container's disks.
 ///
 /// # Errors
-/// One is not there, or not yet; in words, for when it never comes.
-pub fn find_disks(create: &Create) -> Result<Devices, String> {
+/// One is not there, or not yet.
+pub fn find_disks(create: &Create) -> Result<Devices, Absent> {
     let volumes = create.disks.iter().map(|volume| find_disk(&volume.disk)).collect::<Result<_, _>>()?;
     Ok(Devices { layer: find_disk(&create.rootfs.disk)?, volumes })
 }
 
 /// Looks for a disk by serial and size.
-fn find_disk(disk: &Disk) -> Result<PathBuf, String> {
-    let mut seen = format!("there is no disk {:?}", disk.id);
+fn find_disk(disk: &Disk) -> Result<PathBuf, Absent> {
+    let mut absent = Absent { why: format!("there is no disk {:?}", disk.id), known: false };
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let attribute = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
         if attribute("serial").trim_end_matches(['\0', '\n']) != disk.id {
@@ -100,9 +115,11 @@ fn find_disk(disk: &Disk) -> Result<PathBuf, String> {
         if sectors.saturating_mul(512) == disk.size {
             return Ok(Path::new("/dev").join(entry.file_name()));
         }
-        seen = format!("the disk {:?} has {} bytes, not {}", disk.id, sectors.saturating_mul(512), disk.size);
+        let size = sectors.saturating_mul(512);
+        let why = format!("the disk {:?} has {size} bytes, not {}", disk.id, disk.size);
+        absent = Absent { why, known: true };
     }
-    Err(seen)
+    Err(absent)
 }
 
 /// Checks what can be checked before the disk is there.
@@ -164,8 +181,12 @@ impl Mounted {
     /// Mounts everything; what was mounted is undone after an error.
     pub fn new(create: &Create, devices: &Devices) -> Result<Self> {
         let base = Path::new(CONTAINERS).join(&create.container);
-        let live = |device: &PathBuf| Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
-        let live = std::iter::once(&devices.layer).chain(&devices.volumes).map(live).collect();
+        let disks = std::iter::once(&devices.layer).chain(&devices.volumes);
+        let live: Vec<Live> = disks.map(|device| Live::Disk(device.clone())).collect();
+        if let Some(used) = live::wait_until_released(&live) {
+            // Another container holds files of what was in its slot before.
+            return Err(conflict(format!("{used} is still in use")));
+        }
         let injected = create.files.iter().map(|file| file.path.clone()).collect();
         let rootfs = create.rootfs.clone();
         let mut mounted =
@@ -230,7 +251,9 @@ impl Mounted {
             self.mount_disk(volume, device)?;
         }
         if let Some(tag) = &create.shares {
-            let shares = self.shares.insert(mount_share(tag, MountFlags::NOATIME)?).clone();
+            let (shares, live) = share::mount_own(tag)?;
+            self.live.push(live);
+            self.shares = Some(shares.clone());
             for copy in &create.copy_up {
                 copy_up::copy_up(&self.root(), &shares, copy)?;
             }
@@ -290,8 +313,7 @@ impl Mounted {
         if self.rootfs.layers.is_empty() {
             return Ok(vec![open_directory(CWD, &self.base.join("empty"))?]);
         }
-        let flags = MountFlags::RDONLY | MountFlags::NOATIME;
-        let share = open_directory(CWD, &mount_share(&self.rootfs.tag, flags)?)?;
+        let share = open_directory(CWD, &share::mount_layers(&self.rootfs.tag)?)?;
         self.rootfs.layers.iter().map(|layer| open_directory(&share, Path::new(layer))).collect()
     }
 
@@ -322,69 +344,56 @@ impl Mounted {
         Ok(())
     }
 
-    /// Flushes the disk and unmounts all. Where something is busy still, it is detached: it goes with its
-    /// last user.
+    /// Flushes the disks and unmounts all. Where something is busy still, it is detached: it goes with its last
+    /// user.
+    ///
+    /// # Errors
+    /// The first thing that failed; all the rest is done all the same.
     pub fn unmount(&self) -> Result<()> {
         let disk = self.base.join("disk");
+        let mut outcome = Ok(());
+        let mut note = |result: Result<()>| {
+            if outcome.is_ok() {
+                outcome = result;
+            }
+        };
         for disk in std::iter::once(&disk).chain(&self.disks) {
             if let Ok(directory) = open_directory(CWD, disk).map(File::from) {
-                rustix::fs::syncfs(&directory).context(format_args!("flush {}", disk.display()))?;
+                note(rustix::fs::syncfs(&directory).context(format_args!("flush {}", disk.display())));
             }
         }
-        let mut detached = Ok(());
-        let disks = self.disks.iter().cloned().chain([disk]).map(|disk| (disk, UnmountFlags::empty()));
         // The root may hold mounts below it, and is busy while a mount namespace is being torn down.
-        let rest = [(self.root(), UnmountFlags::DETACH), (self.base.join("files"), UnmountFlags::DETACH)]
-            .into_iter();
-        for (path, flags) in rest.chain(disks) {
-            match rustix::mount::unmount(&path, flags | UnmountFlags::NOFOLLOW) {
-                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
-                Err(Errno::BUSY) => {
-                    detached = rustix::mount::unmount(&path, UnmountFlags::DETACH)
-                        .context(format_args!("unmount {}", path.display()));
-                }
-                Err(error) => detached = Err(error).context(format_args!("unmount {}", path.display())),
-            }
+        note(unmount(&self.root(), UnmountFlags::DETACH));
+        note(unmount(&self.base.join("files"), UnmountFlags::DETACH));
+        for disk in self.disks.iter().chain([&disk]) {
+            note(unmount(disk, UnmountFlags::empty()));
         }
         if let Some(shares) = &self.shares {
-            release_shares(shares)?;
+            note(share::unmount_own(shares));
         }
-        self.wait_until_released();
-        if detached.is_ok() {
-            // Empty directories of a tmpfs; those that stay do no harm.
-            let own = ["disk", "files", "root", "empty", ""].map(|name| self.base.join(name));
-            for directory in own.iter().chain(&self.disks) {
-                let _ = fs::remove_dir(directory);
-            }
+        // A mount namespace that is being torn down keeps the disk in use for a moment after its last process was
+        // reaped; the disk must not be taken away before it is written for the last time.
+        if let Some(used) = live::wait_until_released(&self.live) {
+            log::warn(format_args!("{used} is still in use"));
         }
-        detached
+        // Empty directories of a tmpfs, and no others; those that stay do no harm.
+        let own = ["disk", "files", "root", "empty", ""].map(|name| self.base.join(name));
+        for directory in own.iter().chain(&self.disks) {
+            let _ = fs::remove_dir(directory);
+        }
+        outcome
     }
 }
 
-impl Mounted {
-    /// A mount namespace that is being torn down keeps the disk in use for a moment after its last process
-    /// was reaped; the disk must not be taken away before it is written for the last time.
-    fn wait_until_released(&self) {
-        let deadline = Instant::now() + RELEASE;
-        while self.live.iter().any(|live| live.exists()) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-/// Unmounts the shares, which writes what was changed in memory maps; or, as long as another container uses them,
-/// writes it.
-fn release_shares(shares: &Path) -> Result<()> {
-    match rustix::mount::unmount(shares, UnmountFlags::NOFOLLOW) {
-        Ok(()) => {
-            let _ = fs::remove_dir(shares);
-            Ok(())
-        }
-        Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-        Err(Errno::BUSY) => {
-            rustix::fs::syncfs(open_directory(CWD, shares)?).context("write what was changed in shares")
-        }
-        Err(error) => Err(error).context(format_args!("unmount {}", shares.display())),
+/// Unmounts what is mounted there, if anything is; what is busy goes with its last user.
+fn unmount(path: &Path, flags: UnmountFlags) -> Result<()> {
+    let unmounted = match rustix::mount::unmount(path, flags | UnmountFlags::NOFOLLOW) {
+        Err(Errno::BUSY) => rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW),
+        other => other,
+    };
+    match unmounted {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(error) => Err(error).context(format_args!("unmount {}", path.display())),
     }
 }
 
@@ -407,19 +416,6 @@ fn mount_over(root: &OwnedFd, source: &Path, path: &str) -> Result<()> {
     let tree = rustix::mount::open_tree(CWD, source, flags).context("open_tree")?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     rustix::mount::move_mount(tree, c"", target, c"", flags).context(format_args!("mount over {path}"))
-}
-
-/// Mounts a virtio-fs tag, once.
-fn mount_share(tag: &str, flags: MountFlags) -> Result<PathBuf> {
-    let path = Path::new(SHARES).join(tag);
-    if path.exists() {
-        return Ok(path);
-    }
-    fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
-    rustix::mount::mount(tag, &path, "virtiofs", flags, None)
-        .inspect_err(|_| drop(fs::remove_dir(&path)))
-        .context(format_args!("mount the file share {tag:?}"))?;
-    Ok(path)
 }
 
 /// An overlay that is mounted nowhere yet: writable on a disk, or read-only.

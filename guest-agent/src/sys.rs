@@ -70,8 +70,9 @@ pub fn fork_into(flags: u64, cgroup: Option<&OwnedFd>, body: impl FnOnce() -> i3
 }
 
 /// Until `execve`, lets nobody trace this process or reach its descriptors, executable and directories
-/// through `/proc`, but with CAP_SYS_PTRACE: an exec is in its container's pid namespace, with as many rights
-/// as the container's own root, while it still holds what is the agent's (CVE-2016-9962).
+/// through `/proc`, but with CAP_SYS_PTRACE: an exec, or the first process of a container that joins another's pid
+/// namespace, is among that container's processes, with as many rights as their root, while it still holds what is
+/// the agent's (CVE-2016-9962).
 ///
 /// # Errors
 /// Of `prctl`.

@@ -145,8 +145,10 @@ pub struct ProcessId {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "call")]
 pub enum Call {
-    /// Mounts the root filesystem and binds [`Create::files`] over it; waits up to 30 s for the disk. The first process is not started,
-    /// so files can be read and written in a container that does not run. Answer: [`Answer::Done`].
+    /// Mounts the root filesystem and binds [`Create::files`] over it; waits up to 30 s for the disks, also in slots
+    /// that were empty until now. A share device's server has to be there. What was in those slots before must not be
+    /// in use any more: that is a [`ErrorKind::Conflict`]. The first process is not started, so files can be read and
+    /// written in a container that does not run. Answer: [`Answer::Done`].
     Create(Box<Create>),
     /// Starts the first process of a created container, as the spec given to `Create` says. Answered when
     /// `execve` has succeeded ([`Answer::Started`]) or failed (an error of kind
@@ -232,7 +234,9 @@ pub enum Call {
         percent: u8,
     },
     /// Forgets an ended exec, or with `exec: None` a whole container whose first process has ended: kills
-    /// what is left of it, unmounts its root and flushes its disk.
+    /// what is left of it, flushes its disks and unmounts all, and waits for the end of every mount, but not for long:
+    /// a container in the same pid namespace may hold files of it. After the answer its disks and its share server can
+    /// be taken away.
     Delete {
         /// What to forget.
         process: ProcessId,
@@ -355,7 +359,8 @@ pub struct Create {
     #[serde(default)]
     pub files: Vec<InjectedFile>,
     /// The virtio-fs tag of what the host shares for reading and writing: mounted where bind mounts of the spec
-    /// come from, at `/run/bulkhead/fs/<tag>`. Each directory or file in its root is a share.
+    /// come from, at `/run/bulkhead/fs/<tag>`. Each directory or file in its root is a share. It is this container's
+    /// alone, and unmounted when the container is deleted: then the device can get another server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shares: Option<String>,
     /// What of the root is copied into shares before the workload sees them.

@@ -14,7 +14,7 @@ use crate::{
     child,
     container::{Container, Phase, Process},
     error::{Context, Result, conflict, invalid, not_found},
-    network, processes, rootfs,
+    network, processes, rootfs, slots,
     spec::{self, Checked},
     sys,
 };
@@ -200,10 +200,14 @@ impl Server {
                 continue;
             }
             match rootfs::find_disks(&pending.create) {
-                Err(why) if now >= pending.deadline => {
-                    self.control.answer(pending.epoch, pending.call, Err(not_found(why)));
+                Err(absent) if now >= pending.deadline => {
+                    self.control.answer(pending.epoch, pending.call, Err(not_found(absent.why)));
                 }
-                Err(_) => {
+                Err(absent) => {
+                    if !absent.known {
+                        // What is found there the kernel tells as news, after which there is another try.
+                        slots::look_into();
+                    }
                     pending.next = now + DISK_PERIOD;
                     self.pending.push(pending);
                 }
