@@ -4,6 +4,7 @@
 //! `BULKHEAD_KERNEL` and `BULKHEAD_INITRAMFS`; without them it says so and does nothing. One machine, one
 //! container after the other: `cargo test -p bulkhead-agent --test machine [NAME]`.
 
+mod join;
 mod limits;
 mod sandbox;
 mod snapshots;
@@ -26,7 +27,7 @@ const PIPES: Stdio = Stdio { terminal: false, size: None, stdin: false, stdout: 
 
 type Test = fn(&mut Machine);
 
-const TESTS: [(&str, Test); 18] = [
+const TESTS: [(&str, Test); 19] = [
     ("output_and_exit_code", output_and_exit_code),
     ("writes_stay_and_layers_do_not_change", writes_stay),
     ("start_failures_have_runcs_words", start_failures),
@@ -45,6 +46,7 @@ const TESTS: [(&str, Test); 18] = [
     ("injected_files", injected_files),
     ("pause_update_and_stats", limits::limits),
     ("short_runs_lose_nothing", short_runs),
+    ("a_second_container_joins_and_leaves", join::joins_and_leaves),
 ];
 
 /// The whole run as one test, for nextest, which asks for names and then for one by its name.

@@ -3,14 +3,14 @@
 use std::{
     collections::VecDeque,
     fs::{self, File},
-    io::{IoSlice, IoSliceMut, Read, Write},
+    io::{IoSlice, IoSliceMut, Read, Seek, Write},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
 };
 
 use bulkhead_agent_api::{
@@ -18,10 +18,13 @@ use bulkhead_agent_api::{
     StreamKind, StreamOpen, StreamReady, ToAgent, frame,
 };
 use bulkhead_rootfs::{disk, layers};
-use bulkhead_vmm_api as vmm;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    SocketAddrUnix, SocketFlags, SocketType,
+use bulkhead_vmm_api::{self as vmm, share};
+use rustix::{
+    fs::{MemfdFlags, Mode, OFlags, SealFlags},
+    net::{
+        AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+        SocketAddrUnix, SocketFlags, SocketType,
+    },
 };
 
 /// What a run needs from outside; the names are those of environment variables.
@@ -53,6 +56,9 @@ impl Needs {
 pub(crate) const DISK: &str = "disk0";
 pub(crate) const DISK_SIZE: u64 = 256 << 20;
 pub(crate) const TAG: &str = "layers";
+/// A disk's slot and a share device's that are empty, and no devices, until somebody joins.
+pub(crate) const LATE_DISK: &str = "late0";
+pub(crate) const LATE_TAG: &str = "late";
 
 /// vCPUs and MiB of memory.
 pub(crate) type Shape = (u8, u32);
@@ -69,6 +75,7 @@ pub(crate) enum From<'a> {
 
 /// A VMM, and its control socket.
 pub(crate) struct Vmm {
+    program: PathBuf,
     directory: PathBuf,
     process: Child,
     control: OwnedFd,
@@ -119,8 +126,14 @@ impl Vmm {
             jail: vmm::Jail::Process,
             console: Some(number(&console)),
             devices: vmm::DeviceConfig {
-                block: vec![vmm::BlockConfig { id: DISK.into(), late: false }],
-                fs: vec![vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm, late: false }],
+                block: vec![
+                    vmm::BlockConfig { id: DISK.into(), late: false },
+                    vmm::BlockConfig { id: LATE_DISK.into(), late: true },
+                ],
+                fs: vec![
+                    vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm, late: false },
+                    vmm::FsConfig { tag: LATE_TAG.into(), server: vmm::FsServer::Process, late: true },
+                ],
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],
                 rng: true,
@@ -138,7 +151,8 @@ impl Vmm {
             .spawn()
             .expect("VMM");
         let control = connect_seqpacket(&control_path);
-        Self { directory: directory.to_owned(), process, control, ended: false }
+        let (program, directory) = (program.to_owned(), directory.to_owned());
+        Self { program, directory, process, control, ended: false }
     }
 
     /// Asks; the answer must be Ok.
@@ -169,16 +183,36 @@ impl Vmm {
         status
     }
 
-    /// Puts a disk into its slot.
+    /// Puts a disk into the first slot.
     pub(crate) fn attach_disk(&self, disk: &Path) {
+        self.attach_disk_to(DISK, disk);
+    }
+
+    /// Puts a disk into a slot.
+    pub(crate) fn attach_disk_to(&self, slot: &str, disk: &Path) {
         let file: OwnedFd = File::options().read(true).write(true).open(disk).expect("disk").into();
-        self.request(&vmm::Request::AttachDisk { id: DISK.into(), read_only: false }, &[&file]);
+        self.request(&vmm::Request::AttachDisk { id: slot.into(), read_only: false }, &[&file]);
     }
 
     pub(crate) fn attach_layer(&self, layer: &Layer) {
+        self.attach_layer_as(layer, &layer.name);
+    }
+
+    fn attach_layer_as(&self, layer: &Layer, name: &str) {
         let kind = vmm::ShareKind::Layer;
-        let share = vmm::Request::AttachShare { tag: TAG.into(), name: layer.name.clone(), kind };
+        let share = vmm::Request::AttachShare { tag: TAG.into(), name: name.into(), kind };
         self.request(&share, &[&layer.root]);
+    }
+
+    pub(crate) fn detach_layer(&self, name: &str) {
+        self.request(&vmm::Request::DetachShare { tag: TAG.into(), name: name.into() }, &[]);
+    }
+
+    /// Starts a share server of a directory, as `data`, and gives it to a device.
+    pub(crate) fn serve(&self, tag: &str, directory: &Path) -> ShareServer {
+        let (server, channel, area) = ShareServer::start(&self.program, directory);
+        self.request(&vmm::Request::AttachServer { tag: tag.into() }, &[&channel, &area]);
+        server
     }
 
     /// Pauses the machine and saves it to two new files in `to`.
@@ -215,6 +249,59 @@ impl Drop for Vmm {
     }
 }
 
+/// A share server.
+pub(crate) struct ShareServer(Child);
+
+impl ShareServer {
+    /// The server, and what its VMM is to be given.
+    fn start(program: &Path, directory: &Path) -> (Self, OwnedFd, OwnedFd) {
+        let inherit = |fd: &OwnedFd| {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).expect("inherit");
+            fd.as_raw_fd()
+        };
+        let pair =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+        let (ours, theirs) = pair.expect("channel");
+        let area = rustix::fs::memfd_create("area", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
+        let area = area.expect("area");
+        rustix::fs::ftruncate(&area, share::AREA_SIZE as u64).expect("area");
+        rustix::fs::fcntl_add_seals(&area, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW)
+            .expect("seal");
+        let shared = area.try_clone().expect("dup");
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(directory, flags, Mode::empty()).expect("share");
+        let config = share::ShareConfig {
+            version: share::VERSION,
+            jail: vmm::Jail::Process,
+            channel: inherit(&theirs),
+            area: inherit(&shared),
+            memory_mib: USUAL.1,
+            shares: vec![share::Share {
+                name: "data".into(),
+                root: inherit(&root),
+                read_only: false,
+                caching: share::Caching::Consistent,
+            }],
+        };
+        let mut file = tempfile::tempfile().expect("config");
+        file.write_all(&serde_json::to_vec(&config).expect("json")).expect("config");
+        file.rewind().expect("config");
+        let file = OwnedFd::from(file);
+        let process = Command::new(program)
+            .arg("--share-config-fd")
+            .arg(inherit(&file).to_string())
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("share server");
+        (Self(process), ours, area)
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        self.0.wait().expect("wait")
+    }
+}
+
 /// An image layer, unpacked.
 pub(crate) struct Layer {
     pub(crate) name: String,
@@ -246,6 +333,8 @@ pub(crate) struct Machine {
     next: u64,
     pub(crate) hello: Hello,
     pub(crate) layer: String,
+    /// The layer, of a machine that was booted with it.
+    image: Option<Layer>,
 }
 
 impl Machine {
@@ -254,8 +343,14 @@ impl Machine {
         let layer = Layer::unpack(needs, directory);
         let mut machine = Self::awaited(Vmm::start(&needs.vmm, directory, From::Kernel(needs), USUAL));
         machine.vmm.attach_layer(&layer);
-        machine.layer = layer.name;
+        machine.layer.clone_from(&layer.name);
+        machine.image = Some(layer);
         machine
+    }
+
+    /// Attaches the layer once more, by another name.
+    pub(crate) fn attach_layer_as(&self, name: &str) {
+        self.vmm.attach_layer_as(self.image.as_ref().expect("booted with a layer"), name);
     }
 
     /// The machine of a booting VMM, when its agent has said Hello.
@@ -279,6 +374,7 @@ impl Machine {
             next: 0,
             hello: Hello { version: 0, kernel: String::new(), started_us: 0 },
             layer: String::new(),
+            image: None,
         };
         machine.hello = machine.frame();
         machine
