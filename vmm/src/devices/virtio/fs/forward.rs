@@ -142,7 +142,7 @@ impl Forward {
         let mut touched = [false; QUEUE_SIZES.len()];
         let lost = link.lose(&self.epoll, &mut self.active, &mut touched);
         // A queue that cannot be written to is a failure of the device, which its worker comes upon by itself.
-        let _ = lost.and_then(|()| tell(self.active.as_mut(), touched));
+        let _ = lost.and_then(|()| tell(&mut self.active, touched));
         // For those that waited in their queues for a slot.
         self.wake.request();
         true
@@ -189,7 +189,7 @@ impl Forward {
                 *touched = true;
             }
         }
-        tell(self.active.as_mut(), touched)?;
+        tell(&mut self.active, touched)?;
         // Slots are free again.
         for queue in 0..QUEUE_SIZES.len() {
             self.take(queue)?;
@@ -343,7 +343,7 @@ impl Link {
 }
 
 /// Tells the driver of the queues in which something was used.
-fn tell(active: Option<&mut Activation>, touched: [bool; QUEUE_SIZES.len()]) -> Result<(), DeviceError> {
+fn tell(active: &mut Option<Activation>, touched: [bool; QUEUE_SIZES.len()]) -> Result<(), DeviceError> {
     let Some(Activation { queues, resources, .. }) = active else { return Ok(()) };
     for (index, (queue, touched)) in queues.iter_mut().zip(touched).enumerate() {
         if touched {
