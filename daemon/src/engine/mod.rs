@@ -28,7 +28,7 @@ use std::{os::unix::fs::MetadataExt, sync::Arc};
 
 use bulkhead_rootfs::layers::LayerStore;
 use bytes::Bytes;
-use container::record::Record;
+use container::{joining::Company, record::Record};
 use tokio::sync::mpsc;
 
 pub use error::{Error, ErrorKind, Result};
@@ -169,6 +169,8 @@ pub(crate) struct Shared {
     pub(crate) templates: Option<Arc<sandbox::template::Templates>>,
     /// What the files that machines are made of hold.
     pub(crate) digests: Arc<sandbox::Digests>,
+    /// What an earlier daemon left running.
+    pub(crate) adopted: sandbox::Adopted,
     pub(crate) timelines: Timelines,
     pub(crate) health_checks: container::health::Counts,
     /// What a reload may change.
@@ -192,14 +194,34 @@ impl Shared {
         record: &Record,
         binds: &[(String, String, bool)],
     ) -> Result<spec::ContainerSpec> {
+        self.spec_among(record, binds, None)
+    }
+
+    /// What a container is made of that runs in another's machine.
+    ///
+    /// # Errors
+    /// As for [`Shared::spec`].
+    pub(crate) fn spec_among(
+        &self,
+        record: &Record,
+        binds: &[(String, String, bool)],
+        company: Option<&Company>,
+    ) -> Result<spec::ContainerSpec> {
         // A host without one has no name servers to tell of.
         let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-        let mut facts = self.networks.facts(record);
-        network::links::add(self, record, &mut facts);
+        // Who is called what, and whom it asks for names, goes with the network.
+        let networked = company.map_or(record, |company| &company.network);
+        let mut facts = self.networks.facts(networked);
+        network::links::add(self, networked, &mut facts);
+        if company.is_some() {
+            facts.environment.clear();
+        }
         spec::container(&spec::Facts {
             id: &record.id,
             config: &record.config,
             host: &record.host_config,
+            names: &networked.host_config,
+            pid_of: company.and_then(|company| company.pid),
             daemon: &self.config,
             network: &facts,
             resolv_conf: &resolv_conf,

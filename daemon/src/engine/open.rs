@@ -70,6 +70,7 @@ pub(super) async fn open(config: Arc<Config>) -> Result<Arc<Shared>> {
         execs,
         templates,
         digests,
+        adopted: sandbox::Adopted::default(),
         timelines,
         health_checks,
         live,

@@ -21,7 +21,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{
-    AgentError, Answer, CONTROL_PORT, Call, Event, FromAgent, Hello, ToAgent, VERSION,
+    AgentError, Answer, CONTROL_PORT, Call, Event, FromAgent, Hello, ProcessId, ToAgent, VERSION,
     frame::{self, FrameError},
 };
 use bytes::{Buf, BytesMut};
@@ -78,6 +78,28 @@ pub enum ConnectError {
     Version(u32),
 }
 
+/// Who hears of which container.
+#[derive(Debug, Default)]
+struct Routes(Mutex<Routing>);
+
+#[derive(Debug, Default)]
+struct Routing {
+    /// The connection has ended: nothing is to be heard any more.
+    closed: bool,
+    senders: HashMap<String, mpsc::Sender<Event>>,
+}
+
+impl Routes {
+    fn with<R>(&self, f: impl FnOnce(&mut Routing) -> R) -> R {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn of(&self, event: &Event) -> Option<mpsc::Sender<Event>> {
+        let (Event::Exited { process: ProcessId { container, .. }, .. } | Event::Oom { container }) = event;
+        self.with(|routing| routing.senders.get(container).cloned())
+    }
+}
+
 type Waiting = HashMap<u64, oneshot::Sender<Result<Answer, CallError>>>;
 
 /// The calls that wait for their answers; None once the connection has ended.
@@ -96,6 +118,7 @@ pub(crate) struct Agent {
     hello: Hello,
     calls: mpsc::Sender<Vec<u8>>,
     pending: Arc<Pending>,
+    routes: Arc<Routes>,
     next: AtomicU64,
     tasks: [JoinHandle<()>; 2],
 }
@@ -134,24 +157,39 @@ impl Agent {
         let pending = Arc::new(Pending(Mutex::new(Some(HashMap::new()))));
         let (calls, queue) = mpsc::channel(CALLS);
         let (events, receiver) = mpsc::channel(EVENTS);
+        let routes = Arc::new(Routes::default());
         let tasks = [
             tokio::spawn(write(writer, queue)),
             tokio::spawn({
-                let pending = Arc::clone(&pending);
+                let (pending, routes) = (Arc::clone(&pending), Arc::clone(&routes));
                 async move {
-                    if let Err(error) = read(frames, &pending, &events).await {
+                    if let Err(error) = read(frames, &pending, &routes, &events).await {
                         tracing::warn!(%error, "a guest agent's connection is given up");
                     }
                     pending.with(Option::take);
+                    routes.with(|routing| *routing = Routing { closed: true, ..Routing::default() });
                 }
             }),
         ];
-        Ok((Self { hello, calls, pending, next: AtomicU64::new(1), tasks }, receiver))
+        Ok((Self { hello, calls, pending, routes, next: AtomicU64::new(1), tasks }, receiver))
     }
 
     /// What the agent said of itself.
     pub(crate) fn hello(&self) -> &Hello {
         &self.hello
+    }
+
+    /// The events of one container from now on, which no longer come on the common channel.
+    pub(super) fn route(&self, container: &str) -> mpsc::Receiver<Event> {
+        let (sender, receiver) = mpsc::channel(EVENTS);
+        self.routes.with(|routing| {
+            // Those whose receivers have gone are nobody's.
+            routing.senders.retain(|_, sender| !sender.is_closed());
+            if !routing.closed {
+                routing.senders.insert(container.to_owned(), sender);
+            }
+        });
+        receiver
     }
 
     /// One call and its answer.
@@ -207,6 +245,7 @@ async fn write(mut writer: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8>>) {
 async fn read(
     mut frames: Frames,
     pending: &Pending,
+    routes: &Routes,
     events: &mpsc::Sender<Event>,
 ) -> Result<(), ConnectError> {
     while let Some(message) = frames.next().await? {
@@ -218,9 +257,11 @@ async fn read(
                 }
             }
             FromAgent::Event(event) => {
-                if events.send(event).await.is_err() {
-                    return Ok(());
-                }
+                // Nobody may want it: of a container that has ended, another may still be there.
+                let _ = match routes.of(&event) {
+                    Some(sender) => sender.send(event).await,
+                    None => events.send(event).await,
+                };
             }
         }
     }

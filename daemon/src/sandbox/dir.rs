@@ -8,7 +8,7 @@
 //! | `identity` | which process the VMM is, see [`super::vmm::process::Identity`] |
 //! | `report.json` | the VMM's last words |
 //! | `vmm.log` | the VMM's standard error |
-//! | `shares.log` | its share server's standard error, where it has one |
+//! | `shares.log` | its share server's standard error, where it has one; `shares0.log` and so on those of containers that joined |
 //! | `saving` | there while the machine is being saved, and so may stand still |
 
 use std::{
@@ -68,6 +68,15 @@ impl SandboxDir {
     /// A new file in it, for reading and writing; nobody else's.
     pub(super) fn new_file(&self, name: &str) -> io::Result<File> {
         OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(self.path.join(name))
+    }
+
+    /// A file in it for standard error, in the place of an earlier one.
+    pub(super) fn log_file(&self, name: &str) -> io::Result<File> {
+        match std::fs::remove_file(self.path.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        self.new_file(name)
     }
 
     /// A listening socket in it.

@@ -60,8 +60,15 @@ impl Memory {
     /// The same sandbox's for a workload with another limit.
     #[must_use]
     pub fn resized(self, limit: Option<u64>, usual_mib: u32, region_mib: u32) -> Self {
-        let more = total_mib(limit, usual_mib).saturating_sub(self.base_mib);
-        Self { plugged_mib: more.next_multiple_of(MEMORY_BLOCK_MIB).min(region_mib), ..self }
+        self.of_total(total_mib(limit, usual_mib), region_mib)
+    }
+
+    /// The same sandbox's with so much in all.
+    #[must_use]
+    pub fn of_total(self, total_mib: u32, region_mib: u32) -> Self {
+        let more = total_mib.saturating_sub(self.base_mib);
+        let plugged = more.checked_next_multiple_of(MEMORY_BLOCK_MIB).unwrap_or(region_mib);
+        Self { plugged_mib: plugged.min(region_mib), ..self }
     }
 
     /// All of it.
@@ -79,7 +86,9 @@ impl Memory {
     }
 }
 
-fn total_mib(limit: Option<u64>, usual_mib: u32) -> u32 {
+/// What a machine of its own has for a workload that may use `limit` bytes, or for one without a limit.
+#[must_use]
+pub fn total_mib(limit: Option<u64>, usual_mib: u32) -> u32 {
     let Some(limit) = limit else { return usual_mib };
     let limit = limit.div_ceil(1 << 20);
     let total = limit.saturating_add(limit.div_ceil(ACCOUNT)).saturating_add(GUEST_MIB);

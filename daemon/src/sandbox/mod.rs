@@ -12,6 +12,7 @@
 //! A dropped [`Sandbox`] goes on running: that is how a daemon stops without its containers. Ending one
 //! is said in words: [`Sandbox::shut_down`] or [`Sandbox::destroy`].
 
+mod adopted;
 mod agent;
 mod dir;
 #[cfg(test)]
@@ -23,6 +24,7 @@ mod save;
 pub(crate) mod saved;
 mod stream;
 pub mod template;
+mod tenants;
 mod vmm;
 mod vsock;
 
@@ -43,12 +45,14 @@ use bulkhead_agent_api::{
 use bulkhead_vmm_api::{MemoryStatus, RateLimits, Request, Response, Status};
 use tokio::sync::mpsc;
 
+pub(crate) use adopted::Adopted;
 pub use agent::{CallError, ConnectError};
-pub use memory::{Memory, region_mib};
+pub use memory::{Memory, region_mib, total_mib};
 pub use save::{Leave, SaveError, SaveOptions};
 pub(crate) use saved::Check;
 pub use saved::{Digests, MachineSpec, OpenMachine, SavedError, SavedMachine, Shape};
 pub(crate) use stream::{InputStream, OutputStream};
+pub use tenants::{EnterError, Furniture, LATE_DISKS, Place, Tenant};
 pub use vmm::{
     Death, Violation,
     cgroup::{Cgroup, CgroupError, HostLimits},
@@ -62,8 +66,10 @@ use crate::phases::Timeline;
 use agent::Agent;
 use dir::{IDENTITY, SandboxDir};
 use template::TemplateUse;
+use tenants::Tenants;
 use vmm::{
     control::{ANSWER_WITHIN, Control},
+    jail::Cell,
     process::{Process, read_identity},
 };
 
@@ -80,7 +86,7 @@ pub(crate) mod vocabulary {
 /// The block slot of the writable layer.
 pub const DISK: &str = "root";
 
-/// A disk beside the writable layer.
+/// A volume that is a disk.
 #[derive(Debug)]
 pub struct ExtraDisk {
     /// Open for writing, unless it is read-only.
@@ -89,7 +95,7 @@ pub struct ExtraDisk {
     pub read_only: bool,
 }
 
-/// The block slot of a disk beside the writable layer, from 0.
+/// The block slot of a late disk, from 0.
 #[must_use]
 pub fn extra_disk(slot: usize) -> String {
     format!("disk{slot}")
@@ -146,9 +152,7 @@ pub struct SandboxSpec {
     pub cmdline: String,
     /// The writable layer, open for reading and writing; None: the slot stays empty.
     pub disk: Option<File>,
-    /// How many more disks its machine has slots for.
-    pub disk_slots: u8,
-    /// What is in them from the start, the first first: `disk_slots` at most.
+    /// What is in its late disks, the first first: [`LATE_DISKS`] at most.
     pub disks: Vec<ExtraDisk>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
@@ -194,7 +198,7 @@ impl SandboxSpec {
             cmdline: self.cmdline.clone(),
             vcpus: self.vcpus,
             memory_mib: self.memory.base_mib,
-            devices: plan::devices(self.disk_slots),
+            devices: plan::devices(),
             kvm: self.kvm.clone(),
             confinement: self.confinement.clone(),
         }
@@ -315,6 +319,7 @@ pub struct Sandbox {
     control: Control,
     agent: Agent,
     cgroup: Option<Cgroup>,
+    tenants: Tenants,
 }
 
 impl Sandbox {
@@ -366,7 +371,8 @@ impl Sandbox {
             Ok(Ok((agent, events))) => {
                 let cgroup = vmm::jail::adopt_cgroup(&path);
                 let (dir, process) = (Arc::new(dir), Arc::new(process));
-                Ok((Self { id: id.to_owned(), dir, process, control, agent, cgroup }, events))
+                let (id, tenants) = (id.to_owned(), Tenants::default());
+                Ok((Self { id, dir, process, control, agent, cgroup, tenants }, events))
             }
             Ok(Err(error)) => Err(AdoptError::Mute(error.to_string())),
             Err(_) => Err(AdoptError::Mute("the guest agent does not connect".into())),
@@ -417,6 +423,12 @@ impl Sandbox {
         self.agent.hello()
     }
 
+    /// The events of one of its containers, by its name towards the agent; those of all others come on the channel
+    /// that it was booted or adopted with.
+    pub fn events(&self, guest: &str) -> mpsc::Receiver<Event> {
+        self.agent.route(guest)
+    }
+
     /// Calls the agent.
     ///
     /// # Errors
@@ -433,14 +445,15 @@ impl Sandbox {
         self.control.call(&self.dir, request, &[], ANSWER_WITHIN).await
     }
 
-    /// Limits what its VMM gets of the host's CPUs, from now on. A VMM without a control group of its own has
-    /// no such limits; the guest's own cgroups then hold the workload alone.
+    /// Limits what its VMM gets of the host's CPUs for the sake of a container, from now on. A VMM without a
+    /// control group of its own has no such limits; the guest's own cgroups then hold the workload alone.
     ///
     /// # Errors
     /// [`CgroupError`].
-    pub fn limit_cpus(&self, limits: &HostLimits) -> Result<(), CgroupError> {
+    pub fn limit_cpus(&self, container: &str, limits: &HostLimits) -> Result<(), CgroupError> {
+        let limits = self.note_cpus(container, limits);
         match &self.cgroup {
-            Some(group) => group.update_cpus(limits),
+            Some(group) => group.update_cpus(&limits),
             None => {
                 tracing::debug!(sandbox = self.id, "a VMM has no control group to be limited by");
                 Ok(())
@@ -448,12 +461,21 @@ impl Sandbox {
         }
     }
 
-    /// Limits its devices, from now on.
+    /// Limits a container's devices, from now on. One that has joined has no network interfaces.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn set_rates(&self, rates: Rates) -> Result<(), ControlError> {
-        plan::set_rates(&self.control, &self.dir, rates).await
+    pub async fn set_rates(&self, container: &str, rates: Rates) -> Result<(), ControlError> {
+        self.rate(&self.place(container), rates).await
+    }
+
+    async fn rate(&self, place: &Place, rates: Rates) -> Result<(), ControlError> {
+        plan::set_rates(&self.control, &self.dir, place, rates).await
+    }
+
+    /// What its processes are confined by.
+    fn cell(&self) -> Cell {
+        Cell::adopt(self.dir.path())
     }
 
     /// A connection for the guest's name queries ([`bulkhead_agent_api::names`]); an earlier one ends.
@@ -586,8 +608,12 @@ impl Sandbox {
     pub async fn shut_down(&self, grace: Duration) {
         let off = async {
             // What is still to be written must not wait for the rate at which a workload may write.
-            let _ = self.set_rates(Rates::default()).await;
-            let _ = self.limit_cpus(&HostLimits::default());
+            for place in self.tenants.places() {
+                let _ = self.rate(&place, Rates::default()).await;
+            }
+            if let Some(group) = &self.cgroup {
+                let _ = group.update_cpus(&HostLimits::default());
+            }
             // An answer says that the disk is whole: the rest of the kernel's way down helps nobody. Without one
             // the machine ends by itself.
             if self.agent.call(Call::Shutdown).await.is_err() {

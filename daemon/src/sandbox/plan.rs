@@ -32,11 +32,13 @@ use tokio::sync::{Semaphore, mpsc};
 use crate::phases::Stage;
 
 use super::{
-    BootError, Confinement, ControlError, DISK, NICS, Origin, Rates, SHARES, Sandbox, SandboxSpec, TAG,
+    BootError, Confinement, ControlError, DISK, NICS, Origin, Rates, SHARES, Sandbox, SandboxSpec, ShareSpec,
+    TAG,
     agent::Agent,
-    dir::SandboxDir,
+    dir::{SHARES_LOG, SandboxDir},
     extra_disk,
     memory::region_mib,
+    tenants::{LATE_DISKS, LATE_SHARES, Place, Tenants, late_shares},
     vmm::{
         Death,
         control::{ANSWER_WITHIN, Control},
@@ -164,7 +166,7 @@ impl Vmm {
             memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
-            devices: devices(spec.disk_slots),
+            devices: devices(),
             cell: &cell,
         };
         let process = spawn(&dir, launch)
@@ -193,7 +195,7 @@ impl Vmm {
             .disk
             .iter()
             .map(|disk| (Request::AttachDisk { id: DISK.into(), read_only: false }, Some(disk.as_fd())));
-        let extra = spec.disks.iter().enumerate().map(|(slot, disk)| {
+        let extra = spec.disks.iter().take(usize::from(LATE_DISKS)).enumerate().map(|(slot, disk)| {
             let request = Request::AttachDisk { id: extra_disk(slot), read_only: disk.read_only };
             (request, Some(disk.file.as_fd()))
         });
@@ -218,14 +220,13 @@ impl Vmm {
         if spec.shares.is_empty() {
             return Ok(());
         }
-        let (dir, memory) = (&self.dir, spec.memory.base_mib.saturating_add(spec.memory.plugged_mib));
-        let (server, theirs) = shares::spawn(dir, &spec.program, &self.cell, memory, &spec.shares)?;
-        // Somebody must reap it.
-        tokio::spawn(async move { server.ended().await });
-        let request = Request::AttachServer { tag: SHARES.into() };
-        let fds = [theirs.channel.as_fd(), theirs.area.as_fd()];
-        self.control.call(dir, &request, &fds, ANSWER_WITHIN).await?;
-        Ok(())
+        let served = Served {
+            tag: SHARES.to_owned(),
+            log: SHARES_LOG.to_owned(),
+            memory_mib: spec.memory.total_mib(),
+            shares: &spec.shares,
+        };
+        attach_shares(&self.dir, &self.control, &self.cell, &spec.program, &served).await
     }
 
     /// Connects to a restored guest's agent and makes the guest one of its own.
@@ -268,19 +269,52 @@ impl Vmm {
         };
         let Self { id, dir, process, control, cell: Cell { cgroup, .. }, undo } = self;
         undo.disarm();
-        Ok((Sandbox { id, dir, process, control, agent, cgroup }, events))
+        Ok((Sandbox { id, dir, process, control, agent, cgroup, tenants: Tenants::default() }, events))
     }
 }
 
+/// What one share server serves.
+pub(super) struct Served<'a> {
+    pub(super) tag: String,
+    /// Its standard error, in the sandbox's directory.
+    pub(super) log: String,
+    /// Of the guest.
+    pub(super) memory_mib: u32,
+    pub(super) shares: &'a [ShareSpec],
+}
+
+/// Starts a share server and joins it to its device. It ends with the VMM, or when it is detached.
+pub(super) async fn attach_shares(
+    dir: &SandboxDir,
+    control: &Control,
+    cell: &Cell,
+    program: &Path,
+    served: &Served<'_>,
+) -> Result<(), BootError> {
+    let (server, theirs) = shares::spawn(dir, program, cell, served.memory_mib, served.shares, &served.log)?;
+    // Somebody must reap it.
+    tokio::spawn(async move { server.ended().await });
+    let request = Request::AttachServer { tag: served.tag.clone() };
+    let fds = [theirs.channel.as_fd(), theirs.area.as_fd()];
+    control.call(dir, &request, &fds, ANSWER_WITHIN).await?;
+    Ok(())
+}
+
 /// The machine of a sandbox: nothing in it belongs to one container.
-pub(super) fn devices(disk_slots: u8) -> DeviceConfig {
-    let disks = (0..disk_slots).map(|slot| BlockConfig { id: extra_disk(slot.into()), late: false });
+pub(super) fn devices() -> DeviceConfig {
+    let disks = (0..LATE_DISKS).map(|slot| BlockConfig { id: extra_disk(slot.into()), late: true });
+    let shares = (0..LATE_SHARES).map(|slot| FsConfig {
+        tag: late_shares(slot),
+        server: FsServer::Process,
+        late: true,
+    });
+    let first = [
+        FsConfig { tag: TAG.into(), server: FsServer::Vmm, late: false },
+        FsConfig { tag: SHARES.into(), server: FsServer::Process, late: false },
+    ];
     DeviceConfig {
         block: std::iter::once(BlockConfig { id: DISK.into(), late: false }).chain(disks).collect(),
-        fs: vec![
-            FsConfig { tag: TAG.into(), server: FsServer::Vmm, late: false },
-            FsConfig { tag: SHARES.into(), server: FsServer::Process, late: false },
-        ],
+        fs: first.into_iter().chain(shares).collect(),
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: (0..NICS).map(|slot| NetConfig { id: super::nic(slot) }).collect(),
         rng: true,
@@ -304,10 +338,16 @@ fn open_kvm(path: &Path) -> Result<File, BootError> {
     opened.map_err(|e| BootError::io(&format!("cannot open {}", path.display()), e))
 }
 
-/// Tells the VMM how fast its devices may be.
-pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates) -> Result<(), ControlError> {
-    let disk = (LimitedDevice::Block { id: DISK.into() }, rates.disk);
-    let net = (0..NICS).map(|slot| (LimitedDevice::Net { id: super::nic(slot) }, rates.net));
+/// Tells the VMM how fast the devices of a place may be.
+pub(super) async fn set_rates(
+    control: &Control,
+    dir: &SandboxDir,
+    place: &Place,
+    rates: Rates,
+) -> Result<(), ControlError> {
+    let disk = (LimitedDevice::Block { id: place.disk() }, rates.disk);
+    let nics = if place.is_joined() { 0 } else { NICS };
+    let net = (0..nics).map(|slot| (LimitedDevice::Net { id: super::nic(slot) }, rates.net));
     for (device, limits) in std::iter::once(disk).chain(net) {
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
     }
@@ -315,7 +355,7 @@ pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates)
 }
 
 /// A VMM in a jail gets a layer as a mount that has no parent: an open directory would lead it to the host's.
-fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootError> {
+pub(super) fn open_layer(path: &Path, confinement: &Confinement) -> Result<OwnedFd, BootError> {
     if confinement.uids.is_none() {
         return open("the layer", path).map(OwnedFd::from);
     }
@@ -422,7 +462,6 @@ mod tests {
             initramfs: "/dev/null".into(),
             cmdline: String::new(),
             disk: Some(File::open("/dev/null").unwrap()),
-            disk_slots: 0,
             disks: vec![],
             layers: vec![],
             shares: vec![],

@@ -40,6 +40,39 @@ fn after_kill_9_ps_logs_exec_and_wait_work_on_what_runs() -> Test {
 }
 
 #[test]
+fn after_kill_9_two_containers_of_one_microvm_are_both_there_and_end_one_by_one() -> Test {
+    with_daemon(options()?, |daemon| {
+        let docker = busybox(daemon)?;
+        let script = "while [ ! -e /go ]; do sleep 0.1; done; echo after; exit $1";
+        let first = docker.run_detached(&["busybox", "sh", "-c", script, "sh", "23"])?;
+        let network = format!("container:{}", first.name());
+        let words = ["--network", &network, "-v", "kept:/data", "busybox", "sh", "-c", script, "sh", "24"];
+        let second = docker.run_detached(&words)?;
+        let pid = "{{.State.Pid}}";
+        let vmm = docker.inspect(first.name(), pid)?;
+        daemon.kill()?;
+        daemon.start_again()?;
+        assert_eq!(
+            [docker.inspect(first.name(), pid)?, docker.inspect(second.name(), pid)?],
+            [vmm.clone(), vmm.clone()]
+        );
+        for (container, code) in [(&first, "23"), (&second, "24")] {
+            assert_eq!(container.exec(&["echo", "still there"])?, "still there");
+            let waiting = docker.spawn(&["wait", container.name()])?;
+            container.touch("/go")?;
+            let output = waiting.wait_with_output()?;
+            assert_eq!(String::from_utf8(output.stdout)?.trim(), code);
+            assert_eq!(container.docker(&["logs"])?, "after");
+        }
+        // The last one has taken the machine along.
+        docker.ok(&["rm", first.name(), second.name()])?;
+        let gone = "kill -0 \"$1\" 2>/dev/null && echo there || echo gone";
+        assert_eq!(bulkhead_tests::Host::from_env()?.sh(gone, &[&vmm])?, "gone");
+        docker.ok(&["volume", "rm", "kept"]).map(drop)
+    })
+}
+
+#[test]
 fn what_is_said_and_ends_while_no_daemon_is_there_is_not_lost() -> Test {
     with_daemon(options()?, |daemon| {
         let docker = busybox(daemon)?;

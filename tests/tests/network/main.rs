@@ -3,6 +3,7 @@
 mod compose;
 mod daemon;
 mod egress;
+mod joins;
 mod names;
 mod ports;
 mod reach;

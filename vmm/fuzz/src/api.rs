@@ -97,6 +97,8 @@ fn create(bytes: &[u8]) {
             id: &id,
             config,
             host: host_config,
+            names: host_config,
+            pid_of: None,
             daemon,
             network: &NetworkFacts::default(),
             resolv_conf: "nameserver 192.0.2.1\n",

@@ -31,7 +31,7 @@ use super::{Reply, record::Record, start, state::State, workload::Workload};
 use crate::{
     engine::{Error, Result, Shared, mounts},
     phases::{Timeline, TimelineKind},
-    sandbox::{Memory, Sandbox},
+    sandbox::{Memory, Place, Sandbox},
 };
 
 /// How long a sandbox stays when nobody needs it: a copy is several requests.
@@ -296,7 +296,7 @@ async fn boot(shared: &Shared, record: &Record) -> Result<Arc<Sandbox>> {
     };
     tokio::task::spawn_blocking(crate::check::can_run_guests).await.map_err(|error| failed(&error))??;
     let plan = mounts::plan_at_rest(shared, &record.mounts);
-    let create = start::create_call(shared, record, &plan)?;
+    let create = start::create_call(shared, record, &plan, &Place::default(), None)?;
     let disk = shared.layout().container_disk(&record.id);
     let timeline = Timeline::begin(&record.id, TimelineKind::Run);
     let spec = start::sandbox_spec(shared, record, &disk, start::origin(shared, record), &timeline)?;

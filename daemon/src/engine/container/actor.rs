@@ -243,7 +243,7 @@ impl Actor {
                 // Not in the queue of endings: its head may wait for this very guard.
                 let (shared, id) = (Arc::clone(&self.shared), self.record.id.clone());
                 tokio::spawn(async move {
-                    started.workload.sandbox.destroy().await;
+                    started.workload.sandbox.leave(&id, false, SHUT_DOWN_WITHIN).await;
                     shared.networks.leave(&id).await;
                     drop(taken);
                 });
@@ -519,13 +519,14 @@ impl Actor {
 
     async fn started(&mut self, started: Started) {
         self.boot = None;
-        let Started { workload, watch, log_start, at, endpoints } = started;
+        let Started { workload, watch, log_start, at, endpoints, place } = started;
         let event = Event::Started {
             sandbox: workload.sandbox.id().to_owned(),
             pid: workload.sandbox.pid(),
             log_start,
             at,
             guest: Some(workload.guest().to_owned()).filter(|guest| *guest != self.record.id),
+            place,
         };
         let before = self.record.clone();
         match self.record.life.step(self.record.rules(), event) {
@@ -749,7 +750,12 @@ impl Actor {
             };
             if !matches!(result, Some(Ok(_))) {
                 if let Some(sandbox) = booted {
-                    sandbox.destroy().await;
+                    if let Ok(death) = tokio::time::timeout(Duration::ZERO, sandbox.ended()).await
+                        && !death.in_order()
+                    {
+                        machine::remember(&shared, &record, &death).await;
+                    }
+                    sandbox.leave(&record.id, false, SHUT_DOWN_WITHIN).await;
                 }
                 shared.networks.leave(&record.id).await;
             }
@@ -759,7 +765,7 @@ impl Actor {
                 // Its end without a word is the word.
                 Ok(()) => drop(taken.await),
                 Err(mpsc::error::SendError(Report::Booted(_, Ok(started), _))) => {
-                    started.workload.sandbox.destroy().await;
+                    started.workload.sandbox.leave(&record.id, false, SHUT_DOWN_WITHIN).await;
                     shared.networks.leave(&record.id).await;
                 }
                 Err(_) => {}
@@ -773,7 +779,8 @@ impl Actor {
         }
     }
 
-    /// Ends a sandbox in a task of its own; whatever comes next waits for it.
+    /// Leaves a sandbox in a task of its own, and so ends it where nobody else is in it; whatever comes next waits for
+    /// that.
     fn end(&mut self, sandbox: Arc<Sandbox>, flush: bool) {
         let before = self.ending.take();
         let (shared, timeline, id) =
@@ -782,11 +789,7 @@ impl Actor {
             if let Some(before) = before {
                 let _ = before.await;
             }
-            if flush {
-                sandbox.shut_down(SHUT_DOWN_WITHIN).await;
-            } else {
-                sandbox.destroy().await;
-            }
+            sandbox.leave(&id, flush, SHUT_DOWN_WITHIN).await;
             shared.networks.leave(&id).await;
             if let Some(timeline) = timeline {
                 timeline.mark(Stage::Gone);

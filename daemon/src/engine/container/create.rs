@@ -31,6 +31,7 @@ pub(super) async fn create(
     if request.config.image.is_empty() {
         return Err(Error::invalid("invalid reference format"));
     }
+    super::joining::resolve(shared, &mut request)?;
     let image = shared.images.resolve_for_create(&request.config.image, None).await?;
     let ImageForContainer { id: image_id, config: image_config, layers, warning, pin } = image;
     if let Some(config) = &image_config.config {

@@ -231,6 +231,7 @@ mod tests {
     fn booleans_follow_from_the_state() {
         let running = Running {
             guest: None,
+            place: crate::sandbox::Place::default(),
             sandbox: "s".into(),
             pid: 42,
             log_start: 0,

@@ -38,7 +38,7 @@ const MAX_REASON: usize = 1024;
 /// Most devices and kinds of exits.
 const MAX_ENTRIES: usize = 64;
 
-/// Events that the daemon's log gets of a machine that died; the file has all.
+/// Events, and lines of its console, that the daemon's log gets of a machine that died; the file has all.
 const LOGGED: usize = 24;
 
 /// The end of a machine that did not end in order, as it is kept.
@@ -83,6 +83,10 @@ pub(super) async fn remember(shared: &Shared, record: &Record, death: &Death) {
     tracing::error!(container = record.id, reason = last.reason, "a microVM died");
     for event in last.recent.iter().skip(last.recent.len().saturating_sub(LOGGED)) {
         tracing::warn!(container = record.id, at_us = event.at_us, event = ?event.text, "before it died");
+    }
+    let lines: Vec<&str> = last.console.lines().rev().take(LOGGED).collect();
+    for line in lines.into_iter().rev() {
+        tracing::warn!(container = record.id, ?line, "on its console");
     }
     let path = shared.layout().container_last_end(&record.id);
     let written = tokio::task::spawn_blocking(move || {

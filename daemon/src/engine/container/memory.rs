@@ -11,7 +11,7 @@ use crate::{
     api::types::container::HostConfig,
     config::VmDefaults,
     engine::{Error, Result},
-    sandbox::{Memory, ResizeError, Sandbox, region_mib},
+    sandbox::{Memory, ResizeError, Sandbox, region_mib, total_mib},
 };
 
 /// The memory of a container's sandbox.
@@ -24,12 +24,18 @@ pub(crate) fn of(host: &HostConfig, vm: &VmDefaults) -> Memory {
 ///
 /// # Errors
 /// Those of `change`; or internal, when the guest does not get what it is to have: then nothing is changed.
-pub(crate) async fn resize<F>(sandbox: &Sandbox, host: &HostConfig, vm: &VmDefaults, change: F) -> Result<()>
+pub(crate) async fn resize<F>(
+    (sandbox, container): (&Sandbox, &str),
+    host: &HostConfig,
+    vm: &VmDefaults,
+    change: F,
+) -> Result<()>
 where
     F: Future<Output = Result<()>>,
 {
     let before = sandbox.memory().await.map_err(|error| failure(&error))?;
-    let after = before.resized(limit(host), vm.memory_mib, region_mib());
+    let own = total_mib(limit(host), vm.memory_mib);
+    let after = before.of_total(own.saturating_add(sandbox.others_mib(container)), region_mib());
     if after.plugged_mib > before.plugged_mib
         && let Err(error) = sandbox.set_memory(after).await
     {
@@ -42,6 +48,7 @@ where
         }
         return Err(error);
     }
+    sandbox.note_memory(container, own);
     if after.plugged_mib < before.plugged_mib {
         // The new limit holds already; the guest gives up what it can spare, now or later.
         sandbox.set_memory(after).await.map_err(|error| failure(&error))?;
@@ -55,7 +62,8 @@ async fn undo(sandbox: &Sandbox, memory: Memory) {
     }
 }
 
-fn limit(host: &HostConfig) -> Option<u64> {
+/// Bytes that its workload may use.
+pub(super) fn limit(host: &HostConfig) -> Option<u64> {
     u64::try_from(host.memory).ok().filter(|limit| *limit > 0)
 }
 

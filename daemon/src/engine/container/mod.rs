@@ -13,6 +13,7 @@ mod create;
 pub(crate) mod health;
 pub(crate) mod hub;
 mod inspect;
+pub(crate) mod joining;
 mod list;
 mod machine;
 pub(crate) mod memory;
@@ -192,6 +193,11 @@ impl Container {
     /// Held by whoever changes its limits.
     pub(crate) fn updates(&self) -> &Mutex<()> {
         &self.updates
+    }
+
+    /// How it is from now on.
+    pub(crate) fn watch(&self) -> watch::Receiver<View> {
+        self.view.clone()
     }
 
     /// How it is at this moment.

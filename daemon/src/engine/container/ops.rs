@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 
 use super::{
-    Command, Container, Grace, ListOptions, Stop, create, inspect, list, names, prune, signal,
+    Command, Container, Grace, ListOptions, Stop, create, inspect, joining, list, names, prune, signal,
     state::{Running, State},
     top,
 };
@@ -151,6 +151,9 @@ impl Engine {
             return Err(Error::invalid(
                 "cannot connect container to host network - container must be created in host network mode",
             ));
+        }
+        if joining::is_guest(&record.host_config) {
+            return Err(joining::shared_network());
         }
         let others: Vec<_> = record.networks.keys().filter(|name| **name != network.name).collect();
         let in_none = others.iter().any(|name| *name == "none");

@@ -26,11 +26,11 @@ use crate::{
 pub(super) async fn before_start(sandbox: &Sandbox, record: &Record, data_root: &Path) -> Result<(), String> {
     let host = limits::host_limits(&record.host_config);
     if host != HostLimits::default() {
-        sandbox.limit_cpus(&host).map_err(|error| error.to_string())?;
+        sandbox.limit_cpus(&record.id, &host).map_err(|error| error.to_string())?;
     }
     let rates = limits::rates(&record.config, &record.host_config, data_root);
     if rates != Rates::default() {
-        sandbox.set_rates(rates).await.map_err(|error| error.to_string())?;
+        sandbox.set_rates(&record.id, rates).await.map_err(|error| error.to_string())?;
     }
     Ok(())
 }
@@ -48,10 +48,11 @@ async fn restrain(shared: &Shared, workload: &Workload, record: &Record, host: &
     let resources = Box::new(spec::updated_resources(host)?);
     let call = Call::Update { container: workload.guest().to_owned(), resources };
     let limit = async { workload.sandbox.call(call).await.map(drop).map_err(|error| failed(&error)) };
-    memory::resize(&workload.sandbox, host, &shared.config.vm, limit).await?;
-    workload.sandbox.limit_cpus(&limits::host_limits(host)).map_err(|error| failed(&error))?;
+    let (sandbox, id) = (&workload.sandbox, &record.id);
+    memory::resize((sandbox, id), host, &shared.config.vm, limit).await?;
+    sandbox.limit_cpus(id, &limits::host_limits(host)).map_err(|error| failed(&error))?;
     let rates = limits::rates(&record.config, host, &shared.layout().data_root);
-    workload.sandbox.set_rates(rates).await.map_err(|error| failed(&error))
+    sandbox.set_rates(id, rates).await.map_err(|error| failed(&error))
 }
 
 impl Engine {

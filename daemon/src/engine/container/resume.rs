@@ -16,7 +16,7 @@ use jiff::Timestamp;
 
 use super::{
     hub::Hub,
-    network,
+    joining, network,
     record::Record,
     restrain,
     start::{
@@ -34,7 +34,7 @@ use crate::{
         network::Joined,
     },
     phases::{Stage, Timeline, TimelineKind},
-    sandbox::{MachineSpec, Memory, OpenMachine, Origin, Sandbox, Shape},
+    sandbox::{MachineSpec, Memory, OpenMachine, Origin, Place, Sandbox, Shape},
 };
 
 /// A saved machine that a container goes on from.
@@ -89,6 +89,7 @@ pub(super) async fn resume(
     timeline.mark(Stage::Prepared);
     let (booting, admitted) = tokio::join!(Sandbox::boot(spec), network::admit(shared, record, &mut joined));
     let (sandbox, events) = booting.map_err(|error| boot_failure(&error))?;
+    sandbox.settle(&record.id, joining::tenant(shared, record, &guest, Place::default()));
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
     // Its interfaces are those of its former life until now, and what they send goes nowhere.
     network::plug(&sandbox, &admitted.map_err(internal)?).await?;
@@ -124,7 +125,8 @@ pub(super) async fn resume(
         workload.set_paused(false).await.map_err(internal)?;
     }
     disk.keep().map_err(|error| internal(error.into()))?;
-    Ok(Started { workload, watch, log_start, at, endpoints: network::endpoints(joined) })
+    let (endpoints, place) = (network::endpoints(joined), Place::default());
+    Ok(Started { workload, watch, log_start, at, endpoints, place })
 }
 
 /// The disk of a container that goes on from a checkpoint: beside the container's own until it runs on.
@@ -193,6 +195,12 @@ impl Shared {
             return Err(Error::conflict(format!(
                 "container {} has volumes or bind mounts, with which it cannot be saved: what it has open of them is \
                  outside of its machine",
+                record.id
+            )));
+        }
+        if sandbox.is_shared() || joining::is_guest(&record.host_config) {
+            return Err(Error::conflict(format!(
+                "container {} shares its microVM with others, which would be saved with it: it cannot be saved",
                 record.id
             )));
         }

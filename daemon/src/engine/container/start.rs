@@ -12,6 +12,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
     hub::Hub,
+    joining::{self, Company},
     machine, memory, network, pump,
     record::Record,
     restrain,
@@ -28,7 +29,7 @@ use crate::{
     },
     phases::{Stage, Timeline},
     sandbox::{
-        self, AdoptError, BootError, CallError, DISK, HostLimits, Origin, SHARES, Sandbox, SandboxSpec, TAG,
+        self, AdoptError, BootError, CallError, HostLimits, Origin, Place, Sandbox, SandboxSpec, TAG,
         template::TemplateUse,
     },
 };
@@ -49,6 +50,8 @@ pub(crate) struct Started {
     pub(crate) at: Timestamp,
     /// What it has in its networks.
     pub(crate) endpoints: Vec<(String, Endpoint)>,
+    /// What it has of its machine.
+    pub(crate) place: Place,
 }
 
 /// Starts it, or lets it go on from where it was saved. A failure, and a start that is given up, leaves
@@ -78,10 +81,15 @@ pub(crate) async fn start(
         let run = Run { shared, record, hub, timeline, log, log_start, joined };
         return resume::resume(run, resumption, booted).await;
     }
+    if joining::is_guest(&record.host_config) {
+        let run = Run { shared, record, hub, timeline, log, log_start, joined };
+        return joining::join(run, booted).await;
+    }
     links::check(shared, record).map_err(internal)?;
     let first = matches!(record.life.state, State::Starting(Rest::Created(_)));
-    let plan = mounts::plan(shared, &record.mounts, first).await.map_err(internal)?;
-    let create = create_call(shared, record, &plan).map_err(internal)?;
+    let plan = mounts::plan(shared, &record.mounts, first, &Place::default()).await.map_err(internal)?;
+    let place = Place { volumes: plan.disk_count(), ..Place::default() };
+    let create = create_call(shared, record, &plan, &place, None).map_err(internal)?;
     let origin = origin(shared, record);
     let disk = shared.layout().container_disk(&record.id);
     // The machine that it tells of is no longer the last.
@@ -101,6 +109,7 @@ pub(crate) async fn start(
             return Err(boot_failure(&error));
         }
     };
+    sandbox.settle(&record.id, joining::tenant(shared, record, &record.id, place.clone()));
     let sandbox = Arc::clone(booted.insert(Arc::new(sandbox)));
     let nics = admitted.map_err(internal)?;
 
@@ -124,24 +133,48 @@ pub(crate) async fn start(
     let create = call(&sandbox, Call::Create(Box::new(create)));
     let ((), (), _, resolver) =
         tokio::try_join!(interfaces, grown, create, resolver(shared, record, &sandbox))?;
+    let stages = Stages { shared, record, hub, timeline, log, log_start, place };
+    begin(stages, &sandbox, events, resolver, network::endpoints(joined)).await
+}
+
+/// A start whose machine is there, and the container in it.
+pub(super) struct Stages<'a> {
+    pub(super) shared: &'a Arc<Shared>,
+    pub(super) record: &'a Record,
+    pub(super) hub: &'a Arc<Hub>,
+    pub(super) timeline: &'a Arc<Timeline>,
+    pub(super) log: Log,
+    pub(super) log_start: u64,
+    pub(super) place: Place,
+}
+
+/// Starts the workload of a container that was made, and connects its stdio.
+pub(super) async fn begin(
+    stages: Stages<'_>,
+    sandbox: &Arc<Sandbox>,
+    events: mpsc::Receiver<Event>,
+    resolver: Option<Resolver>,
+    endpoints: Vec<(String, Endpoint)>,
+) -> Result<Started, Failure> {
+    let Stages { shared, record, hub, timeline, log, log_start, place } = stages;
     timeline.mark(Stage::Created);
     shared.mount_events(record, "mount");
-    mounts::sockets::serve(&sandbox, &record.mounts);
+    let forwards = mounts::sockets::serve(sandbox, &record.mounts, &place);
     let stdio = stdio(record);
-    let workload = Arc::new(Workload::new(Arc::clone(&sandbox), Arc::new(log), &record.id));
-    restrain::before_start(&sandbox, record, &shared.layout().data_root)
+    let workload = Arc::new(Workload::new(Arc::clone(sandbox), Arc::new(log), &record.id));
+    restrain::before_start(sandbox, record, &shared.layout().data_root)
         .await
         .map_err(|error| Failure { code: 128, error })?;
-    call(&sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
+    call(sandbox, Call::Start { container: record.id.clone(), stdio }).await?;
     timeline.mark(Stage::Started);
     let at = Timestamp::now();
     let mut watch = connect(&workload, stdio, kept(record, Durable::default()), hub, events, None)
         .await
-        .map(|watch| Watch { resolver, ..watch })
+        .map(|watch| Watch { resolver, forwards, ..watch })
         .map_err(|error| Failure { code: 128, error: format!("the container's streams: {error}") })?;
     timeline.mark(Stage::Connected);
     watch.timeline = Some(Arc::clone(timeline));
-    Ok(Started { workload, watch, log_start, at, endpoints: network::endpoints(joined) })
+    Ok(Started { workload, watch, log_start, at, endpoints, place })
 }
 
 /// The resolver of a container that is in a network.
@@ -202,11 +235,15 @@ pub(crate) enum Found {
 /// Takes over a running container.
 pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Running, hub: &Arc<Hub>) -> Found {
     let parent = shared.layout().sandboxes();
-    let (sandbox, events) = match Sandbox::adopt(&parent, &running.sandbox).await {
-        Ok(adopted) => adopted,
+    let guest = running.guest.as_ref().unwrap_or(&record.id);
+    let sandbox = match shared.adopted.adopt(&parent, &running.sandbox).await {
+        Ok(sandbox) => sandbox,
         Err(AdoptError::Dead(death)) => return Found::Gone(format!("while no daemon ran: {death}")),
         Err(error @ AdoptError::Mute(_)) => return Found::Gone(error.to_string()),
     };
+    sandbox.settle(&record.id, joining::tenant(shared, record, guest, running.place.clone()));
+    // Before it is asked for its state: what happens from now on is not missed.
+    let events = sandbox.events(guest);
     let path = shared.layout().container_log(&record.id);
     let (settings, run) = match record.log_settings() {
         Ok(settings) => (settings, running.log_start),
@@ -219,20 +256,19 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, record: &Record, running: &Runni
         Err(error) => return Found::Gone(format!("its log cannot be taken up again: {error}")),
     };
     let adopted = async {
-        let guest = running.guest.as_ref().unwrap_or(&record.id);
         let state = container_state(&sandbox, guest).await?;
         let exit = first_exit(&state)?;
-        let workload = Arc::new(Workload::new(Arc::new(sandbox), Arc::new(log), guest));
+        let workload = Arc::new(Workload::new(sandbox, Arc::new(log), guest));
         let watch = connect(&workload, stdio(record), kept(record, durable), hub, events, exit).await?;
         crate::engine::exec::take_over(&workload, state.execs);
-        mounts::sockets::serve(&workload.sandbox, &record.mounts);
+        let forwards = mounts::sockets::serve(&workload.sandbox, &record.mounts, &running.place);
         shared.networks.adopt(record).await;
         let resolver = resolver(shared, record, &workload.sandbox).await;
         let resolver = resolver.unwrap_or_else(|failure| {
             tracing::error!(container = record.id, error = failure.error, "it has no resolver any more");
             None
         });
-        let watch = Watch { resolver, ..watch };
+        let watch = Watch { resolver, forwards, ..watch };
         Ok::<_, Error>((workload, watch, state.paused))
     };
     // A guest that greets and then says no more must not hold up the daemon and everybody else's containers.
@@ -254,19 +290,25 @@ pub(super) async fn container_state(sandbox: &Sandbox, id: &str) -> Result<Conta
     }
 }
 
-pub(super) fn create_call(shared: &Shared, record: &Record, plan: &mounts::Plan) -> Result<Create, Error> {
-    let built = shared.spec(record, &plan.binds)?;
+pub(super) fn create_call(
+    shared: &Shared,
+    record: &Record,
+    plan: &mounts::Plan,
+    place: &Place,
+    company: Option<&Company>,
+) -> Result<Create, Error> {
+    let built = shared.spec_among(record, &plan.binds, company)?;
     let size = std::fs::metadata(shared.layout().container_disk(&record.id))?.len();
     Ok(Create {
         container: record.id.clone(),
         rootfs: Rootfs {
             tag: TAG.into(),
-            layers: record.layers.iter().rev().map(bulkhead_rootfs::layers::DiffId::hex).collect(),
-            disk: Disk { id: DISK.into(), size },
+            layers: record.layers.iter().rev().map(|layer| place.layer(&layer.hex())).collect(),
+            disk: Disk { id: place.disk(), size },
         },
         spec: Box::new(built.spec),
         files: built.files,
-        shares: (!plan.shares.is_empty()).then(|| SHARES.to_owned()),
+        shares: (!plan.shares.is_empty()).then(|| place.shares()),
         copy_up: plan.copy_up.clone(),
         sockets: plan.sockets.clone(),
         disks: plan.volume_disks()?,
@@ -298,7 +340,6 @@ pub(super) fn sandbox_spec(
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
         disk: Some(disk),
-        disk_slots: 0,
         disks: Vec::new(),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         shares: Vec::new(),
@@ -366,13 +407,22 @@ pub(super) async fn connect(
             }
         }));
     }
-    Ok(Watch { events, outputs, inputs, exit, timeline: None, resolver: None })
+    let forwards = mounts::sockets::Forwards::default();
+    Ok(Watch { events, outputs, inputs, exit, timeline: None, resolver: None, forwards })
 }
 
 pub(super) async fn call(sandbox: &Sandbox, call: Call) -> Result<Answer, Failure> {
+    answered(sandbox, sandbox.call(call)).await
+}
+
+/// The agent's answer, or why there is none.
+pub(super) async fn answered(
+    sandbox: &Sandbox,
+    answer: impl Future<Output = Result<Answer, CallError>>,
+) -> Result<Answer, Failure> {
     let answered = tokio::select! {
         biased;
-        answer = sandbox.call(call) => answer,
+        answer = answer => answer,
         death = sandbox.ended() => {
             return Err(Failure { code: 128, error: format!("the microVM ended during the start: {death}") });
         }

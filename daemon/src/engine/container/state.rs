@@ -24,6 +24,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::Place;
+
 /// The first delay before an automatic restart.
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 
@@ -101,6 +103,9 @@ pub struct Running {
     /// checkpoint that a clone has made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<String>,
+    /// What it has of its machine.
+    #[serde(default, skip_serializing_if = "Place::is_usual")]
+    pub place: Place,
     /// What the user wants after its end; None: what the restart policy says.
     pub then: Option<Then>,
     /// Whether it stands still.
@@ -188,6 +193,8 @@ pub enum Event {
         at: Timestamp,
         /// [`Running::guest`].
         guest: Option<String>,
+        /// [`Running::place`].
+        place: Place,
     },
     /// The start failed; nothing of it is left.
     StartFailed(Failure),
@@ -272,10 +279,10 @@ impl Lifecycle {
         let mut next = self.clone();
         let effects = match event {
             Event::Start => next.start()?,
-            Event::Started { sandbox, pid, log_start, at, guest } => {
+            Event::Started { sandbox, pid, log_start, at, guest, place } => {
                 let State::Starting(_) = self.state else { return Err(Refusal::Stale) };
                 let (then, paused) = (None, false);
-                let running = Running { sandbox, pid, log_start, started_at: at, guest, then, paused };
+                let running = Running { sandbox, pid, log_start, started_at: at, guest, place, then, paused };
                 next.state = State::Running(running);
                 vec![]
             }

@@ -12,7 +12,8 @@ fn at(second: i64) -> Timestamp {
 }
 
 fn started(second: i64) -> Event {
-    Event::Started { sandbox: "s".into(), pid: 42, log_start: 0, at: at(second), guest: None }
+    let (sandbox, place) = ("s".into(), Place::default());
+    Event::Started { sandbox, pid: 42, log_start: 0, at: at(second), guest: None, place }
 }
 
 fn exited(code: i32, second: i64) -> Event {

@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{hub::Hub, state::Exit};
 use crate::{
-    engine::{Error, Result, logs::Log, network::resolver::Resolver},
+    engine::{Error, Result, logs::Log, mounts::sockets::Forwards, network::resolver::Resolver},
     phases::{Stage, Timeline},
     sandbox::{CallError, Death, Sandbox},
 };
@@ -68,6 +68,8 @@ pub(crate) struct Watch {
     pub(crate) exit: Option<AgentExit>,
     /// Answers its name queries.
     pub(crate) resolver: Option<Resolver>,
+    /// The sockets of the host that it reaches.
+    pub(crate) forwards: Forwards,
     /// Where the stages of the end are marked.
     pub(crate) timeline: Option<Arc<Timeline>>,
 }
@@ -161,7 +163,7 @@ impl Workload {
     /// end calls [`Hub::end_run`].
     pub(crate) async fn watch(&self, mut watch: Watch, hub: &Hub, mut oom: impl FnMut()) -> Exit {
         // It ends with the run.
-        let _resolver = watch.resolver.take();
+        let (_resolver, _forwards) = (watch.resolver.take(), std::mem::take(&mut watch.forwards));
         let mut exit = watch.exit;
         let reached = |stage| watch.timeline.iter().for_each(|timeline| timeline.mark(stage));
         if exit.is_some() {
@@ -345,8 +347,8 @@ mod tests {
         let mut outputs = JoinSet::new();
         let log = Some(Arc::clone(&workload.log));
         outputs.spawn(pump::output(output.unwrap(), Stream::Stdout, log, Arc::clone(&hub)));
-        let watch =
-            Watch { events, outputs, inputs: JoinSet::new(), exit: None, timeline: None, resolver: None };
+        let (inputs, forwards) = (JoinSet::new(), Forwards::default());
+        let watch = Watch { events, outputs, inputs, exit: None, timeline: None, resolver: None, forwards };
         Bench { base, machine, agent, workload, hub, watch, stdout }
     }
 

@@ -11,18 +11,25 @@ use bulkhead_agent_api::{CopyUp, Disk, ForwardedSocket, VOLUME_DATA, VolumeDisk}
 use super::{Mount, Source, resolve::make_directory};
 use crate::{
     engine::{Error, ErrorKind, Result, Shared, volume},
-    sandbox::{ExtraDisk, SHARES, SandboxSpec, ShareSpec, extra_disk},
+    sandbox::{ExtraDisk, LATE_DISKS, Place, SandboxSpec, ShareSpec, extra_disk},
 };
 
 /// The first host port of forwarded sockets; each mount has its own, by its place in the record.
-pub(super) const FIRST_PORT: u32 = 4096;
+const FIRST_PORT: u32 = 4096;
 
-/// The most volumes of a container that are disks: each is a device of its machine.
-const MOST_DISKS: usize = 8;
+/// How many ports a container has that has joined another's machine.
+const PORTS: u32 = 1 << 16;
+
+/// The first port of a container's forwarded sockets.
+pub(super) fn first_port(place: &Place) -> u32 {
+    FIRST_PORT + place.layer.map_or(0, |slot| (u32::from(slot) + 1) * PORTS)
+}
 
 /// What is mounted how.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
+    /// What the container has of its machine.
+    place: Place,
     /// For the share server.
     pub(crate) shares: Vec<ShareSpec>,
     /// For the machine: volumes that are disks, and where in the container their first content is.
@@ -46,10 +53,10 @@ const DISK_PERIOD: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// What is to be mounted is not there, or another's.
-pub(crate) async fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Plan> {
+pub(crate) async fn plan(shared: &Shared, mounts: &[Mount], first: bool, place: &Place) -> Result<Plan> {
     let deadline = Instant::now() + DISK_WITHIN;
     loop {
-        match try_plan(shared, mounts, first) {
+        match try_plan(shared, mounts, first, place) {
             Err(error) if error.kind == ErrorKind::Conflict && Instant::now() < deadline => {
                 tokio::time::sleep(DISK_PERIOD).await;
             }
@@ -58,8 +65,8 @@ pub(crate) async fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Resu
     }
 }
 
-fn try_plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Plan> {
-    let mut plan = Plan::default();
+fn try_plan(shared: &Shared, mounts: &[Mount], first: bool, place: &Place) -> Result<Plan> {
+    let mut plan = Plan { place: place.clone(), ..Plan::default() };
     for (index, mount) in mounts.iter().enumerate() {
         if let Source::Bind { path, create: true, .. } = &mount.source {
             make_directory(Path::new(path))?;
@@ -78,23 +85,30 @@ pub(crate) fn plan_at_rest(shared: &Shared, mounts: &[Mount]) -> Plan {
     }
     plan.sockets.clear();
     let gone = |share: &ShareSpec| std::fs::metadata(share.whole_path()).is_err();
-    let gone: Vec<String> =
-        plan.shares.extract_if(.., |share| gone(share)).map(|share| bind_source(&share.name)).collect();
+    let gone: Vec<String> = plan
+        .shares
+        .extract_if(.., |share| gone(share))
+        .map(|share| bind_source(&plan.place, &share.name))
+        .collect();
     plan.binds.retain(|(_, source, _)| !gone.contains(source));
     plan
 }
 
 /// Where a share is, below what the agent mounts.
-fn bind_source(share: &str) -> String {
-    format!("{SHARES}/{share}")
+fn bind_source(place: &Place, share: &str) -> String {
+    format!("{}/{share}", place.shares())
 }
 
 impl Plan {
     /// Gives a sandbox what it is to have.
     pub(crate) fn onto(self, spec: SandboxSpec) -> SandboxSpec {
         let disks: Vec<ExtraDisk> = self.disks.into_iter().map(|(disk, _)| disk).collect();
-        let disk_slots = u8::try_from(disks.len()).unwrap_or(u8::MAX);
-        SandboxSpec { shares: self.shares, disk_slots, disks, ..spec }
+        SandboxSpec { shares: self.shares, disks, ..spec }
+    }
+
+    /// How many volumes are disks.
+    pub(crate) fn disk_count(&self) -> u8 {
+        u8::try_from(self.disks.len()).unwrap_or(LATE_DISKS)
     }
 
     /// For the agent: the volumes that are disks.
@@ -111,7 +125,7 @@ impl Plan {
         let (path, beneath, recursive) = match &mount.source {
             Source::Bind { path, non_recursive, .. } => {
                 let path = PathBuf::from(path);
-                if let Some(socket) = socket(&path, index, &mount.destination)? {
+                if let Some(socket) = socket(&path, first_port(&self.place), index, &mount.destination)? {
                     self.sockets.push(socket);
                     return Ok(());
                 }
@@ -137,7 +151,11 @@ impl Plan {
                 (shared.volumes.source(&volume), beneath, true)
             }
         };
-        self.binds.push((mount.destination.clone(), bind_source(&index.to_string()), mount.read_only));
+        self.binds.push((
+            mount.destination.clone(),
+            bind_source(&self.place, &index.to_string()),
+            mount.read_only,
+        ));
         self.shares.push(ShareSpec {
             name: index.to_string(),
             path,
@@ -160,9 +178,14 @@ impl Plan {
         copy_up: bool,
     ) -> Result<()> {
         let slot = self.disks.len();
-        if slot >= MOST_DISKS {
+        if slot >= usize::from(LATE_DISKS) {
             return Err(Error::invalid(format!(
-                "a container cannot have more than {MOST_DISKS} volumes that are disks"
+                "a container cannot have more than {LATE_DISKS} volumes that are disks"
+            )));
+        }
+        if self.place.is_joined() {
+            return Err(Error::invalid(format!(
+                "volume {name} is a disk, which a container in another's microVM (--network container:) cannot have"
             )));
         }
         let file = volume::disk::open(name, image, mount.read_only)?;
@@ -178,7 +201,7 @@ impl Plan {
 }
 
 /// A socket of the host is listened to in the container.
-fn socket(path: &Path, index: usize, destination: &str) -> Result<Option<ForwardedSocket>> {
+fn socket(path: &Path, first_port: u32, index: usize, destination: &str) -> Result<Option<ForwardedSocket>> {
     let meta = std::fs::metadata(path).map_err(|error| {
         Error::invalid(format!(
             "invalid mount config for type \"bind\": bind source path does not exist: {}: {error}",
@@ -188,7 +211,7 @@ fn socket(path: &Path, index: usize, destination: &str) -> Result<Option<Forward
     if !meta.file_type().is_socket() {
         return Ok(None);
     }
-    let port = u32::try_from(index).ok().and_then(|index| FIRST_PORT.checked_add(index));
+    let port = u32::try_from(index).ok().filter(|index| *index < PORTS).map(|index| first_port + index);
     let port = port.ok_or_else(|| Error::invalid("too many mounts"))?;
     let (uid, gid, mode) = (meta.uid(), meta.gid(), meta.mode() & 0o777);
     Ok(Some(ForwardedSocket { path: destination.to_owned(), port, uid, gid, mode }))

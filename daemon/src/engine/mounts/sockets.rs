@@ -7,10 +7,10 @@
 
 use std::{os::unix::fs::FileTypeExt, sync::Arc, time::Duration};
 
-use tokio::{io::copy_bidirectional, net::UnixStream, sync::Semaphore};
+use tokio::{io::copy_bidirectional, net::UnixStream, sync::Semaphore, task::JoinSet};
 
-use super::{Mount, Source, plan::FIRST_PORT};
-use crate::sandbox::Sandbox;
+use super::{Mount, Source, plan::first_port};
+use crate::sandbox::{Place, Sandbox};
 
 /// Connections at a time, of one socket.
 const MOST: usize = 256;
@@ -18,21 +18,29 @@ const MOST: usize = 256;
 /// How long to wait after a VMM that did not listen.
 const AGAIN: Duration = Duration::from_millis(200);
 
+/// Who listens for a container; nobody does any more when this is dropped. Connections that are open stay so.
+#[derive(Debug, Default)]
+pub(crate) struct Forwards {
+    _listeners: JoinSet<()>,
+}
+
 /// Serves the mounts that are sockets, until the sandbox has ended.
-pub(crate) fn serve(sandbox: &Arc<Sandbox>, mounts: &[Mount]) {
-    for (port, mount) in (FIRST_PORT..).zip(mounts) {
+pub(crate) fn serve(sandbox: &Arc<Sandbox>, mounts: &[Mount], place: &Place) -> Forwards {
+    let mut listeners = JoinSet::new();
+    for (port, mount) in (first_port(place)..).zip(mounts) {
         let Source::Bind { path, .. } = &mount.source else { continue };
         if !std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
             continue;
         }
         let (sandbox, path) = (Arc::clone(sandbox), path.clone());
-        tokio::spawn(async move {
+        listeners.spawn(async move {
             tokio::select! {
                 _ = sandbox.ended() => {}
                 () = accept(&sandbox, port, &path) => {}
             }
         });
     }
+    Forwards { _listeners: listeners }
 }
 
 async fn accept(sandbox: &Sandbox, port: u32, path: &str) {

@@ -29,6 +29,9 @@ pub(crate) fn attachments(
     asked: &NetworkingConfig,
 ) -> Result<BTreeMap<String, Attachment>> {
     egress::policy_of(config.labels.as_ref(), daemon).map_err(|error| Error::invalid(error.to_string()))?;
+    if crate::engine::container::joining::is_guest(host) {
+        return Ok(BTreeMap::new());
+    }
     let primary = match host.network_mode.as_str() {
         _ if config.network_disabled => "none",
         "" | "default" => "bridge",

@@ -251,21 +251,16 @@ fn check_modes(host: &HostConfig) -> Result<()> {
             "--{option} cannot be honoured: every container has a kernel of its own, {why}"
         )))
     };
-    match host.network_mode.as_str() {
-        "host" => return vm("network host", "and the host's network cannot be shared across it"),
-        mode if mode.starts_with("container:") => {
-            return Err(Error::not_implemented(
-                "--network container: is not supported yet: every container has a microVM of its own",
-            ));
-        }
-        // Whether there is such a network is the networks' to say.
-        _ => {}
+    // Whether there is such a network, or such a container, is others' to say.
+    if host.network_mode == "host" {
+        return vm("network host", "and the host's network cannot be shared across it");
     }
     for (option, mode) in [("pid", &host.pid_mode), ("ipc", &host.ipc_mode)] {
         match mode.as_str() {
             "" => {}
             "private" | "shareable" | "none" if option == "ipc" => {}
             "host" => return vm(&format!("{option} host"), "and the host's processes are not in it"),
+            mode if mode.starts_with("container:") && option == "pid" => {}
             mode if mode.starts_with("container:") => {
                 return Err(Error::not_implemented(format!("--{option} container: is not supported yet")));
             }

@@ -71,6 +71,10 @@ pub struct Facts<'a> {
     pub config: &'a Config,
     /// Its host config, filled in.
     pub host: &'a HostConfig,
+    /// The host config that says whom it asks for names: its own, or that of the container whose network it has.
+    pub names: &'a HostConfig,
+    /// The process whose pid namespace it is to have; None: one of its own.
+    pub pid_of: Option<i32>,
     /// The daemon's settings.
     pub daemon: &'a DaemonConfig,
     /// What its networks put into its files.
@@ -112,7 +116,7 @@ pub struct ContainerSpec {
 /// # Errors
 /// Those of [`validate`], for a record that was not validated.
 pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
-    let Facts { id, config, host, daemon, network, resolv_conf, binds } = *facts;
+    let Facts { id, config, host, names, pid_of, daemon, network, resolv_conf, binds } = *facts;
     let (path, arguments) = command(config)?;
     let args = [vec![path], arguments].concat();
     let capabilities = capabilities::resolve(
@@ -125,6 +129,10 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
     let (devices, rules) = resources::devices(host)?;
     let seccomp = if host.privileged { None } else { seccomp::filter(security.seccomp, &capabilities)? };
     let [rows, columns] = host.console_size;
+    let pid = match pid_of {
+        None => json!({ "type": "pid" }),
+        Some(process) => json!({ "type": "pid", "path": format!("/proc/{process}/ns/pid") }),
+    };
     let mut spec: Spec = typed(json!({
         "ociVersion": "1.2.0",
         "hostname": hostname,
@@ -144,7 +152,7 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
         "annotations": annotations(host, daemon),
         "linux": {
             "namespaces": [
-                { "type": "mount" }, { "type": "uts" }, { "type": "pid" }, { "type": "ipc" }, { "type": "cgroup" },
+                { "type": "mount" }, { "type": "uts" }, pid, { "type": "ipc" }, { "type": "cgroup" },
             ],
             "cgroupsPath": format!("/{id}"),
             "devices": devices,
@@ -161,7 +169,7 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
     if let Some(process) = spec.process_mut() {
         process.set_capabilities(Some(capability_sets(&capabilities)?));
     }
-    let mut files = files::files(hostname, &config.domainname, host, daemon, network, resolv_conf)?;
+    let mut files = files::files(hostname, &config.domainname, names, daemon, network, resolv_conf)?;
     files.push(self::files::machine_id(id));
     Ok(ContainerSpec { spec, files })
 }

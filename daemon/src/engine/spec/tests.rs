@@ -34,6 +34,8 @@ fn spec_of(mut request: CreateRequest) -> ContainerSpec {
         id: ID,
         config: &request.config,
         host: &request.host_config,
+        names: &request.host_config,
+        pid_of: None,
         daemon: &daemon,
         network: &NetworkFacts::default(),
         resolv_conf: "# host\nnameserver 192.0.2.1\nsearch example.org\noptions ndots:2\n",
@@ -108,13 +110,14 @@ fn a_privileged_container() {
     assert_eq!(capabilities.bounding().as_ref().unwrap().len(), 41);
 }
 
+fn contents(spec: &ContainerSpec) -> BTreeMap<String, String> {
+    spec.files.iter().map(|file| (file.path.clone(), file.content.clone())).collect()
+}
+
 #[test]
 fn files() {
     let mut request = request(&["sh"]);
     request.host_config.extra_hosts = Some(strings(&["db:192.0.2.7", "six:[2001:db8::1]"]));
-    let contents = |spec: &ContainerSpec| -> BTreeMap<String, String> {
-        spec.files.iter().map(|file| (file.path.clone(), file.content.clone())).collect()
-    };
     let plain = contents(&spec_of(request.clone()));
     assert_eq!(plain["/etc/hostname"], "0123456789ab\n");
     assert!(plain["/etc/hosts"].ends_with("192.0.2.7\tdb\n2001:db8::1\tsix\n"));
@@ -211,21 +214,45 @@ fn an_image_fills_what_is_open() {
 
 /// What is refused, how, and the words that tell it.
 #[test]
+fn a_container_in_another_s_machine_asks_the_other_s_name_servers_and_may_see_its_processes() {
+    let mut own = request(&["true"]);
+    let mut other = HostConfig { dns: Some(strings(&["192.0.2.9"])), ..HostConfig::default() };
+    other.extra_hosts = Some(strings(&["db:192.0.2.5"]));
+    let daemon = daemon();
+    own.host_config.network_mode = format!("container:{ID}");
+    fill(&mut own, ID, &daemon);
+    validate(&own.config, &own.host_config).unwrap();
+    let spec = container(&Facts {
+        id: ID,
+        config: &own.config,
+        host: &own.host_config,
+        names: &other,
+        pid_of: Some(17),
+        daemon: &daemon,
+        network: &NetworkFacts::default(),
+        resolv_conf: "nameserver 192.0.2.1\n",
+        binds: &[],
+    })
+    .unwrap();
+    let files = contents(&spec);
+    assert_eq!(files["/etc/resolv.conf"], "nameserver 192.0.2.9\n");
+    assert!(files["/etc/hosts"].contains("192.0.2.5\tdb"));
+    let namespaces = spec.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    let paths: Vec<_> = namespaces.iter().filter_map(|namespace| namespace.path().clone()).collect();
+    assert_eq!(paths, [std::path::Path::new("/proc/17/ns/pid")]);
+}
+
+#[test]
 fn what_cannot_be_honoured_is_refused() {
     type Change = fn(&mut CreateRequest);
-    let cases: [(Change, ErrorKind, &str); 31] = [
+    let cases: [(Change, ErrorKind, &str); 30] = [
         (
             |r| r.host_config.network_mode = "host".into(),
             ErrorKind::Invalid,
             "--network host cannot be honoured",
         ),
-        (
-            |r| r.host_config.network_mode = "container:x".into(),
-            ErrorKind::NotImplemented,
-            "--network container: is not supported",
-        ),
         (|r| r.host_config.pid_mode = "host".into(), ErrorKind::Invalid, "--pid host cannot be honoured"),
-        (|r| r.host_config.pid_mode = "container:x".into(), ErrorKind::NotImplemented, "--pid container:"),
+        (|r| r.host_config.ipc_mode = "container:x".into(), ErrorKind::NotImplemented, "--ipc container:"),
         (|r| r.host_config.ipc_mode = "odd".into(), ErrorKind::Invalid, "invalid IPC mode: odd"),
         (
             |r| r.host_config.runtime = "runc".into(),

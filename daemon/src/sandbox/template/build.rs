@@ -42,7 +42,6 @@ pub(super) async fn build(
         initramfs: machine.initramfs.clone(),
         cmdline: machine.cmdline.clone(),
         disk: None,
-        disk_slots: u8::try_from(machine.devices.block.len().saturating_sub(1)).unwrap_or(u8::MAX),
         disks: Vec::new(),
         layers: Vec::new(),
         shares: Vec::new(),

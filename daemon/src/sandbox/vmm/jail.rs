@@ -115,6 +115,15 @@ pub(crate) fn adopt_cgroup(dir: &Path) -> Option<Cgroup> {
     Cgroup::open(given(dir)?.cgroup?).ok()
 }
 
+impl Cell {
+    /// The one that was made for the VMM whose sandbox directory this is.
+    pub(crate) fn adopt(dir: &Path) -> Self {
+        let given = given(dir).unwrap_or_default();
+        let cgroup = given.cgroup.and_then(|path| Cgroup::open(path).ok());
+        Self { uid: given.uid.map(|(uid, _)| uid), cgroup }
+    }
+}
+
 /// Gives back what was given to a VMM that has ended.
 ///
 /// # Errors

@@ -30,7 +30,7 @@ use super::{
     process::Process,
     spawn::{memory_file, number},
 };
-use crate::sandbox::dir::{SHARES_LOG, SandboxDir};
+use crate::sandbox::dir::SandboxDir;
 
 /// What a guest gets to see of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,13 +80,14 @@ pub(crate) struct Attachment {
     pub(crate) area: OwnedFd,
 }
 
-/// Starts a server of these shares.
+/// Starts a server of these shares, its standard error in the file `log` of the directory.
 pub(crate) fn spawn(
     dir: &SandboxDir,
     program: &Path,
     cell: &Cell,
     memory_mib: u32,
     shares: &[ShareSpec],
+    log: &str,
 ) -> Result<(Process, Attachment), SharesError> {
     let roots = shares.iter().map(|share| open(share, cell.uid.is_some())).collect::<Result<Vec<_>, _>>()?;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
@@ -111,7 +112,7 @@ pub(crate) fn spawn(
     };
     let config = memory_file(&serde_json::to_vec(&config).map_err(io::Error::from)?)?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
-    let log = dir.new_file(SHARES_LOG)?;
+    let log = dir.log_file(log)?;
     let mut inherited = vec![config.as_raw_fd(), theirs.as_raw_fd(), area.as_raw_fd()];
     inherited.extend(roots.iter().map(AsRawFd::as_raw_fd));
     let program = Program {

@@ -35,10 +35,15 @@ impl Actor {
     }
 }
 
-/// A failed start as its caller is told of it: what the user can mend is 400, as in Docker.
+/// How the reasons begin for which a container cannot run in another's machine now; it may later.
+const CANNOT_JOIN: &str = "cannot join ";
+
+/// A failed start as its caller is told of it: what the user can mend is 400, as in Docker, or 409 where it
+/// depends on others.
 pub(super) fn failed_start(failure: &Failure) -> Error {
     match failure.code {
         126 | 127 => Error::invalid(failure.error.clone()),
+        _ if failure.error.starts_with(CANNOT_JOIN) => Error::conflict(failure.error.clone()),
         _ => Error::internal(failure.error.clone()),
     }
 }
