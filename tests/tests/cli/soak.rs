@@ -7,25 +7,23 @@ use anyhow::bail;
 
 use crate::{Test, docker};
 
-const RUNS: u32 = 200;
-
 #[test]
 fn two_hundred_short_workloads_in_a_row_lose_no_line() -> Test {
-    run_all(1)
+    run_all(200, 1)
 }
 
 #[test]
-fn two_hundred_short_workloads_eight_at_a_time_lose_no_line() -> Test {
-    run_all(8)
+fn a_hundred_short_workloads_eight_at_a_time_lose_no_line() -> Test {
+    run_all(100, 8)
 }
 
-fn run_all(at_a_time: u32) -> Test {
+fn run_all(runs: u32, at_a_time: u32) -> Test {
     let docker = docker()?;
     let next = AtomicU32::new(0);
     let worker = || -> Test {
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
-            if number >= RUNS {
+            if number >= runs {
                 return Ok(());
             }
             let line = format!("line {number}");
