@@ -7,7 +7,7 @@
 //! ```
 //! The machine's network is X's, and so it goes with X: whoever has joined runs on without it, as in Docker.
 
-use std::{fs::OpenOptions, sync::Arc};
+use std::sync::Arc;
 
 use bulkhead_agent_api::ProcessState;
 
@@ -15,7 +15,7 @@ use super::{
     inspect,
     record::Record,
     resume::Run,
-    start::{Stages, Started, answered, begin, container_state, create_call},
+    start::{Stages, Started, answered, begin, container_state, create_call, open_disk},
     state::{Failure, Rest, Running, State},
     workload::Workload,
 };
@@ -201,12 +201,7 @@ async fn first_process(shared: &Shared, host: &HostConfig, sandbox: &Sandbox) ->
 }
 
 fn furniture(shared: &Shared, record: &Record, plan: mounts::Plan) -> Result<Furniture> {
-    let disk = shared.layout().container_disk(&record.id);
-    let disk = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(disk)
-        .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
+    let disk = open_disk(&shared.layout().container_disk(&record.id))?;
     let layers = shared.layers();
     let vm = &shared.config.vm;
     Ok(Furniture {

@@ -1,7 +1,12 @@
 //! Starts a container: boots its sandbox, builds the container in it, starts the workload, connects its stdio.
 //! And takes one over that an earlier daemon started.
 
-use std::{fs::OpenOptions, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs::{File, OpenOptions},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use bulkhead_agent_api::{
     AgentError, Answer, Call, ContainerState, Create, Disk, ErrorKind, Event, Exit as AgentExit,
@@ -315,6 +320,12 @@ pub(super) fn create_call(
     })
 }
 
+/// A container's writable layer.
+pub(super) fn open_disk(disk: &Path) -> Result<File, Error> {
+    let opened = OpenOptions::new().read(true).write(true).open(disk);
+    opened.map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))
+}
+
 pub(super) fn sandbox_spec(
     shared: &Shared,
     record: &Record,
@@ -323,11 +334,7 @@ pub(super) fn sandbox_spec(
     timeline: &Arc<Timeline>,
 ) -> Result<SandboxSpec, Error> {
     let vm = &shared.config.vm;
-    let disk = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(disk)
-        .map_err(|error| Error::internal(format!("the container's disk cannot be opened: {error}")))?;
+    let disk = open_disk(disk)?;
     let layers = shared.layers();
     let memory = memory::of(&record.host_config, vm);
     Ok(SandboxSpec {
