@@ -5,8 +5,8 @@ use bulkhead_tests::{Host, Suite};
 
 use crate::Test;
 
-/// A root file system with Debian's dockerd and what it calls, on the standard output as an archive.
-const ROOT: &str = r#"
+/// Makes an image with Debian's dockerd and what it calls.
+const IMAGE: &str = r#"
 root=$(mktemp -d); trap 'rm -rf "$root"' EXIT
 mkdir -p "$root"/bin "$root"/usr/bin "$root"/etc "$root"/tmp "$root"/var/lib "$root"/run
 cp /bin/busybox "$root"/bin
@@ -25,18 +25,15 @@ for libraries in /usr/lib "$(dirname "$(command -v dockerd)")"/../lib; do
     [ ! -d "$libraries"/x86_64-linux-gnu/xtables ] || cp -r "$libraries"/x86_64-linux-gnu/xtables "$root"/usr/lib/x86_64-linux-gnu/
 done
 echo root:x:0:0:root:/root:/bin/sh >"$root"/etc/passwd; echo root:x:0: >"$root"/etc/group
-tar -C "$root" -cf "$1" .
+tar -C "$root" -c . | docker -H "unix://$1" import - "$2"
 "#;
 
 #[test]
 fn a_docker_in_a_container_runs_containers_and_networks_of_its_own() -> Test {
     let suite = Suite::from_env()?;
     let (docker, host) = (suite.docker(), Host::from_env()?);
-    let scratch = host.scratch()?;
-    let archive = scratch.join("docker.tar");
-    host.sh(ROOT, &[&archive])?;
     let image = format!("docker-in-docker-{}", std::process::id());
-    docker.ok(&["import", &archive, &image])?;
+    host.sh(IMAGE, &[&suite.inner_socket, &image])?;
     let volume = format!("{image}-data");
     docker.ok(&["volume", "create", "--opt", "type=disk", "--opt", "size=1g", &volume])?;
     let at = format!("{volume}:/var/lib/docker");
