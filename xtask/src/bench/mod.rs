@@ -13,6 +13,7 @@ pub(crate) mod dockerd;
 mod figures;
 mod networks;
 pub(crate) mod probe;
+mod whole;
 
 use std::fs;
 use std::path::PathBuf;
@@ -76,7 +77,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     let venue = venue::choose(&bundle)?;
     println!("measuring on {}", venue.describe());
     let place = venue.open(tree, "bench", MEMORY_MIB)?;
-    let bench = Bench { host: &place.host, bundle: &bundle, args, firecracker };
+    let bench = Bench { tree, host: &place.host, bundle: &bundle, args, firecracker };
     let (mut figures, mut notes) = (Vec::new(), Vec::new());
     // What was measured before something failed is shown.
     let outcome = bench.measure(&mut figures, &mut notes);
@@ -97,6 +98,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
 }
 
 struct Bench<'a> {
+    tree: &'a Tree,
     host: &'a Host,
     bundle: &'a Bundle,
     args: &'a BenchArgs,
@@ -108,7 +110,7 @@ impl Bench<'_> {
         figures.extend(self.machines()?);
         self.containers(figures, notes)?;
         figures.extend(self.networks()?);
-        Ok(())
+        self.whole(figures)
     }
 
     fn wants(&self, name: &str) -> bool {

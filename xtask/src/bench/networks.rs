@@ -175,6 +175,6 @@ fn build() -> Result<PathBuf> {
     std::fs::create_dir_all(tree.target().join("bench"))?;
     let mut rustc = std::process::Command::new("rustc");
     rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "panic=abort", "-o"]);
-    sh::run(rustc.arg(&program).arg(tree.root().join("xtask/programs/transfer.rs")))?;
+    sh::run(rustc.arg(&program).arg(tree.root().join("tests/src/bin/transfer.rs")))?;
     Ok(program)
 }
