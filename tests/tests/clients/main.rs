@@ -1,6 +1,7 @@
 //! What others build on Docker: their own programs, unchanged, against the daemon.
 
 mod devcontainers;
+mod nested;
 mod testcontainers;
 
 /// An error fails the test, with its whole story.

@@ -21,7 +21,6 @@ const REAPER: (&str, &str) = ("testcontainers/ryuk", "0.8.1");
 const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/session.py");
 
 #[test]
-#[ignore = "not seen to pass yet"]
 fn testcontainers_starts_what_it_is_told_and_its_reaper_removes_what_is_left() -> Test {
     let suite = Suite::from_env()?;
     suite.push(&reaper()?, REAPER.0, REAPER.1)?;

@@ -107,7 +107,6 @@ os.execvp(sys.argv[2], sys.argv[2:])
 "#;
 
 #[test]
-#[ignore = "not seen to pass yet"]
 fn a_socket_of_systemd_s_is_served_and_stays_when_the_daemon_ends() -> Test {
     let host = Host::from_env()?;
     let scratch = host.scratch()?;

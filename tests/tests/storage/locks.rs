@@ -1,23 +1,33 @@
 //! Locks between guest and host, on the same files.
 
 use anyhow::ensure;
-use bulkhead_tests::size;
+use bulkhead_tests::{
+    Suite,
+    image::{Image, LayerBuilder},
+    posix, size,
+};
 
 use crate::{Test, docker, host};
+
+/// busybox, and the host's `flock`, for it has none.
+const IMAGE: &str = "storage/flock:1";
 
 /// Adds one to a number in a file, again and again, each time under the lock.
 const COUNT: &str = "cd \"$1\"; i=0; while [ $i -lt \"$2\" ]; do flock lock sh -c 'n=$(cat n); echo $((n+1)) >n'; i=$((i+1)); done";
 
 #[test]
-#[ignore = "not seen to end within ten emulated minutes: to be run by name"]
 fn locks_exclude_host_and_guests_from_each_other() -> Test {
-    let docker = docker()?;
+    let (suite, docker) = (Suite::from_env()?, docker()?);
+    let mut layer = LayerBuilder::new();
+    posix::add_programs(&mut layer, &["/usr/bin/flock".into()])?;
+    suite.push(&Image::busybox()?.with_layer(layer.finish()?), "storage/flock", "1")?;
+    docker.ok(&["pull", "-q", IMAGE])?;
     let (host, scratch) = host()?;
     let path = scratch.join("shared");
     host.sh("mkdir \"$1\"; echo 0 >\"$1/n\"; : >\"$1/lock\"", &[&path])?;
     let mount = format!("{path}:/shared");
-    let first = docker.run_detached(&["-v", &mount, "busybox", "sleep", "1000"])?;
-    let second = docker.run_detached(&["-v", &mount, "busybox", "sleep", "1000"])?;
+    let first = docker.run_detached(&["-v", &mount, IMAGE, "sleep", "1000"])?;
+    let second = docker.run_detached(&["-v", &mount, IMAGE, "sleep", "1000"])?;
     // One holds it: nobody else gets it, wherever they are.
     first.exec(&["sh", "-c", "flock /shared/lock sh -c ': >/shared/held; while [ -e /shared/held ]; do sleep 0.1; done' >/dev/null 2>&1 & while [ ! -e /shared/held ]; do sleep 0.1; done"])?;
     let try_lock = "flock -n \"$1/lock\" true && echo free || echo taken";
