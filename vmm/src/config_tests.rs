@@ -39,7 +39,11 @@ fn valid() -> VmConfig {
         console: None,
         devices: DeviceConfig {
             block: vec![BlockConfig { id: "root".to_owned() }],
-            fs: vec![FsConfig { tag: "layers".to_owned(), server: bulkhead_vmm_api::FsServer::Vmm }],
+            fs: vec![FsConfig {
+                tag: "layers".to_owned(),
+                server: bulkhead_vmm_api::FsServer::Vmm,
+                window_mib: 0,
+            }],
             vsock: Some(VsockConfig { cid: 3, listener: listener(SocketType::STREAM) }),
             net: vec![NetConfig { id: "net0".to_owned() }],
             rng: true,

@@ -163,7 +163,7 @@ impl Vmm {
             memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
-            devices: devices(),
+            devices: devices(spec.window_mib),
             cell: &cell,
         };
         let process = spawn(&dir, launch)
@@ -268,12 +268,12 @@ impl Vmm {
 }
 
 /// The machine of every sandbox: nothing in it belongs to one container.
-pub(super) fn devices() -> DeviceConfig {
+pub(super) fn devices(window_mib: u32) -> DeviceConfig {
     DeviceConfig {
         block: vec![BlockConfig { id: DISK.into() }],
         fs: vec![
-            FsConfig { tag: TAG.into(), server: FsServer::Vmm },
-            FsConfig { tag: SHARES.into(), server: FsServer::Process },
+            FsConfig { tag: TAG.into(), server: FsServer::Vmm, window_mib },
+            FsConfig { tag: SHARES.into(), server: FsServer::Process, window_mib: 0 },
         ],
         vsock: Some(VsockConfig { cid: GUEST_CID, listener: -1 }),
         net: (0..NICS).map(|slot| NetConfig { id: super::nic(slot) }).collect(),
@@ -301,7 +301,7 @@ fn open_kvm(path: &Path) -> Result<File, BootError> {
 /// Tells the VMM how fast its devices may be.
 pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates) -> Result<(), ControlError> {
     let disk = (LimitedDevice::Block { id: DISK.into() }, rates.disk);
-    let net = devices().net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
+    let net = devices(0).net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
     for (device, limits) in std::iter::once(disk).chain(net) {
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
     }
@@ -417,6 +417,7 @@ mod tests {
             cmdline: String::new(),
             disk: Some(File::open("/dev/null").unwrap()),
             layers: vec![],
+            window_mib: 0,
             shares: vec![],
             timeline: Timeline::begin("c", TimelineKind::Run),
             kvm: "/dev/null".into(),

@@ -120,7 +120,7 @@ impl Vmm {
             console: Some(number(&console)),
             devices: vmm::DeviceConfig {
                 block: vec![vmm::BlockConfig { id: DISK.into() }],
-                fs: vec![vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm }],
+                fs: vec![vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm, window_mib: 0 }],
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],
                 rng: true,

@@ -295,6 +295,7 @@ pub(super) fn sandbox_spec(
         cmdline: CMDLINE.into(),
         disk: Some(disk),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        window_mib: vm.window_mib,
         shares: Vec::new(),
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),

@@ -70,7 +70,11 @@ impl Machine {
             console: Some(inherit(&console)?),
             devices: DeviceConfig {
                 block: vec![BlockConfig { id: DISK.into() }],
-                fs: vec![FsConfig { tag: TAG.into(), server: bulkhead_vmm_api::FsServer::Vmm }],
+                fs: vec![FsConfig {
+                    tag: TAG.into(),
+                    server: bulkhead_vmm_api::FsServer::Vmm,
+                    window_mib: 0,
+                }],
                 vsock: Some(VsockConfig { cid: 3, listener: inherit(&vsock)? }),
                 net: vec![NetConfig { id: NIC.into() }],
                 rng: true,

@@ -2,6 +2,7 @@
 
 mod device;
 mod hostile;
+mod mapping;
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, rc::Rc};
 
