@@ -3,7 +3,9 @@
 mod binds;
 mod layer;
 mod locks;
+mod space;
 mod volumes;
+mod window;
 
 use anyhow::Result;
 use bulkhead_tests::{Docker, Host, Suite, host::Scratch};
