@@ -11,3 +11,4 @@ pub mod layout;
 pub mod metrics;
 pub mod phases;
 pub mod sandbox;
+pub mod units;

@@ -85,6 +85,7 @@ fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         false => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
     };
     tracing_subscriber::registry().with(filter).with(lines).init();
+    open_many_files();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("bulkheadd").build()?;
     if let Some(Command::PurgeNetworks) = flags.command {
@@ -98,6 +99,17 @@ fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     };
     runtime.block_on(daemon(Arc::new(config), reread))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Raises the number of files that may be open to the most there may be: each connection, each container is some. The
+/// limit that one is started with is often 1024, for programs that use select(2). VMMs set their own.
+fn open_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, ?limit, "the limit of open files stays as it is");
+    }
 }
 
 /// What is logged: our own crates at the chosen level, others only when it matters. `RUST_LOG` overrules.

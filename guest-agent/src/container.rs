@@ -9,7 +9,6 @@
 use std::{
     collections::BTreeMap,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
     rc::Rc,
 };
 
@@ -27,7 +26,7 @@ use crate::{
     child::{self, Place, Plan, status},
     error::{Context, Result, internal},
     poll::{Poller, Watched},
-    rootfs::Mounted,
+    rootfs::{Devices, Mounted},
     server::Key,
     spawn,
     spec::Checked,
@@ -94,10 +93,15 @@ pub struct Starting {
 
 impl Container {
     /// Mounts the root and makes the cgroup.
-    pub fn create(poller: &Rc<Poller<Key>>, create: &Create, spec: Checked, device: &Path) -> Result<Self> {
+    pub fn create(
+        poller: &Rc<Poller<Key>>,
+        create: &Create,
+        spec: Checked,
+        devices: &Devices,
+    ) -> Result<Self> {
         let resources = spec.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let cgroup = Cgroup::create(&create.container, resources)?;
-        let mounted = Mounted::new(create, device);
+        let mounted = Mounted::new(create, devices);
         let made = mounted.and_then(|root| {
             let memory = poller.watch(cgroup.memory_events()?, Key::Memory(create.container.as_str().into()));
             memory.want_changes().context("watch memory.events")?;

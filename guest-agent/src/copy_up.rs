@@ -118,9 +118,11 @@ fn copy_content(from: &OwnedFd, to: &OwnedFd, links: &mut Links, depth: usize) -
                 let source = rustix::fs::openat(from, name, flags | OFlags::RDONLY, Mode::empty())?;
                 let new = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
                 let copy = rustix::fs::openat(to, name, new, Mode::from_raw_mode(0o600))?;
-                let copied =
-                    std::io::copy(&mut File::from(source.try_clone().map_err(io)?), &mut file(&copy)?);
-                copied.map_err(io)?;
+                let copied = std::io::copy(
+                    &mut File::from(source.try_clone().map_err(|error| io(&error))?),
+                    &mut file(&copy)?,
+                );
+                copied.map_err(|error| io(&error))?;
                 copy_attributes(&source, &copy, &stat)?;
                 // A bound on what is held open; beyond it names become files of their own.
                 if stat.st_nlink > 1 && links.len() < 4096 {
@@ -144,11 +146,11 @@ fn copy_content(from: &OwnedFd, to: &OwnedFd, links: &mut Links, depth: usize) -
 }
 
 fn file(copy: &OwnedFd) -> rustix::io::Result<File> {
-    copy.try_clone().map(File::from).map_err(io)
+    copy.try_clone().map(File::from).map_err(|error| io(&error))
 }
 
-fn io(error: std::io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+fn io(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
 fn link(copied: &OwnedFd, to: &OwnedFd, name: &std::ffi::CStr) -> rustix::io::Result<()> {
@@ -194,7 +196,7 @@ fn copy_attributes(from: &OwnedFd, to: &OwnedFd, stat: &Stat) -> rustix::io::Res
 
 fn remove_tree(at: &OwnedFd, name: &Path) -> rustix::io::Result<()> {
     let path = format!("/proc/self/fd/{}", at.as_raw_fd());
-    std::fs::remove_dir_all(Path::new(&path).join(name)).map_err(io)
+    std::fs::remove_dir_all(Path::new(&path).join(name)).map_err(|error| io(&error))
 }
 
 #[cfg(test)]

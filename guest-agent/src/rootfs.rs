@@ -19,7 +19,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_agent_api::{Create, Disk, ForwardedSocket, InjectedFile, Rootfs};
+use bulkhead_agent_api::{
+    CopyUp, Create, Disk, ForwardedSocket, InjectedFile, Rootfs, VOLUME_DATA, VOLUME_DISKS, VolumeDisk,
+};
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
     io::Errno,
@@ -58,8 +60,10 @@ const RELEASE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Mounted {
     base: PathBuf,
-    /// What the kernel knows of the mounted disk; gone when the last mount of it is.
-    live: PathBuf,
+    /// What the kernel knows of each mounted disk; gone when the last mount of it is.
+    live: Vec<PathBuf>,
+    /// Where the volumes that are disks are mounted.
+    disks: Vec<PathBuf>,
     /// The paths of injected files, in the order of their numbers.
     injected: Vec<String>,
     /// Where the image's layers are.
@@ -70,17 +74,26 @@ pub struct Mounted {
     forwarder: Option<Forwarder>,
 }
 
-/// Whether a disk is there.
+/// The block devices of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DiskState {
-    /// It is, as this device.
-    Ready(PathBuf),
-    /// Not yet; in words, for when it never comes.
-    Missing(String),
+pub struct Devices {
+    /// Of the writable layer.
+    pub layer: PathBuf,
+    /// Of its volumes, in the order of [`Create::disks`].
+    pub volumes: Vec<PathBuf>,
+}
+
+/// Looks for a container's disks.
+///
+/// # Errors
+/// One is not there, or not yet; in words, for when it never comes.
+pub fn find_disks(create: &Create) -> Result<Devices, String> {
+    let volumes = create.disks.iter().map(|volume| find_disk(&volume.disk)).collect::<Result<_, _>>()?;
+    Ok(Devices { layer: find_disk(&create.rootfs.disk)?, volumes })
 }
 
 /// Looks for a disk by serial and size.
-pub fn find_disk(disk: &Disk) -> DiskState {
+fn find_disk(disk: &Disk) -> Result<PathBuf, String> {
     let mut seen = format!("there is no disk {:?}", disk.id);
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let attribute = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
@@ -89,11 +102,11 @@ pub fn find_disk(disk: &Disk) -> DiskState {
         }
         let sectors: u64 = attribute("size").trim().parse().unwrap_or(0);
         if sectors.saturating_mul(512) == disk.size {
-            return DiskState::Ready(Path::new("/dev").join(entry.file_name()));
+            return Ok(Path::new("/dev").join(entry.file_name()));
         }
         seen = format!("the disk {:?} has {} bytes, not {}", disk.id, sectors.saturating_mul(512), disk.size);
     }
-    DiskState::Missing(seen)
+    Err(seen)
 }
 
 /// Checks what can be checked before the disk is there.
@@ -124,7 +137,13 @@ pub fn validate(create: &Create) -> Result<()> {
     if let Some(tag) = &create.shares {
         check_name("file share tag", tag)?;
     }
-    if create.copy_up.len().max(create.sockets.len()) > MAX_SHARES {
+    for volume in &create.disks {
+        check_name("disk", &volume.disk.id)?;
+        if volume.copy_up.as_ref().is_some_and(|path| !path.starts_with('/') || path.contains('\0')) {
+            return Err(invalid(format!("{:?} cannot be copied to a volume", volume.copy_up)));
+        }
+    }
+    if create.copy_up.len().max(create.sockets.len()).max(create.disks.len()) > MAX_SHARES {
         return Err(invalid("too many volumes or sockets"));
     }
     for copy in &create.copy_up {
@@ -147,13 +166,15 @@ pub fn check_name(what: &str, name: &str) -> Result<()> {
 
 impl Mounted {
     /// Mounts everything; what was mounted is undone after an error.
-    pub fn new(create: &Create, device: &Path) -> Result<Self> {
+    pub fn new(create: &Create, devices: &Devices) -> Result<Self> {
         let base = Path::new(CONTAINERS).join(&create.container);
-        let live = Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
+        let live = |device: &PathBuf| Path::new("/sys/fs/ext4").join(device.file_name().unwrap_or_default());
+        let live = std::iter::once(&devices.layer).chain(&devices.volumes).map(live).collect();
         let injected = create.files.iter().map(|file| file.path.clone()).collect();
         let rootfs = create.rootfs.clone();
-        let mut mounted = Self { base, live, injected, rootfs, shares: None, forwarder: None };
-        match mounted.mount(create, device) {
+        let mut mounted =
+            Self { base, live, disks: Vec::new(), injected, rootfs, shares: None, forwarder: None };
+        match mounted.mount(create, devices) {
             Ok(()) => Ok(mounted),
             Err(error) => {
                 let _ = mounted.unmount();
@@ -207,8 +228,11 @@ impl Mounted {
             .context(format_args!("write {}", file.path))
     }
 
-    fn mount(&mut self, create: &Create, device: &Path) -> Result<()> {
-        self.build(device)?;
+    fn mount(&mut self, create: &Create, devices: &Devices) -> Result<()> {
+        self.build(&devices.layer)?;
+        for (volume, device) in create.disks.iter().zip(&devices.volumes) {
+            self.mount_disk(volume, device)?;
+        }
         if let Some(tag) = &create.shares {
             let shares = self.shares.insert(mount_share(tag, MountFlags::NOATIME)?).clone();
             for copy in &create.copy_up {
@@ -238,6 +262,32 @@ impl Mounted {
         let root = self.root();
         rustix::mount::move_mount(&mount, c"", CWD, &root, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
             .context(format_args!("mount {}", root.display()))
+    }
+
+    /// Unlike the writable layer's, its files are a container's own: what a volume may hold it may hold.
+    fn mount_disk(&mut self, volume: &VolumeDisk, device: &Path) -> Result<()> {
+        let path = Path::new(VOLUME_DISKS).join(&volume.disk.id);
+        fs::create_dir_all(&path).context(format_args!("mkdir {}", path.display()))?;
+        let read_only = if volume.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+        rustix::mount::mount(
+            device,
+            &path,
+            "ext4",
+            MountFlags::NOATIME | read_only,
+            c"discard,noinit_itable",
+        )
+        .context(format_args!("mount the volume {}", device.display()))?;
+        self.disks.push(path.clone());
+        if volume.read_only {
+            return Ok(());
+        }
+        match rustix::fs::mkdir(path.join(VOLUME_DATA), Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error).context("mkdir of a volume's files"),
+        }
+        let Some(from) = &volume.copy_up else { return Ok(()) };
+        let copy = CopyUp { share: VOLUME_DATA.into(), path: from.clone() };
+        copy_up::copy_up(&self.root(), &path, &copy)
     }
 
     fn open_layers(&self) -> Result<Vec<OwnedFd>> {
@@ -282,16 +332,17 @@ impl Mounted {
     /// last user.
     pub fn unmount(&self) -> Result<()> {
         let disk = self.base.join("disk");
-        if let Ok(directory) = open_directory(CWD, &disk).map(File::from) {
-            rustix::fs::syncfs(&directory).context("flush the writable layer")?;
+        for disk in std::iter::once(&disk).chain(&self.disks) {
+            if let Ok(directory) = open_directory(CWD, disk).map(File::from) {
+                rustix::fs::syncfs(&directory).context(format_args!("flush {}", disk.display()))?;
+            }
         }
         let mut detached = Ok(());
+        let disks = self.disks.iter().cloned().chain([disk]).map(|disk| (disk, UnmountFlags::empty()));
         // The root may hold mounts below it, and is busy while a mount namespace is being torn down.
-        for (path, flags) in [
-            (self.root(), UnmountFlags::DETACH),
-            (self.base.join("files"), UnmountFlags::DETACH),
-            (disk, UnmountFlags::empty()),
-        ] {
+        let rest = [(self.root(), UnmountFlags::DETACH), (self.base.join("files"), UnmountFlags::DETACH)]
+            .into_iter();
+        for (path, flags) in rest.chain(disks) {
             match rustix::mount::unmount(&path, flags | UnmountFlags::NOFOLLOW) {
                 Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
                 Err(Errno::BUSY) => {
@@ -307,8 +358,9 @@ impl Mounted {
         self.wait_until_released();
         if detached.is_ok() {
             // Empty directories of a tmpfs; those that stay do no harm.
-            for name in ["disk", "files", "root", "empty", ""] {
-                let _ = fs::remove_dir(self.base.join(name));
+            let own = ["disk", "files", "root", "empty", ""].map(|name| self.base.join(name));
+            for directory in own.iter().chain(&self.disks) {
+                let _ = fs::remove_dir(directory);
             }
         }
         detached
@@ -320,7 +372,7 @@ impl Mounted {
     /// was reaped; the disk must not be taken away before it is written for the last time.
     fn wait_until_released(&self) {
         let deadline = Instant::now() + RELEASE;
-        while self.live.exists() && Instant::now() < deadline {
+        while self.live.iter().any(|live| live.exists()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
     }

@@ -171,11 +171,11 @@ pub enum CgroupHook {
     PeerName4 = 29,
 }
 
-/// Loads a program and attaches it to a cgroup for the cgroup's life.
+/// Loads a program that can be attached to cgroups. It is gone with its last descriptor and attachment.
 ///
 /// # Errors
 /// Of `bpf`.
-pub fn attach_program(cgroup: &impl AsFd, hook: CgroupHook, program: &[BpfInstruction]) -> io::Result<()> {
+pub fn load_program(hook: CgroupHook, program: &[BpfInstruction]) -> io::Result<OwnedFd> {
     /// The head of `union bpf_attr` for BPF_PROG_LOAD.
     #[repr(C)]
     struct Load {
@@ -191,14 +191,6 @@ pub fn attach_program(cgroup: &impl AsFd, hook: CgroupHook, program: &[BpfInstru
         name: [u8; 16],
         interface: u32,
         expected_attach_type: u32,
-    }
-    /// The same for BPF_PROG_ATTACH.
-    #[repr(C)]
-    struct Attach {
-        target: u32,
-        program: u32,
-        attach_type: u32,
-        flags: u32,
     }
     let load = Load {
         program_type: match hook {
@@ -222,14 +214,30 @@ pub fn attach_program(cgroup: &impl AsFd, hook: CgroupHook, program: &[BpfInstru
     let fd =
         check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) })?;
     // SAFETY: the kernel has made this descriptor for us.
-    let program = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Loads a program and attaches it to a cgroup for the cgroup's life.
+///
+/// # Errors
+/// Of `bpf`.
+pub fn attach_program(cgroup: &impl AsFd, hook: CgroupHook, program: &[BpfInstruction]) -> io::Result<()> {
+    /// The head of `union bpf_attr` for BPF_PROG_ATTACH.
+    #[repr(C)]
+    struct Attach {
+        target: u32,
+        program: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let program = load_program(hook, program)?;
     let attach = Attach {
         target: cgroup.as_fd().as_raw_fd() as u32,
         program: program.as_raw_fd() as u32,
         attach_type: hook as u32,
         flags: BPF_F_ALLOW_MULTI,
     };
-    // SAFETY: as above.
+    // SAFETY: Attach begins as the kernel's structure does and its size is given; both descriptors live.
     check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>()) })?;
     Ok(())
 }

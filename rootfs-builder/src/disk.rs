@@ -76,21 +76,40 @@ const FEATURES: &str = "none,has_journal,ext_attr,dir_index,filetype,extent,flex
 const EXTENDED: &str = "packed_meta_blocks=1,num_backup_sb=0,lazy_itable_init=1,lazy_journal_init=1,\
                         assume_storage_prezeroed=1,nodiscard";
 
-/// The directories that an overlay's writable layer needs, and their modes. They are in the template, so that no
-/// guest spends its start on making them; a guest that misses one makes it.
-const DIRECTORIES: [(&str, u32); 2] = [("upper", 0o755), ("work", 0o700)];
+/// What a disk is for, and so the directories that it has from the beginning: no guest spends its start on making
+/// them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// An overlay's writable layer.
+    WritableLayer,
+    /// A volume: its files are below a directory of their own, beside what belongs to the file system.
+    Volume,
+}
+
+/// The directory of a [`Purpose::Volume`] that containers see.
+pub const VOLUME_DATA: &str = "_data";
+
+impl Purpose {
+    /// Names and modes.
+    fn directories(self) -> &'static [(&'static str, u32)] {
+        match self {
+            Self::WritableLayer => &[("upper", 0o755), ("work", 0o700)],
+            Self::Volume => &[(VOLUME_DATA, 0o755)],
+        }
+    }
+}
 
 /// Makes a sparse ext4 image of `size` bytes at `path`, replacing what is there only when it is complete
 /// and on disk.
 ///
 /// # Errors
 /// [`DiskError`]; nothing is left behind.
-pub fn template(path: &Path, size: u64) -> Result<(), DiskError> {
+pub fn template(path: &Path, size: u64, purpose: Purpose) -> Result<(), DiskError> {
     check_size(size)?;
     let unfinished = Unfinished::beside(path);
     let file = create_new(&unfinished.path)?;
     file.set_len(size).map_err(failed("cannot size", &unfinished.path))?;
-    let content = Content::beside(&unfinished.path)?;
+    let content = Content::beside(&unfinished.path, purpose)?;
     format(&unfinished.path, &content.0)?;
     file.sync_all().map_err(failed("cannot flush", &unfinished.path))?;
     unfinished.rename_to(path)
@@ -221,7 +240,7 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskEr
 struct Content(PathBuf);
 
 impl Content {
-    fn beside(path: &Path) -> Result<Self, DiskError> {
+    fn beside(path: &Path, purpose: Purpose) -> Result<Self, DiskError> {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(".content");
         let content = Self(path.with_file_name(name));
@@ -230,8 +249,8 @@ impl Content {
         make_directory(&content.0, 0o700)?;
         // Owners are copied too, and a container's root belongs to root: elsewhere guests make them.
         if rustix::process::geteuid().is_root() {
-            for (name, mode) in DIRECTORIES {
-                make_directory(&content.0.join(name), mode)?;
+            for (name, mode) in purpose.directories() {
+                make_directory(&content.0.join(name), *mode)?;
             }
         }
         Ok(content)
@@ -297,7 +316,7 @@ mod tests {
     fn a_template_is_sparse_and_an_ext4() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("template");
-        template(&path, SIZE).unwrap();
+        template(&path, SIZE, Purpose::WritableLayer).unwrap();
         let metadata = path.metadata().unwrap();
         assert_eq!(metadata.len(), SIZE);
         assert!(metadata.blocks() * 512 < 1 << 20, "{} blocks", metadata.blocks());
@@ -311,7 +330,7 @@ mod tests {
     fn e2fsck_finds_no_fault_in_a_template() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("template");
-        template(&path, MIN_SIZE).unwrap();
+        template(&path, MIN_SIZE, Purpose::WritableLayer).unwrap();
         let output =
             Command::new("e2fsck").args(["-f", "-n"]).arg(&path).env("PATH", search_path()).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
@@ -321,7 +340,7 @@ mod tests {
     fn a_template_has_the_directories_of_a_writable_layer() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("template");
-        template(&path, MIN_SIZE).unwrap();
+        template(&path, MIN_SIZE, Purpose::WritableLayer).unwrap();
         let debugfs = |request: &str| {
             let mut command = Command::new("debugfs");
             command.args(["-R", request]).arg(&path).env("PATH", search_path());
@@ -331,7 +350,7 @@ mod tests {
             assert!(!debugfs("ls -l /").contains("upper"), "it would not belong to root");
             return;
         }
-        for (name, mode) in DIRECTORIES {
+        for (name, mode) in Purpose::WritableLayer.directories() {
             let stat = debugfs(&format!("stat {name}"));
             assert!(
                 stat.contains("Type: directory") && stat.contains(&format!("Mode:  {mode:04o}")),
@@ -345,7 +364,7 @@ mod tests {
     fn a_clone_has_the_same_bytes_and_no_more_blocks() {
         let directory = tempfile::tempdir().unwrap();
         let (source, dest) = (directory.path().join("template"), directory.path().join("clone"));
-        template(&source, MIN_SIZE).unwrap();
+        template(&source, MIN_SIZE, Purpose::WritableLayer).unwrap();
         clone(&source, &dest).unwrap();
         assert_eq!(std::fs::read(&source).unwrap(), std::fs::read(&dest).unwrap());
         let (from, to) = (source.metadata().unwrap(), dest.metadata().unwrap());
@@ -373,7 +392,7 @@ mod tests {
     fn an_existing_clone_is_not_overwritten() {
         let directory = tempfile::tempdir().unwrap();
         let (source, dest) = (directory.path().join("template"), directory.path().join("clone"));
-        template(&source, MIN_SIZE).unwrap();
+        template(&source, MIN_SIZE, Purpose::WritableLayer).unwrap();
         std::fs::write(&dest, "precious").unwrap();
         assert!(matches!(clone(&source, &dest), Err(DiskError::Io { .. })));
         assert_eq!(std::fs::read(&dest).unwrap(), b"precious");
@@ -382,7 +401,13 @@ mod tests {
     #[test]
     fn sizes_out_of_bounds_are_refused() {
         for size in [0, BLOCK, MIN_SIZE - BLOCK, MIN_SIZE + 1, MAX_SIZE + BLOCK] {
-            assert!(matches!(template(Path::new("/nonexistent/x"), size), Err(DiskError::Size(_))), "{size}");
+            assert!(
+                matches!(
+                    template(Path::new("/nonexistent/x"), size, Purpose::Volume),
+                    Err(DiskError::Size(_))
+                ),
+                "{size}"
+            );
         }
     }
 }

@@ -54,7 +54,7 @@ fn main() -> Result<()> {
         Command::Initramfs { agent, out } => pack(&agent, &out),
         Command::Template { size_mib, out } => {
             let size = size_mib.checked_mul(1 << 20).context("the size is too big")?;
-            Ok(disk::template(&out, size)?)
+            Ok(disk::template(&out, size, disk::Purpose::WritableLayer)?)
         }
         Command::Clone { template, out } => {
             disk::clone(&template, &out)?;

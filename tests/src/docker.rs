@@ -133,6 +133,12 @@ impl Docker {
         Container { docker: self.clone(), name: format!("t{}-{number}", std::process::id()) }
     }
 
+    /// A container that somebody else has made, removed by force when dropped.
+    #[must_use]
+    pub fn adopt(&self, name: &str) -> Container {
+        Container { docker: self.clone(), name: name.to_owned() }
+    }
+
     /// `docker run -d` of the arguments, the container removed by force when dropped.
     ///
     /// # Errors

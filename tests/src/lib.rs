@@ -16,6 +16,7 @@ pub mod host;
 pub mod hostile;
 pub mod http;
 pub mod image;
+pub mod posix;
 pub mod registry;
 pub mod suite;
 pub mod terminal;

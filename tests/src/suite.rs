@@ -16,6 +16,15 @@ use crate::registry::Registry;
 
 const VARIABLE: &str = "BULKHEAD_TEST_SUITE";
 
+/// Names the directory with the packages for Python that tests use.
+pub const PYTHON_VARIABLE: &str = "BULKHEAD_TEST_PYTHON";
+
+/// Names Node.js.
+pub const NODE_VARIABLE: &str = "BULKHEAD_TEST_NODE";
+
+/// Names the script that is `devcontainer`.
+pub const DEVCONTAINER_VARIABLE: &str = "BULKHEAD_TEST_DEVCONTAINER";
+
 /// The shared daemon and registry, as a test sees them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Suite {

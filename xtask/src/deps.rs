@@ -39,6 +39,8 @@ const INSTALLED: &[(&str, &str)] = &[
     ("docker-compose", "Compose 1.29, with which tests bring up stacks"),
     ("python3-pip", "Compose 5, which lies in PyPI as a wheel, and docker-py's own tests"),
     ("curl", "asking published ports"),
+    ("libacl1-dev", "tests: pjdfstest"),
+    ("sqlite3", "tests: a database on a volume"),
     ("skopeo", "tests: a tool of others' that reads and writes images"),
 ];
 
@@ -53,6 +55,7 @@ const UNPACKED: &[(&str, &str)] = &[
     ("docker.io", "docker"),
     ("docker.io", "dockerd"),
     ("containerd", "containerd"),
+    ("tini", "tini-static"),
 ];
 
 #[derive(Args)]

@@ -8,7 +8,7 @@
 //! The tests come out of the last source package of docker-py's that has them; they are run with the newest library.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -16,6 +16,7 @@ use bulkhead_tests::image::{Image, LayerBuilder};
 use bulkhead_tests::{Daemon, DaemonOptions, Registry};
 
 use crate::bundle::Bundle;
+use crate::python;
 use crate::sh;
 use crate::tree::{self, Tree};
 use crate::venue::{self, Place};
@@ -27,6 +28,20 @@ const PACKAGES: [&str; 4] =
 
 /// Later source packages have no tests.
 const SUITE: &str = "docker==7.0.0";
+
+/// What of the suite every run of all tests includes: the files that take little time for many tests.
+pub(crate) const PART: [&str; 10] = [
+    "api_client_test.py",
+    "api_exec_test.py",
+    "api_healthcheck_test.py",
+    "api_image_test.py",
+    "api_network_test.py",
+    "client_test.py",
+    "errors_test.py",
+    "models_images_test.py",
+    "models_networks_test.py",
+    "regression_test.py",
+];
 
 const MEMORY_MIB: u32 = 6144;
 
@@ -49,9 +64,11 @@ pub(crate) fn run(tree: &Tree, bundle: &Bundle, filter: &[String]) -> Result<()>
     let busybox = Image::busybox()?;
     registry.push(&busybox, "library/busybox", "latest")?;
     let alpine = Image::like_alpine()?;
-    for tag in ["latest", "3.10"] {
-        registry.push(&alpine, "library/alpine", tag)?;
-    }
+    registry.push(&alpine, "library/alpine", "3.10")?;
+    // Another one: a prune of images takes a name from an image that has two, also when a container uses it.
+    let mut newer = LayerBuilder::new();
+    newer.file("etc/alpine-release", 0o644, b"3.22.0\n")?;
+    registry.push(&alpine.with_layer(newer.finish()?), "library/alpine", "latest")?;
     // With something of its own, that a prune can free.
     let mut own = LayerBuilder::new();
     own.file("hello", 0o644, b"Hello from Docker!\n")?;
@@ -103,25 +120,15 @@ fn pytest(tree: &Tree, installed: &Installed, place: &Place, daemon: &Daemon, fi
 
 /// Installs the library and unpacks the tests; does nothing, and quickly, where both are.
 fn ensure() -> Result<Installed> {
-    let name = |requirement: &str| requirement.replace("==", "-");
-    let root = tree::cache_dir()?.join("tools");
-    let installed = Installed {
-        site: root.join(format!("python-{}", name(LIBRARY))),
-        suite: root.join(format!("python-{}-tests", name(SUITE))),
-    };
-    if !installed.site.is_dir() {
-        println!("installing {LIBRARY} and pytest into {}", installed.site.display());
-        whole(&installed.site, |new| {
-            let mut install = pip("install");
-            sh::output(install.arg("--target").arg(new).arg(LIBRARY).args(PACKAGES)).map(drop)
-        })?;
-    }
-    if !installed.suite.is_dir() {
-        println!("unpacking the tests of {SUITE} into {}", installed.suite.display());
-        whole(&installed.suite, |new| {
+    let packages: Vec<&str> = [LIBRARY].into_iter().chain(PACKAGES).collect();
+    let site = python::site(&packages)?;
+    let suite = tree::cache_dir()?.join("tools").join(format!("python-{}-tests", SUITE.replace("==", "-")));
+    if !suite.is_dir() {
+        println!("unpacking the tests of {SUITE} into {}", suite.display());
+        tree::whole(&suite, |new| {
             let downloads = new.with_extension("download");
             let _ = fs::remove_dir_all(&downloads);
-            let mut download = pip("download");
+            let mut download = python::pip("download");
             sh::output(
                 download.args(["--no-deps", "--no-binary", "docker", "-d"]).arg(&downloads).arg(SUITE),
             )?;
@@ -142,21 +149,5 @@ fn ensure() -> Result<Installed> {
             }
         })?;
     }
-    Ok(installed)
-}
-
-fn pip(command: &str) -> Command {
-    let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", command, "-q", "--disable-pip-version-check"])
-        .env("PIP_ROOT_USER_ACTION", "ignore");
-    pip
-}
-
-/// Makes a directory that is there whole or not at all.
-fn whole(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let new = path.with_extension("new");
-    let _ = fs::remove_dir_all(&new);
-    fs::create_dir_all(&new)?;
-    fill(&new)?;
-    Ok(fs::rename(&new, path)?)
+    Ok(Installed { site, suite })
 }

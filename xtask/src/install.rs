@@ -33,6 +33,7 @@ pub(crate) fn run(tree: &Tree, args: &InstallArgs) -> Result<()> {
     put(&fs::read(bundle.kernel())?, &lib.join("vmlinux"), 0o644)?;
     put(&fs::read(bundle.initramfs())?, &lib.join("initramfs.cpio"), 0o644)?;
     put(service(&args.prefix).as_bytes(), &unit, 0o644)?;
+    put(SOCKET.as_bytes(), &unit.with_extension("socket"), 0o644)?;
     println!("start it: systemctl daemon-reload && systemctl enable --now bulkhead");
     println!("use it:   docker -H unix:///run/bulkhead.sock run --rm busybox uname -r");
     Ok(())
@@ -48,6 +49,19 @@ fn put(contents: &[u8], to: &Path, mode: u32) -> Result<()> {
     println!("installed {}", to.display());
     Ok(())
 }
+
+/// For those who enable it: systemd then opens the socket itself, early, and starts the daemon at the first client. The
+/// daemon serves what it is passed unless it is told otherwise.
+const SOCKET: &str = "[Unit]
+Description=Bulkhead's API
+
+[Socket]
+ListenStream=/run/bulkhead.sock
+SocketMode=0660
+
+[Install]
+WantedBy=sockets.target
+";
 
 /// The daemon may stop at any time while containers run on: only its own process is stopped, and a crash brings it
 /// back.

@@ -11,13 +11,17 @@ use bulkhead_tests::Registry;
 use bulkhead_tests::daemon::BUNDLE_VARIABLE;
 use bulkhead_tests::hostile::GUEST_VARIABLE;
 use bulkhead_tests::image::Image;
-use bulkhead_tests::suite::SuiteOwner;
+use bulkhead_tests::posix::PROGRAMS_VARIABLE;
+use bulkhead_tests::suite::{DEVCONTAINER_VARIABLE, NODE_VARIABLE, PYTHON_VARIABLE, SuiteOwner};
 use clap::{Args, ValueEnum};
 
 use crate::bench::dockerd::{Bridge, Dockerd};
 use crate::bundle::{self, Bundle, cargo};
 use crate::deps;
 use crate::docker_py;
+use crate::node;
+use crate::posix;
+use crate::python;
 use crate::sh;
 use crate::tidy;
 use crate::tree::Tree;
@@ -46,14 +50,14 @@ enum Part {
     Unit,
     /// Real clients against a real daemon.
     E2e,
-    /// The integration tests of Docker's library for Python.
+    /// The integration tests of Docker's library for Python; of all parts, the files that take least.
     DockerPy,
     /// The CLI's tables against Debian's dockerd: whether what is expected of us is what Docker does.
     Table,
 }
 
 pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
-    let parts = args.part.map_or_else(|| vec![Part::Lint, Part::Unit, Part::E2e], |part| vec![part]);
+    let parts = args.part.map_or_else(|| vec![Part::Lint, Part::Unit, Part::E2e, Part::DockerPy], |part| vec![part]);
     if args.part != Some(Part::Lint) && args.part != Some(Part::Unit) {
         deps::ensure()?;
     }
@@ -66,7 +70,8 @@ pub(crate) fn run(tree: &Tree, args: &TestArgs) -> Result<()> {
             Part::DockerPy => {
                 let bundle =
                     if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
-                docker_py::run(tree, &bundle, &args.filter)
+                let part = docker_py::PART.map(str::to_owned);
+                docker_py::run(tree, &bundle, if args.part.is_none() { &part } else { &args.filter })
             }
             Part::Table => table(tree),
         }?;
@@ -113,6 +118,7 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let bundle = if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
     sh::run(test_command(tree).arg("--no-run"))?;
     let guest = bundle::build_hostile_guest(tree)?;
+    let posix = posix::ensure()?;
     let venue = venue::choose(&bundle)?;
     println!("end-to-end tests run on {}", venue.describe());
     // An emulated host keeps one CPU busy and no more: with two CPUs, two hosts share the tests.
@@ -122,11 +128,12 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let machine_tests = if filter.is_empty() { Some(machine_tests(tree)?) } else { None };
     thread::scope(|scope| {
         let (bundle, guest, machine_tests) = (&bundle, guest.as_path(), machine_tests.as_deref());
+        let posix = posix.as_path();
         let run = |share| {
             // The last share, since the first has the longest test.
             let machine_tests = machine_tests.filter(|_| share == shares);
             scope.spawn(move || {
-                run_share(tree, (bundle, guest), venue, filter, machine_tests, (share, shares))
+                run_share(tree, (bundle, guest, posix), venue, filter, machine_tests, (share, shares))
             })
         };
         let runs: Vec<_> = (1..=shares).map(run).collect();
@@ -168,7 +175,7 @@ fn machine_tests(tree: &Tree) -> Result<PathBuf> {
 /// Runs the tests of one share of several, in a host of its own.
 fn run_share(
     tree: &Tree,
-    (bundle, hostile_guest): (&Bundle, &Path),
+    (bundle, hostile_guest, posix): (&Bundle, &Path, &Path),
     venue: Venue,
     filter: &[String],
     machine_tests: Option<&Path>,
@@ -190,7 +197,11 @@ fn run_share(
         tests.args(["--partition", &format!("count:{share}/{of}")]);
     }
     tests.env(BUNDLE_VARIABLE, bundle.dir()).env(GUEST_VARIABLE, hostile_guest);
+    tests.env(PYTHON_VARIABLE, python::site(&python::TESTCONTAINERS)?);
+    let devcontainers = node::devcontainers()?;
+    tests.env(NODE_VARIABLE, devcontainers.node).env(DEVCONTAINER_VARIABLE, devcontainers.script);
     tests.args(filter).envs([place.host.to_env()?, suite.to_env()?]);
+    tests.env(PROGRAMS_VARIABLE, posix);
     if let Err(failed) = sh::run(&mut tests) {
         let log = tree.target().join(format!("e2e-{share}.log"));
         std::fs::write(&log, suite.daemon_log().unwrap_or_default())?;
@@ -208,7 +219,7 @@ fn table(tree: &Tree) -> Result<()> {
     dockerd.docker().ok(&["pull", "-q", "busybox"])?;
     let mut tests = test_command(tree);
     tests.env("BULKHEAD_TABLE_DOCKER", format!("unix://{}", dockerd.socket()));
-    sh::run(tests.args(["--test", "cli", "table::"]))
+    sh::run(tests.args(["--test", "cli", "--no-fail-fast", "table::"]))
 }
 
 fn test_command(tree: &Tree) -> Command {

@@ -50,3 +50,14 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     Ok(dir)
 }
+
+/// Makes a directory that is there whole or not at all.
+pub(crate) fn whole(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    let _ = fs::remove_dir_all(&new);
+    fs::create_dir_all(&new)?;
+    fill(&new)?;
+    Ok(fs::rename(&new, path)?)
+}

@@ -51,6 +51,13 @@ impl Host {
     }
 }
 
+/// Whether systemd has opened sockets for this process (sd_listen_fds(3)). Where nothing is said of where to serve,
+/// it is on them.
+pub(super) fn activated() -> bool {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    number("LISTEN_PID") == Some(std::process::id()) && number("LISTEN_FDS").is_some_and(|count| count > 0)
+}
+
 /// An address of TCP with its port, which must be there.
 ///
 /// # Errors

@@ -182,7 +182,12 @@ impl Config {
         };
         let options = options::merge(flags, &text)
             .map_err(|message| ConfigError::File { path: path.to_owned(), message })?;
-        Self::from_options(options).map_err(ConfigError::Value)
+        let nowhere = options.hosts.is_empty();
+        let mut config = Self::from_options(options).map_err(ConfigError::Value)?;
+        if nowhere && host::activated() {
+            config.hosts = vec![Host::Fd(None)];
+        }
+        Ok(config)
     }
 
     fn from_options(options: Options) -> Result<Self, String> {
@@ -207,7 +212,7 @@ impl Config {
             return Err(format!("logger: no log driver named '{log_driver}' is registered"));
         }
         let shm_size = match options.default_shm_size {
-            Some(text) => bytes(&text).ok_or_else(|| format!("invalid size: '{text}'"))?,
+            Some(text) => crate::units::size(&text).ok_or_else(|| format!("invalid size: '{text}'"))?,
             None => 64 << 20,
         };
         Ok(Self {
@@ -316,6 +321,10 @@ fn hosts(texts: &[String], tls: &Tls) -> Result<Vec<Host>, String> {
         if !hosts.contains(&host) {
             hosts.push(host);
         }
+    }
+    // Each of the sockets is taken once.
+    if hosts.contains(&Host::Fd(None)) && hosts.iter().any(|host| matches!(host, Host::Fd(Some(_)))) {
+        return Err("fd:// is every socket that systemd passes: no other fd:// can stand beside it".into());
     }
     if hosts.is_empty() {
         hosts.push(Host::default());
@@ -462,29 +471,6 @@ fn range(
 fn default_vmm() -> PathBuf {
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("bulkhead-vmm")));
     beside.unwrap_or_else(|| "/usr/bin/bulkhead-vmm".into())
-}
-
-/// A size as Docker writes it: a number with an optional unit (`64m`, `1.5GiB`, `1024`), in powers of 1024.
-pub fn bytes(text: &str) -> Option<u64> {
-    let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let shift = match unit.trim_start().to_ascii_lowercase().as_str() {
-        "" | "b" => 0,
-        "k" | "kb" | "kib" => 10,
-        "m" | "mb" | "mib" => 20,
-        "g" | "gb" | "gib" => 30,
-        "t" | "tb" | "tib" => 40,
-        "p" | "pb" | "pib" => 50,
-        _ => return None,
-    };
-    if let Ok(whole) = number.parse::<u64>() {
-        return whole.checked_mul(1 << shift);
-    }
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
-    let size = number.parse::<f64>().ok().map(|n| n * (1_u64 << shift) as f64)?;
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    (size < 9e18).then_some(size as u64)
 }
 
 #[cfg(test)]

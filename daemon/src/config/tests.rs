@@ -169,22 +169,3 @@ fn hosts() {
         assert_eq!(Host::parse(text, false), expected, "{text}");
     }
 }
-
-#[test]
-fn sizes() {
-    for (text, expected) in [
-        ("0", Some(0)),
-        ("64m", Some(64 << 20)),
-        ("64MiB", Some(64 << 20)),
-        ("1.5 g", Some(3 << 29)),
-        ("18446744073709551615", Some(u64::MAX)),
-        ("17179869184g", None),
-        ("", None),
-        ("m", None),
-        ("-1", None),
-        ("1x", None),
-        ("1..5m", None),
-    ] {
-        assert_eq!(bytes(text), expected, "{text}");
-    }
-}

@@ -161,6 +161,15 @@ impl Engine {
         Ok(Starting { shared: Arc::clone(&self.shared), record: view.record, exec, workload, request })
     }
 
+    /// A user left its terminal with the keys for it.
+    pub fn exec_detached(&self, id: &str) {
+        let Ok(exec) = self.shared.execs.find(id) else { return };
+        if let Ok(container) = self.shared.registry.find(&exec.container) {
+            let attributes = [("execID".into(), exec.id.clone())];
+            self.shared.publish(&container.view().record, "exec_detach", attributes);
+        }
+    }
+
     /// Sets its terminal's size.
     ///
     /// # Errors

@@ -207,7 +207,7 @@ fn make_template(layout: &Layout, size: u64) -> Result<()> {
     if std::fs::metadata(&path).is_ok_and(|meta| meta.len() == size) {
         return Ok(());
     }
-    disk::template(&path, size)
+    disk::template(&path, size, disk::Purpose::WritableLayer)
         .map_err(|error| Error::internal(format!("the template disk cannot be made: {error}")))
 }
 

@@ -80,6 +80,21 @@ pub(crate) mod vocabulary {
 /// The block slot of the writable layer.
 pub const DISK: &str = "root";
 
+/// A disk beside the writable layer.
+#[derive(Debug)]
+pub struct ExtraDisk {
+    /// Open for writing, unless it is read-only.
+    pub file: File,
+    /// Whether the guest's writes are refused.
+    pub read_only: bool,
+}
+
+/// The block slot of a disk beside the writable layer, from 0.
+#[must_use]
+pub fn extra_disk(slot: usize) -> String {
+    format!("disk{slot}")
+}
+
 /// The virtio-fs tag below which image layers are shared.
 pub const TAG: &str = "layers";
 
@@ -131,6 +146,10 @@ pub struct SandboxSpec {
     pub cmdline: String,
     /// The writable layer, open for reading and writing; None: the slot stays empty.
     pub disk: Option<File>,
+    /// How many more disks its machine has slots for.
+    pub disk_slots: u8,
+    /// What is in them from the start, the first first: `disk_slots` at most.
+    pub disks: Vec<ExtraDisk>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
     /// MiB of guest addresses at which the guest can map files of layers; 0: it reads them.
@@ -177,7 +196,7 @@ impl SandboxSpec {
             cmdline: self.cmdline.clone(),
             vcpus: self.vcpus,
             memory_mib: self.memory.base_mib,
-            devices: plan::devices(self.window_mib),
+            devices: plan::devices(self.disk_slots, self.window_mib),
             kvm: self.kvm.clone(),
             confinement: self.confinement.clone(),
         }

@@ -35,6 +35,7 @@ use super::{
     BootError, Confinement, ControlError, DISK, NICS, Origin, Rates, SHARES, Sandbox, SandboxSpec, TAG,
     agent::Agent,
     dir::SandboxDir,
+    extra_disk,
     memory::region_mib,
     vmm::{
         Death,
@@ -163,7 +164,7 @@ impl Vmm {
             memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
-            devices: devices(spec.window_mib),
+            devices: devices(spec.disk_slots, spec.window_mib),
             cell: &cell,
         };
         let process = spawn(&dir, launch)
@@ -192,6 +193,10 @@ impl Vmm {
             .disk
             .iter()
             .map(|disk| (Request::AttachDisk { id: DISK.into(), read_only: false }, Some(disk.as_fd())));
+        let extra = spec.disks.iter().enumerate().map(|(slot, disk)| {
+            let request = Request::AttachDisk { id: extra_disk(slot), read_only: disk.read_only };
+            (request, Some(disk.file.as_fd()))
+        });
         let layers = layers.iter().map(|(name, layer)| {
             let name = (*name).clone();
             (Request::AttachShare { tag: TAG.into(), name, kind: ShareKind::Layer }, Some(layer.as_fd()))
@@ -199,7 +204,7 @@ impl Vmm {
         let growth = growth(spec).filter(|_| resume).map(|growth| (growth, None));
         let goes_on = resume.then_some((Request::Resume, None));
         let requests: Vec<(Request, Option<BorrowedFd<'_>>)> =
-            disk.chain(layers).chain(goes_on).chain(growth).collect();
+            disk.chain(extra).chain(layers).chain(goes_on).chain(growth).collect();
         self.control.call_all(&self.dir, &requests).await?;
         spec.timeline.mark(Stage::Attached);
         if resume {
@@ -267,10 +272,11 @@ impl Vmm {
     }
 }
 
-/// The machine of every sandbox: nothing in it belongs to one container.
-pub(super) fn devices(window_mib: u32) -> DeviceConfig {
+/// The machine of a sandbox: nothing in it belongs to one container.
+pub(super) fn devices(disk_slots: u8, window_mib: u32) -> DeviceConfig {
+    let disks = (0..disk_slots).map(|slot| BlockConfig { id: extra_disk(slot.into()) });
     DeviceConfig {
-        block: vec![BlockConfig { id: DISK.into() }],
+        block: std::iter::once(BlockConfig { id: DISK.into() }).chain(disks).collect(),
         fs: vec![
             FsConfig { tag: TAG.into(), server: FsServer::Vmm, window_mib },
             FsConfig { tag: SHARES.into(), server: FsServer::Process, window_mib: 0 },
@@ -301,7 +307,7 @@ fn open_kvm(path: &Path) -> Result<File, BootError> {
 /// Tells the VMM how fast its devices may be.
 pub(super) async fn set_rates(control: &Control, dir: &SandboxDir, rates: Rates) -> Result<(), ControlError> {
     let disk = (LimitedDevice::Block { id: DISK.into() }, rates.disk);
-    let net = devices(0).net.into_iter().map(|slot| (LimitedDevice::Net { id: slot.id }, rates.net));
+    let net = (0..NICS).map(|slot| (LimitedDevice::Net { id: super::nic(slot) }, rates.net));
     for (device, limits) in std::iter::once(disk).chain(net) {
         control.call(dir, &Request::SetRateLimit { device, limits }, &[], ANSWER_WITHIN).await?;
     }
@@ -416,6 +422,8 @@ mod tests {
             initramfs: "/dev/null".into(),
             cmdline: String::new(),
             disk: Some(File::open("/dev/null").unwrap()),
+            disk_slots: 0,
+            disks: vec![],
             layers: vec![],
             window_mib: 0,
             shares: vec![],

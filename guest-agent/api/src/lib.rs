@@ -364,7 +364,30 @@ pub struct Create {
     /// Unix sockets of the host's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sockets: Vec<ForwardedSocket>,
+    /// Volumes that are disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<VolumeDisk>,
 }
+
+/// A volume with a file system of its own, ext4: mounted where bind mounts of the spec come from, at
+/// [`VOLUME_DISKS`]`/<id of the disk>`. Its files are in the directory [`VOLUME_DATA`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeDisk {
+    /// The device.
+    pub disk: Disk,
+    /// Whether nothing of it may change. The host's side does not let it then, either.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Where in the container its first content is, as for [`CopyUp`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_up: Option<String>,
+}
+
+/// Where [`VolumeDisk`]s are mounted.
+pub const VOLUME_DISKS: &str = "/run/bulkhead/fs/disks";
+
+/// The directory of a [`VolumeDisk`] that containers see.
+pub const VOLUME_DATA: &str = "_data";
 
 /// A share that is empty gets what the image has at its place, owner and permissions of the directory itself
 /// included (Docker's volumes, when they are used first). One that is not empty stays as it is.

@@ -6,7 +6,7 @@ use bulkhead_agent_api::{
     AgentError, Answer, Call, ContainerIdentity, ContainerState, CopyUp, CpuStats, Create, Disk, ErrorKind,
     Event, Exit, ForwardedSocket, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface,
     InterfaceAddress, IoStats, KnownOutput, MemoryStats, NetworkStats, ProcessDetail, ProcessId, ProcessInfo,
-    ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent, VolumeDisk,
     files::{Change, ChangeKind, FilesDone, FilesOpen, FilesReady, FilesRequest, PathStat},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -53,6 +53,7 @@ fn calls() -> Vec<Call> {
             shares: None,
             copy_up: Vec::new(),
             sockets: Vec::new(),
+            disks: Vec::new(),
         })),
         Call::Start { container: "c1".into(), stdio: Stdio::default() },
         Call::Exec { process: exec(), spec: Box::new(serde_json::from_str(process).unwrap()), stdio },
@@ -189,6 +190,11 @@ fn shares(wire: &mut Wire) {
         shares: Some("shares".into()),
         copy_up: vec![CopyUp { share: "0".into(), path: "/data".into() }],
         sockets: vec![ForwardedSocket { path: "/run/s".into(), port: 5000, uid: 1, gid: 2, mode: 0o660 }],
+        disks: vec![VolumeDisk {
+            disk: Disk { id: "disk0".into(), size: 1 << 30 },
+            read_only: false,
+            copy_up: Some("/var/lib/db".into()),
+        }],
     };
     wire.message(&ToAgent { id: 12, call: Call::Create(Box::new(create)) });
 }

@@ -14,8 +14,7 @@ use crate::{
     child,
     container::{Container, Phase, Process},
     error::{Context, Result, conflict, invalid, not_found},
-    network, processes,
-    rootfs::{self, DiskState},
+    network, processes, rootfs,
     spec::{self, Checked},
     sys,
 };
@@ -200,17 +199,17 @@ impl Server {
                 self.pending.push(pending);
                 continue;
             }
-            match rootfs::find_disk(&pending.create.rootfs.disk) {
-                DiskState::Missing(why) if now >= pending.deadline => {
+            match rootfs::find_disks(&pending.create) {
+                Err(why) if now >= pending.deadline => {
                     self.control.answer(pending.epoch, pending.call, Err(not_found(why)));
                 }
-                DiskState::Missing(_) => {
+                Err(_) => {
                     pending.next = now + DISK_PERIOD;
                     self.pending.push(pending);
                 }
-                DiskState::Ready(device) => {
+                Ok(devices) => {
                     let PendingCreate { epoch, call, create, spec, .. } = pending;
-                    let made = Container::create(&self.poller, &create, spec, &device);
+                    let made = Container::create(&self.poller, &create, spec, &devices);
                     let result = made.map(|container| {
                         self.containers.insert(create.container, container);
                         Answer::Done

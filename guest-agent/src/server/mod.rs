@@ -125,6 +125,8 @@ pub struct Server {
     names: Names,
     transfers: Transfers,
     stillness: Stillness,
+    /// From before the first container on, in a template; see [`cgroup::prepare_programs`].
+    programs: Option<OwnedFd>,
     containers: BTreeMap<String, Container>,
     /// Creates that wait for their disk.
     pending: Vec<PendingCreate>,
@@ -171,6 +173,7 @@ impl Server {
             names: Names::new(Rc::clone(&poller), transport.listen_for_names()?)?,
             transfers: Transfers::default(),
             stillness: Stillness::default(),
+            programs: None,
             poller,
             transport,
             signals,

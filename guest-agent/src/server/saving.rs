@@ -19,6 +19,7 @@ use super::{
     control::Epoch,
 };
 use crate::{
+    cgroup,
     error::{Context, Result, conflict, internal, invalid},
     log, sys,
 };
@@ -89,6 +90,10 @@ impl Server {
         }
         if !self.transfers.is_empty() {
             return Err(conflict("files are being copied"));
+        }
+        if self.containers.is_empty() && self.programs.is_none() {
+            // To be saved without a container is to become a template.
+            self.programs = cgroup::prepare_programs().map_err(log::warn).ok();
         }
         if let Err(error) = self.freeze() {
             self.unfreeze();

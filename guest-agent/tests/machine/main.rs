@@ -194,6 +194,7 @@ fn create(machine: &Machine, id: &str, changes: Value) -> Call {
         shares: None,
         copy_up: Vec::new(),
         sockets: Vec::new(),
+        disks: Vec::new(),
     }))
 }
 

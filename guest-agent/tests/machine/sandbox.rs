@@ -232,7 +232,7 @@ impl Layer {
 /// A formatted disk.
 pub(crate) fn new_disk(directory: &Path) -> PathBuf {
     let (template, disk) = (directory.join("template"), directory.join("disk"));
-    disk::template(&template, DISK_SIZE).expect("template");
+    disk::template(&template, DISK_SIZE, disk::Purpose::WritableLayer).expect("template");
     disk::clone(&template, &disk).expect("disk");
     disk
 }

@@ -73,6 +73,32 @@ fn exec_it_is_a_terminal_that_follows_the_window_s_size() -> Test {
 }
 
 #[test]
+fn the_keys_leave_a_terminal_and_the_process_goes_on() -> Test {
+    let docker = docker()?;
+    let container = docker.container();
+    let name = container.name();
+    let mut run = Terminal::start(docker.command(&["run", "-it", "--name", name, "busybox", "sh"]), 24, 80)?;
+    run.read_until("# ")?;
+    run.type_text("\u{10}\u{11}")?;
+    assert_eq!(run.wait()?, 0);
+    let attach = ["attach", "--detach-keys", "ctrl-x,y", name];
+    let mut attached = Terminal::start(docker.command(&attach), 24, 80)?;
+    attached.type_text("echo goes''-on\n")?;
+    attached.read_until("goes-on")?;
+    attached.type_text("\u{18}y")?;
+    attached.wait()?;
+    let mut exec = Terminal::start(docker.command(&["exec", "-it", name, "sh"]), 24, 80)?;
+    exec.read_until("# ")?;
+    exec.type_text("\u{10}\u{11}")?;
+    exec.wait()?;
+    assert_eq!(docker.inspect(name, "{{.State.Running}} {{len .ExecIDs}}")?, "true 1");
+    let filters = ["event=detach", "event=exec_detach", &format!("container={name}")];
+    let events = docker.events(&filters, "{{.Action}} {{.Actor.Attributes.name}}")?;
+    assert_eq!(events, format!("detach {name}\ndetach {name}\nexec_detach {name}"));
+    Ok(())
+}
+
+#[test]
 fn run_it_is_a_terminal_and_its_code_comes_back() -> Test {
     let docker = docker()?;
     let mut terminal = Terminal::start(docker.command(&["run", "-it", "--rm", "busybox", "sh"]), 24, 80)?;
@@ -81,6 +107,17 @@ fn run_it_is_a_terminal_and_its_code_comes_back() -> Test {
     terminal.read_until("terminal")?;
     terminal.type_text("exit 6\n")?;
     assert_eq!(terminal.wait()?, 6);
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_in_a_terminal_ends_what_runs_there() -> Test {
+    let docker = docker()?;
+    let words = ["run", "-it", "--rm", "--init", "busybox", "sh", "-c", "echo up; exec sleep 1000"];
+    let mut terminal = Terminal::start(docker.command(&words), 24, 80)?;
+    terminal.read_until("up")?;
+    terminal.type_text("\u{3}")?;
+    assert_eq!(terminal.wait()?, 130);
     Ok(())
 }
 

@@ -7,6 +7,46 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose
 
 use crate::Test;
 
+/// Opens a thousand connections that say nothing or begin a request and never end it, and then asks: prints the
+/// status line.
+const CROWD: &str = r#"
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+crowd = []
+for number in range(1000):
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(sys.argv[1])
+    if number % 2:
+        client.sendall(b"GET /_ping HTTP/1.1\r\nHost: a\r\nX-Slow: " + b"x" * (number % 100))
+    crowd.append(client)
+asks = socket.socket(socket.AF_UNIX)
+asks.settimeout(60)
+asks.connect(sys.argv[1])
+asks.sendall(b"GET /_ping HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+print(asks.recv(100).split(b"\r\n")[0].decode())
+endless = socket.socket(socket.AF_UNIX)
+endless.settimeout(60)
+endless.connect(sys.argv[1])
+try:
+    endless.sendall(b"GET /_ping HTTP/1.1\r\n" + b"A: b\r\n" * 1000000)
+    print(endless.recv(100).split(b"\r\n")[0].decode())
+except OSError as error:
+    print("cut")
+"#;
+
+#[test]
+fn a_thousand_idle_and_slow_connections_keep_nobody_else_out() -> Test {
+    with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
+        let host = Host::from_env()?;
+        let answers = host.sh("python3 -c \"$1\" \"$2\"", &[CROWD, &daemon.inner_socket()])?;
+        let lines: Vec<&str> = answers.lines().collect();
+        assert_eq!(lines.first(), Some(&"HTTP/1.1 200 OK"));
+        assert!(lines.last().is_some_and(|last| *last == "cut" || last.contains(" 431 ")), "{answers}");
+        assert!(daemon.docker().ok(&["version", "--format", "{{.Server.Os}}"])? == "linux");
+        Ok(())
+    })
+}
+
 #[test]
 fn a_hangup_reads_the_configuration_anew_and_a_bad_one_changes_nothing() -> Test {
     let host = Host::from_env()?;
@@ -50,6 +90,41 @@ fn a_hangup_reads_the_configuration_anew_and_a_bad_one_changes_nothing() -> Test
             metrics.contains("engine_daemon_container_states_containers{state=\"running\"} 0"),
             "{metrics}"
         );
+        Ok(())
+    })
+}
+
+/// What systemd does for a socket unit.
+const ACTIVATE: &str = r#"
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.dup2(listener.fileno(), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="bulkhead.socket")
+os.execvp(sys.argv[2], sys.argv[2:])
+"#;
+
+#[test]
+fn a_socket_of_systemd_s_is_served_and_stays_when_the_daemon_ends() -> Test {
+    let host = Host::from_env()?;
+    let scratch = host.scratch()?;
+    let socket = scratch.join("passed.sock");
+    let options = DaemonOptions {
+        wrapper: ["python3", "-c", ACTIVATE, &socket].map(str::to_owned).to_vec(),
+        arguments: ["--host", "fd://bulkhead.socket"].map(str::to_owned).to_vec(),
+        ..Suite::from_env()?.daemon_options()
+    };
+    with_daemon(options, |daemon| {
+        let forward = host.forward(&socket)?;
+        let passed = bulkhead_tests::Docker::new(forward.address());
+        let id = |docker: &bulkhead_tests::Docker| docker.ok(&["info", "--format", "{{.ID}}"]);
+        assert_eq!(id(&passed)?, id(&daemon.docker())?);
+        daemon.stop()?;
+        // It is systemd's: clients that come now wait for the next daemon.
+        host.sh("test -S \"$1\" && rm \"$1\"", &[&socket])?;
+        daemon.start_again()?;
+        assert_eq!(id(&passed)?, id(&daemon.docker())?);
         Ok(())
     })
 }

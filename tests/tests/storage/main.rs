@@ -1,9 +1,12 @@
 //! Volumes, bind mounts and the writable layer: the real docker CLI on the shared daemon.
 
 mod binds;
+mod disks;
 mod layer;
 mod locks;
+mod posix;
 mod space;
+mod sqlite;
 mod volumes;
 mod window;
 

@@ -38,7 +38,7 @@ fn a_named_volume_is_filled_once_kept_and_shared() -> Test {
         "rm /data/sub/file; echo changed >/data/link; mkfifo /data/pipe; ln -s x /data/s",
     ])?;
     let from = format!("{}:ro", first.name());
-    let script = "cat /data/link; ls /data; echo no >/data/new 2>&1 || mount -o remount,rw /data; touch /data/new 2>&1";
+    let script = "cat /data/link; ls /data; (echo no >/data/new) 2>&1; mount -o remount,rw /data; touch /data/new 2>&1 || true";
     let second = docker.run(&[
         "run",
         "--rm",
@@ -63,6 +63,10 @@ fn a_named_volume_is_filled_once_kept_and_shared() -> Test {
     let (host, _) = host()?;
     ensure!(host.sh("cat \"$1/link\"; echo host >\"$1/from-host\"", &[&path])? == "changed");
     ensure!(first.exec(&["cat", "/data/from-host"])? == "host", "what the host writes is seen at once");
+    // A container that has ended shows its volumes to `cp`.
+    first.docker(&["kill"])?;
+    let copied = docker.run(&["cp", &format!("{}:/data/from-host", first.name()), "-"])?;
+    ensure!(copied.code == 0 && copied.text().contains("host\n"), "{copied:?}");
     first.docker(&["rm", "-f"])?;
     docker.ok(&["volume", "rm", &volume.name])?;
     let gone = docker.run(&["volume", "inspect", &volume.name])?;
@@ -85,7 +89,8 @@ fn anonymous_volumes_go_with_their_container_and_a_prune_takes_the_rest() -> Tes
         || docker.ok(&["volume", "ls", "-q"]).map(|list| list.lines().map(str::to_owned).collect::<Vec<_>>());
     let name = |container: &str| docker.inspect(container, "{{(index .Mounts 0).Name}}");
     let kept = docker.container();
-    docker.ok(&["create", "--name", kept.name(), "-v", "/anonymous", "busybox", "true"])?;
+    let mount = format!("type=volume,target=/anonymous,volume-label={label}=1");
+    docker.ok(&["create", "--name", kept.name(), "--mount", &mount, "busybox", "true"])?;
     let of_kept = name(kept.name())?;
     ensure!(dangling()?.contains(&of_kept));
     // `--rm` takes its own along, and not that of whom it got it from.
@@ -99,15 +104,23 @@ fn anonymous_volumes_go_with_their_container_and_a_prune_takes_the_rest() -> Tes
         "busybox",
         "sh",
         "-c",
-        "touch /own/x /anonymous/x",
+        "touch /own/x; head -c 300000 /dev/zero >/anonymous/x; ln /anonymous/x /anonymous/y",
     ])?;
     ensure!(
         docker.ok(&["volume", "ls", "-q", "--filter", "dangling=true"])?.lines().all(|name| name != of_kept)
     );
+    let shown = || -> anyhow::Result<String> {
+        let table = docker.ok(&["system", "df", "-v"])?;
+        let row = table.lines().find(|line| line.starts_with(&of_kept)).unwrap_or_default();
+        Ok(row.split_whitespace().skip(1).collect::<Vec<_>>().join(" "))
+    };
+    ensure!(shown()? == "1 300kB", "{}", shown()?);
     kept.docker(&["rm"])?;
     ensure!(dangling()?.contains(&of_kept), "without -v it stays");
-    let pruned = docker.ok(&["volume", "prune", "-f"])?;
+    ensure!(shown()? == "0 300kB", "{}", shown()?);
+    let pruned = docker.ok(&["volume", "prune", "-f", "--filter", &format!("label={label}=1")])?;
     ensure!(pruned.contains(&of_kept) && !pruned.contains(&volume.name), "{pruned}");
+    ensure!(pruned.contains("Total reclaimed space: 300kB"), "{pruned}");
     let pruned = docker.ok(&["volume", "prune", "-f", "-a", "--filter", &filter])?;
     ensure!(pruned.contains(&volume.name), "{pruned}");
     let gone = docker.container();

@@ -7,18 +7,20 @@
 //!    │ AttachServer + 2 fds ────────────────────────────────────────────────▶
 //!    │                           │◀── [`Call`]: a request lies in a slot ───│  channel: a pair of
 //!    │                           │─── [`Return`]: the reply lies there ────▶│  seqpacket sockets
+//!    │                           │─── or: put off; later: settled ─────────▶│
 //!    │                           └──── [`SLOTS`] slots of shared memory ────┘  area: a sealed memory file
 //! ```
 //!
 //! A slot is the VMM's until its number is sent and again from its return on. A call is returned once, in any
-//! order. The server ends when the channel does.
+//! order. One that has to wait for a lock is put off, and settled later by its ticket: a slot is held by nobody who
+//! waits, since whoever ends the wait needs one. The server ends when the channel does.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{FdNumber, Jail};
 
 /// Version of [`ShareConfig`]. A server refuses another.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// How many requests can be under way.
 pub const SLOTS: u32 = 16;
@@ -82,26 +84,71 @@ pub struct Call {
     pub request: u32,
     /// Bytes that the guest has room for, the reply's header among them.
     pub room: u32,
+    /// A number of the VMM's that no other call has which is under way or put off.
+    pub ticket: u32,
 }
 
-/// From the server: a call is done.
+/// From the server: what became of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Return {
-    /// As it was called.
-    pub slot: u32,
-    /// Bytes of the reply at the slot's beginning; 0: there is none.
-    pub reply: u32,
+pub enum Return {
+    /// It is done.
+    Done {
+        /// As it was called.
+        slot: u32,
+        /// Bytes of the reply at the slot's beginning; 0: there is none.
+        reply: u32,
+    },
+    /// It waits for a lock. The slot is free, and has no reply.
+    PutOff {
+        /// As it was called.
+        slot: u32,
+    },
+    /// One that was put off is done. Its reply has no content.
+    Settled {
+        /// As it was called.
+        ticket: u32,
+        /// An error number of Linux's; 0: none.
+        error: u32,
+    },
 }
 
 impl Call {
+    /// Length of its datagram.
+    pub const SIZE: usize = 16;
+
+    /// The datagram.
+    #[must_use]
+    pub fn encode(self) -> [u8; Self::SIZE] {
+        let mut bytes = [0; Self::SIZE];
+        let numbers = [self.slot, self.request, self.room, self.ticket];
+        for (part, number) in bytes.chunks_exact_mut(4).zip(numbers) {
+            part.copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// None where it is no such datagram.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let [slot, request, room, ticket] = numbers(bytes)?;
+        Some(Self { slot, request, room, ticket })
+    }
+}
+
+impl Return {
     /// Length of its datagram.
     pub const SIZE: usize = 12;
 
     /// The datagram.
     #[must_use]
     pub fn encode(self) -> [u8; Self::SIZE] {
+        let numbers = match self {
+            Self::Done { slot, reply } => [0, slot, reply],
+            Self::PutOff { slot } => [1, slot, 0],
+            Self::Settled { ticket, error } => [2, ticket, error],
+        };
         let mut bytes = [0; Self::SIZE];
-        for (part, number) in bytes.chunks_exact_mut(4).zip([self.slot, self.request, self.room]) {
+        for (part, number) in bytes.chunks_exact_mut(4).zip(numbers) {
             part.copy_from_slice(&number.to_le_bytes());
         }
         bytes
@@ -110,30 +157,12 @@ impl Call {
     /// None where it is no such datagram.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let [slot, request, room] = numbers(bytes)?;
-        Some(Self { slot, request, room })
-    }
-}
-
-impl Return {
-    /// Length of its datagram.
-    pub const SIZE: usize = 8;
-
-    /// The datagram.
-    #[must_use]
-    pub fn encode(self) -> [u8; Self::SIZE] {
-        let mut bytes = [0; Self::SIZE];
-        for (part, number) in bytes.chunks_exact_mut(4).zip([self.slot, self.reply]) {
-            part.copy_from_slice(&number.to_le_bytes());
+        match numbers(bytes)? {
+            [0, slot, reply] => Some(Self::Done { slot, reply }),
+            [1, slot, 0] => Some(Self::PutOff { slot }),
+            [2, ticket, error] => Some(Self::Settled { ticket, error }),
+            _ => None,
         }
-        bytes
-    }
-
-    /// None where it is no such datagram.
-    #[must_use]
-    pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let [slot, reply] = numbers(bytes)?;
-        Some(Self { slot, reply })
     }
 }
 
@@ -149,11 +178,17 @@ mod tests {
 
     #[test]
     fn datagrams_are_read_as_they_were_written_and_not_otherwise() {
-        let call = Call { slot: 1, request: u32::MAX, room: 3 };
+        let call = Call { slot: 1, request: u32::MAX, room: 3, ticket: 4 };
         assert_eq!(Call::decode(&call.encode()), Some(call));
-        let back = Return { slot: 7, reply: 16 };
-        assert_eq!(Return::decode(&back.encode()), Some(back));
-        assert_eq!(Call::decode(&back.encode()), None);
+        for back in [
+            Return::Done { slot: 7, reply: 16 },
+            Return::PutOff { slot: 7 },
+            Return::Settled { ticket: 9, error: 37 },
+        ] {
+            assert_eq!(Return::decode(&back.encode()), Some(back));
+            assert_eq!(Call::decode(&back.encode()), None);
+        }
+        assert_eq!(Return::decode(&[3; 12]), None);
         assert_eq!(Return::decode(&call.encode()), None);
         assert_eq!(Call::decode(&call.encode()[..11]), None);
     }

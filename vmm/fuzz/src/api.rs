@@ -100,6 +100,7 @@ fn create(bytes: &[u8]) {
             daemon,
             network: &NetworkFacts::default(),
             resolv_conf: "nameserver 192.0.2.1\n",
+            binds: &[],
         };
         let made = spec::container(&facts).expect("what is valid can be made");
         let mut exec = exec::CreateRequest {

@@ -67,5 +67,5 @@ macro_rules! bounded {
 }
 
 bounded!(
-    agent_frames api_auth api_create api_filters api_reference api_route balloon block config control device_state fs fuse layer machine_state mem mmio net packets ports rng vsock
+    agent_frames api_auth api_create api_filters api_reference api_route balloon block config control device_state fs fuse layer machine_state mem mmio net packets ports rng shares vsock
 );

@@ -10,13 +10,14 @@
 //! | `mmio` | guest | accesses to the registers of a device, from its reset on |
 //! | `ports` | guest | port I/O to the legacy devices |
 //! | `fuse` | guest | one FUSE request after the other, in sound chains |
+//! | `shares` | guest | one FUSE request after the other to a share server, which must leave alone what is beside the shares |
 //! | `packets` | guest | one vsock packet after the other, in sound chains |
 //! | `device_state` | a disk that the state came back from | a device's saved state, then its use |
 //! | `machine_state` | likewise | a state file with a right checksum |
 //! | `config` `control` | whoever speaks for the daemon | the configuration, and requests |
 
 mod devices;
-mod input;
+pub(crate) mod input;
 mod state;
 mod text;
 mod transport;
@@ -34,6 +35,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("rng", devices::rng),
     ("vsock", devices::vsock),
     ("fuse", devices::fuse),
+    ("shares", crate::shares::fuzzing::shares),
     ("packets", devices::packets),
     ("mmio", transport::mmio),
     ("ports", transport::ports),

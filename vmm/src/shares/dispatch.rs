@@ -19,7 +19,7 @@ use super::{
     Result,
     area::Slot,
     handles::Open,
-    locks,
+    index, locks,
     server::{MAX_XATTR, Server},
 };
 use crate::devices::virtio::fs::wire::{self, InHeader, MAX_NAME, OutHeader, ROOT_ID, Wire, init, opcode};
@@ -89,7 +89,7 @@ pub(super) fn serve(server: &Server, request: &Request, slot: Slot<'_>) -> Reply
         }
         opcode::INTERRUPT => Reply::None,
         opcode::READ => read(server, request, slot).map_or_else(Reply::Error, Reply::Filled),
-        opcode::SETLK | opcode::SETLKW => match set_lock(server, header, body) {
+        opcode::SETLK | opcode::SETLKW => match set_lock(server, request) {
             Ok(()) => Reply::Bytes(Vec::new()),
             Err(Errno::AGAIN) if header.opcode == opcode::SETLKW => Reply::Waits,
             Err(errno) => Reply::Error(errno),
@@ -249,8 +249,13 @@ fn answer(server: &Server, request: &Request, slot: Slot<'_>) -> Result<Vec<u8>>
         opcode::SYNCFS => server.sync(node).map(done)?,
         opcode::GETLK => {
             let asked: wire::LkIn = take(body)?;
-            let file = owners_file(server, node, &asked)?;
-            Ok(wire::encode(&locks::get(&file, &asked.lock)?))
+            let found = if server.is_index_lock(node, &asked.lock) {
+                server.handles.get(asked.fh, node)?.file()?;
+                server.owners.indexes.get(node, &asked, || server.open_for_locks(node))?
+            } else {
+                locks::get(&*owners_file(server, node, &asked)?, &asked.lock)?
+            };
+            Ok(wire::encode(&found))
         }
         _ => Err(Errno::NOSYS),
     }
@@ -303,14 +308,24 @@ fn copy_range(server: &Server, node: u64, asked: &wire::CopyFileRangeIn) -> Resu
     Ok(wire::encode(&wire::WriteOut { size: u32::try_from(copied).unwrap_or(0), padding: 0 }))
 }
 
-fn set_lock(server: &Server, header: &InHeader, mut body: &[u8]) -> Result<()> {
+/// SETLK, and a try of SETLKW: EAGAIN where somebody else's lock is in the way.
+pub(super) fn set_lock(server: &Server, request: &Request) -> Result<()> {
     const FLOCK: u32 = 1;
-    let asked: wire::LkIn = take(&mut body)?;
+    let header = &request.header;
+    let asked: wire::LkIn = take(&mut request.body.as_slice())?;
     if asked.lk_flags & FLOCK != 0 {
         let handle = server.handles.get(asked.fh, header.nodeid)?;
         return locks::flock(handle.file()?, asked.lock.kind);
     }
-    locks::set(&*owners_file(server, header.nodeid, &asked)?, &asked.lock)
+    let node = header.nodeid;
+    if server.is_index_lock(node, &asked.lock) {
+        server.handles.get(asked.fh, node)?.file()?;
+        return server.owners.indexes.set(node, &asked, || server.open_for_locks(node));
+    }
+    if index::is_covered(&asked.lock) {
+        server.owners.indexes.closed(node, asked.owner);
+    }
+    locks::set(&*owners_file(server, node, &asked)?, &asked.lock)
 }
 
 fn owners_file(

@@ -75,6 +75,12 @@ impl Handles {
         table.open.get(&number).filter(|handle| handle.node == node).cloned().ok_or(Errno::BADF)
     }
 
+    /// Whether the node is open. Looks at all: for what is rarely asked.
+    pub(super) fn has(&self, node: u64) -> bool {
+        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        table.open.values().any(|handle| handle.node == node)
+    }
+
     /// Closes one. What is being done with it comes to its end first.
     pub(super) fn remove(&self, number: u64) {
         let removed = self.0.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&number);

@@ -10,24 +10,22 @@
 //! descriptor: when the owner flushes the file (each close does), or the handle by which the lock was taken is
 //! released.
 //!
-//! A lock that is waited for is tried again and again ([`Waiting`]), so that no worker stands still. Linux cannot
-//! interrupt a request of virtio-fs, so a wait ends after [`PATIENCE`] with EINTR: a process that was killed can
-//! go, and one that was not waits anew, as programs do after EINTR.
+//! A lock that is waited for is tried again and again ([`Waiting`]), so that neither a worker nor a slot stands still.
+//! Linux cannot interrupt a request of virtio-fs: who waits, waits until the lock is there, whatever signals come. To
+//! answer EINTR now and then would be worse: `fuse_setlk` makes ERESTARTSYS of it, which a process sees as error 512
+//! where no signal is pending.
 
 use std::{
     collections::HashMap,
     os::fd::{AsRawFd, OwnedFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::{fs::FlockOperation, io::Errno};
 
-use super::Result;
+use super::{Result, index::Indexes};
 use crate::devices::virtio::fs::wire::{FileLock, LkIn};
-
-/// How long one request waits for a lock.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How often a lock that is waited for is tried: soon, then more and more rarely.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -36,13 +34,20 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 /// The most owners of locks, each with an open file.
 const MOST_OWNERS: usize = 4096;
 
+/// The most requests that wait for one. A guest's queues hold fewer.
+const MOST_WAITING: usize = 4096;
+
 const F_RDLCK: u32 = libc::F_RDLCK as u32;
 const F_WRLCK: u32 = libc::F_WRLCK as u32;
 const F_UNLCK: u32 = libc::F_UNLCK as u32;
 
 /// Who holds `fcntl` locks, on which node.
 #[derive(Debug, Default)]
-pub(super) struct Owners(Mutex<HashMap<(u64, u64), Owner>>);
+pub(super) struct Owners {
+    owners: Mutex<HashMap<(u64, u64), Owner>>,
+    /// Those of a lock that is their guest's.
+    pub(super) indexes: Indexes,
+}
 
 #[derive(Debug)]
 struct Owner {
@@ -53,7 +58,7 @@ struct Owner {
 
 impl Owners {
     fn lock(&self) -> MutexGuard<'_, HashMap<(u64, u64), Owner>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The file of an owner, opened by `open` where it has none yet.
@@ -80,16 +85,19 @@ impl Owners {
     pub(super) fn closed(&self, node: u64, owner: u64) {
         let gone = self.lock().remove(&(node, owner));
         drop(gone);
+        self.indexes.closed(node, owner);
     }
 
     /// A handle is released for good: so do the locks that were taken by it alone.
     pub(super) fn released(&self, node: u64, handle: u64) {
         self.lock().retain(|(of, _), owner| *of != node || owner.handle != handle);
+        self.indexes.released(node, handle);
     }
 
     /// Ends all.
     pub(super) fn clear(&self) {
         self.lock().clear();
+        self.indexes.clear();
     }
 }
 
@@ -165,7 +173,9 @@ pub(super) struct Waiting<T> {
 
 #[derive(Debug)]
 struct State<T> {
-    requests: Vec<(T, Instant)>,
+    requests: Vec<T>,
+    /// Among them those that are just being tried.
+    count: usize,
     /// A lock may have ended.
     stirred: bool,
     closed: bool,
@@ -173,7 +183,7 @@ struct State<T> {
 
 impl<T> Default for Waiting<T> {
     fn default() -> Self {
-        let state = State { requests: Vec::new(), stirred: false, closed: false };
+        let state = State { requests: Vec::new(), count: 0, stirred: false, closed: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 }
@@ -183,10 +193,16 @@ impl<T> Waiting<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether no more can wait.
+    pub(super) fn is_full(&self) -> bool {
+        self.lock().count >= MOST_WAITING
+    }
+
     /// Puts a request off.
     pub(super) fn add(&self, request: T) {
         let mut state = self.lock();
-        state.requests.push((request, Instant::now() + PATIENCE));
+        state.requests.push(request);
+        state.count += 1;
         state.stirred = true;
         self.changed.notify_all();
     }
@@ -206,9 +222,8 @@ impl<T> Waiting<T> {
         self.changed.notify_all();
     }
 
-    /// Tries those that wait until it is closed. `again` is told of a request and whether its time is up, and
-    /// says whether it is done.
-    pub(super) fn run(&self, mut again: impl FnMut(&T, bool) -> bool) {
+    /// Tries those that wait until it is closed. `again` says whether a request is done.
+    pub(super) fn run(&self, mut again: impl FnMut(&T) -> bool) {
         let mut pause = FIRST_PAUSE;
         let mut state = self.lock();
         while !state.closed {
@@ -226,10 +241,13 @@ impl<T> Waiting<T> {
             state.stirred = false;
             let mut requests = std::mem::take(&mut state.requests);
             drop(state);
-            let now = Instant::now();
-            requests.retain(|(request, until)| !again(request, now >= *until));
+            let before = requests.len();
+            requests.retain(|request| !again(request));
             state = self.lock();
-            state.requests.extend(requests);
+            state.count -= before - requests.len();
+            // Who has waited longest is tried first.
+            requests.append(&mut state.requests);
+            state.requests = requests;
         }
     }
 }
@@ -309,7 +327,7 @@ mod tests {
         let thread = std::thread::spawn({
             let (waiting, tries) = (Arc::clone(&waiting), Arc::clone(&tries));
             move || {
-                waiting.run(|request: &u32, _| {
+                waiting.run(|request: &u32| {
                     tries.lock().unwrap().push(*request);
                     tries.lock().unwrap().len() >= 5
                 });

@@ -14,11 +14,15 @@
 //! * `area`: the memory that both sides share.
 //! * `service`: the channel, the workers.
 //! * `dispatch`: from a request to an operation and back.
-//! * `server`: the operations; `nodes`, `handles`, `locks`: what the guest knows, has open, holds.
+//! * `server`: the operations; `nodes`, `handles`, `locks`: what the guest knows, has open, holds; `index`: one lock
+//!   that is not as it seems.
 
 pub mod area;
 mod dispatch;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod handles;
+mod index;
 mod locks;
 mod nodes;
 mod process;

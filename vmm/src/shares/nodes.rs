@@ -179,6 +179,16 @@ impl Nodes {
         self.nodes.get(&id).map(|node| (node.share, node.kind)).ok_or(Errno::STALE)
     }
 
+    /// Whether its name ends so.
+    pub(super) fn name_ends_with(&self, id: u64, suffix: &[u8]) -> bool {
+        self.nodes.get(&id).is_some_and(|node| node.name.ends_with(suffix))
+    }
+
+    /// Whether it has no name that the guest would go by: it has removed it itself, or never had one.
+    pub(super) fn may_be_nameless(&self, id: u64) -> bool {
+        self.nodes.get(&id).is_none_or(|node| node.lost || node.parent == ROOT_ID)
+    }
+
     /// Whether it is the root of its share.
     pub(super) fn is_share_root(&self, id: u64) -> bool {
         self.nodes.get(&id).is_some_and(|node| node.parent == ROOT_ID)

@@ -20,13 +20,14 @@ use rustix::{
 use super::{
     Result,
     handles::{Handle, Handles, Open},
+    index,
     locks::Owners,
     nodes::{Nodes, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Stat, open_beneath, open_name},
 };
 use crate::devices::virtio::fs::{
     directory::{self, Listing},
     server::check_name,
-    wire::{Attr, AttrOut, EntryOut, InHeader, MknodIn, OpenOut, ROOT_ID, SetattrIn, fattr, fopen},
+    wire::{Attr, AttrOut, EntryOut, FileLock, InHeader, MknodIn, OpenOut, ROOT_ID, SetattrIn, fattr, fopen},
 };
 
 /// The longest symbolic link target.
@@ -124,8 +125,12 @@ impl Server {
             return self.enter_share(index.ok_or(Errno::NOENT)?);
         }
         let found = self.directory(parent)?;
-        let file = open_name(&*found.file, name)?;
-        self.remember(&found, parent, name, file)
+        match open_name(&*found.file, name) {
+            Ok(file) => self.remember(&found, parent, name, file),
+            // In a directory that was removed there is nothing; but there may be another of its name.
+            Err(Errno::NOENT) => self.still_there(parent, &Stat::of(&*found.file)?).and(Err(Errno::NOENT)),
+            Err(errno) => Err(errno),
+        }
     }
 
     fn enter_share(&self, index: usize) -> Result<EntryOut> {
@@ -162,10 +167,19 @@ impl Server {
             Some((Open::File(file), Ok((share, _)))) => (self.shares.get(share), Stat::of(file)?),
             _ => {
                 let found = self.node(node)?;
-                (Some(found.share), Stat::of(&*found.file)?)
+                let stat = Stat::of(&*found.file)?;
+                self.still_there(node, &stat)?;
+                (Some(found.share), stat)
             }
         };
         Ok((self.told(share.ok_or(Errno::STALE)?, &stat), stat.born))
+    }
+
+    /// Checks that a file which the guest knows by a name has one. Where somebody else has removed or replaced it, the
+    /// guest's name is out of date: at ESTALE its kernel looks it up again, and goes on with what is there now.
+    fn still_there(&self, node: u64, stat: &Stat) -> Result<()> {
+        let gone = stat.attr.nlink == 0 && !self.nodes().may_be_nameless(node) && !self.handles.has(node);
+        if gone { Err(Errno::STALE) } else { Ok(()) }
     }
 
     fn told(&self, share: &Share, stat: &Stat) -> AttrOut {
@@ -355,6 +369,7 @@ impl Server {
         if found.share.read_only && writes(flags) {
             return Err(Errno::ROFS);
         }
+        self.still_there(node, &Stat::of(&*found.file)?)?;
         let file = self.open_again(&found.file, flags)?;
         self.opened(found.share, node, file)
     }
@@ -510,6 +525,13 @@ impl Server {
             return Ok(None);
         }
         self.open_again(&found.file, OFlags::RDONLY).map(Some)
+    }
+
+    /// Whether it is SQLite's lock of an index, see [`super::index`].
+    pub(super) fn is_index_lock(&self, node: u64, lock: &FileLock) -> bool {
+        index::is_meant(lock)
+            && self.nodes().name_ends_with(node, index::SUFFIX)
+            && self.node(node).is_ok_and(|found| !found.share.read_only)
     }
 
     /// For a process's locks: the file opened once more.

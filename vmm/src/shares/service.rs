@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   VMM ── Call ──▶ channel ──▶ one of the workers ──▶ dispatch ──▶ slot ── Return ──▶ VMM
-//!                                      │ the lock is another's              ▲
+//!                                      │ the lock is another's: PutOff      ▲ Settled
 //!                                      └──▶ waiting ── a thread of its own ─┘
 //! ```
 //!
@@ -29,6 +29,7 @@ pub(super) struct Service {
     pub(super) server: Server,
     pub(super) area: Area,
     pub(super) channel: OwnedFd,
+    /// By ticket.
     waiting: Waiting<(u32, Request)>,
 }
 
@@ -63,14 +64,13 @@ impl Service {
 
     /// The thread that tries again for those who wait for locks.
     pub(super) fn wait_for_locks(&self) {
-        self.waiting.run(|(number, request), in_vain| {
-            let Some(slot) = self.area.slot(*number) else { return true };
-            let reply = match dispatch::serve(&self.server, request, slot) {
-                Reply::Waits if in_vain => Reply::Error(Errno::INTR),
-                Reply::Waits => return false,
-                reply => reply,
+        self.waiting.run(|(ticket, request)| {
+            let error = match dispatch::set_lock(&self.server, request) {
+                Err(Errno::AGAIN) => return false,
+                Err(errno) => errno.raw_os_error().cast_unsigned(),
+                Ok(()) => 0,
             };
-            self.answer(*number, slot, &request.header, &reply);
+            self.tell(Return::Settled { ticket: *ticket, error });
             true
         });
     }
@@ -82,7 +82,12 @@ impl Service {
             return self.give_back(call.slot, 0);
         };
         let reply = match dispatch::serve(&self.server, &request, slot) {
-            Reply::Waits => return self.waiting.add((call.slot, request)),
+            Reply::Waits if self.waiting.is_full() => Reply::Error(Errno::NOLCK),
+            Reply::Waits => {
+                // First: whoever settles it must not overtake this.
+                self.tell(Return::PutOff { slot: call.slot });
+                return self.waiting.add((call.ticket, request));
+            }
             reply => reply,
         };
         self.answer(call.slot, slot, &request.header, &reply);
@@ -105,7 +110,11 @@ impl Service {
     }
 
     fn give_back(&self, slot: u32, reply: u32) {
-        let datagram = Return { slot, reply }.encode();
+        self.tell(Return::Done { slot, reply });
+    }
+
+    fn tell(&self, back: Return) {
+        let datagram = back.encode();
         // SAFETY: the buffer is as long as said.
         let _ = unsafe {
             libc::send(self.channel.as_raw_fd(), datagram.as_ptr().cast(), datagram.len(), libc::MSG_NOSIGNAL)

@@ -61,20 +61,22 @@ impl Guest {
         let slot = self.service.area.slot(SLOT).unwrap();
         assert!(slot.write(0, request));
         let request = u32::try_from(request.len()).unwrap();
-        self.service.serve(Call { slot: SLOT, request, room });
+        self.service.serve(Call { slot: SLOT, request, room, ticket: 0 });
         let mut datagram = [0; 16];
         let (length, _) = rustix::net::recv(&self.channel, &mut datagram[..], RecvFlags::DONTWAIT).unwrap();
-        let back = Return::decode(&datagram[..length]).unwrap();
-        assert_eq!(back.slot, SLOT);
-        if back.reply == 0 {
+        let length = match Return::decode(&datagram[..length]).unwrap() {
+            Return::Done { slot: SLOT, reply } => reply,
+            back => panic!("{back:?}"),
+        };
+        if length == 0 {
             return None;
         }
-        assert!(back.reply <= room.max(16), "{} bytes for {room}", back.reply);
-        let mut reply = vec![0; back.reply as usize];
+        assert!(length <= room.max(16), "{length} bytes for {room}");
+        let mut reply = vec![0; length as usize];
         assert!(self.service.area.slot(SLOT).unwrap().read(0, &mut reply));
         let mut rest = reply.as_slice();
         let header = OutHeader::take(&mut rest).unwrap();
-        assert_eq!(header.len, back.reply);
+        assert_eq!(header.len, length);
         Some((header, rest.to_vec()))
     }
 
@@ -132,12 +134,12 @@ impl Guest {
         Ok(decode::<wire::WriteOut>(&reply).size)
     }
 
+    /// By a handle, for an owner.
     fn lock(
         &mut self,
         opcode: u32,
         node: u64,
-        fh: u64,
-        owner: u64,
+        (fh, owner): (u64, u64),
         kind: i32,
         flock: bool,
     ) -> Result<Vec<u8>, Errno> {
@@ -386,7 +388,7 @@ fn node_ids_and_handles_are_nobody_elses() {
     let (answer, _) = guest.exchange(&forged, 4096).unwrap();
     assert_eq!(answer.error, -Errno::INVAL.raw_os_error());
     // Slots that are none, requests that are none.
-    guest.service.serve(Call { slot: u32::MAX, request: 100, room: 100 });
+    guest.service.serve(Call { slot: u32::MAX, request: 100, room: 100, ticket: 0 });
     assert!(guest.exchange(&[0; 39], 100).is_none());
     assert_eq!(fs::read_to_string(base.path().join("a")).unwrap(), "a");
 }
@@ -404,22 +406,22 @@ fn locks_exclude_the_host_and_end_with_their_owner() {
         // SAFETY: takes numbers.
         unsafe { libc::flock(host.as_raw_fd(), operation | libc::LOCK_NB) == 0 }
     };
-    guest.lock(opcode::SETLK, node, fh, 1, libc::F_WRLCK, true).unwrap();
+    guest.lock(opcode::SETLK, node, (fh, 1), libc::F_WRLCK, true).unwrap();
     assert!(!flock(libc::LOCK_SH));
-    assert_eq!(guest.lock(opcode::SETLK, node, other, 1, libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
+    assert_eq!(guest.lock(opcode::SETLK, node, (other, 1), libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
     guest.ask(opcode::RELEASE, node, &encode(&wire::ReleaseIn { fh, ..Default::default() })).unwrap();
     assert!(flock(libc::LOCK_EX));
-    assert_eq!(guest.lock(opcode::SETLK, node, other, 1, libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
+    assert_eq!(guest.lock(opcode::SETLK, node, (other, 1), libc::F_RDLCK, true).unwrap_err(), Errno::AGAIN);
     assert!(flock(libc::LOCK_UN));
 
-    guest.lock(opcode::SETLK, node, other, 7, libc::F_WRLCK, false).unwrap();
-    let reply = guest.lock(opcode::GETLK, node, other, 8, libc::F_RDLCK, false).unwrap();
+    guest.lock(opcode::SETLK, node, (other, 7), libc::F_WRLCK, false).unwrap();
+    let reply = guest.lock(opcode::GETLK, node, (other, 8), libc::F_RDLCK, false).unwrap();
     assert_eq!(decode::<FileLock>(&reply).kind, libc::F_WRLCK as u32);
-    assert_eq!(guest.lock(opcode::SETLK, node, other, 8, libc::F_WRLCK, false).unwrap_err(), Errno::AGAIN);
+    assert_eq!(guest.lock(opcode::SETLK, node, (other, 8), libc::F_WRLCK, false).unwrap_err(), Errno::AGAIN);
     guest
         .ask(opcode::FLUSH, node, &encode(&wire::FlushIn { fh: other, lock_owner: 7, ..Default::default() }))
         .unwrap();
-    guest.lock(opcode::SETLK, node, other, 8, libc::F_WRLCK, false).unwrap();
+    guest.lock(opcode::SETLK, node, (other, 8), libc::F_WRLCK, false).unwrap();
 }
 
 #[test]
@@ -441,18 +443,17 @@ fn who_waits_for_a_lock_gets_it_when_it_is_free() {
     let Guest { service, channel, .. } = &guest;
     std::thread::scope(|scope| {
         scope.spawn(|| service.wait_for_locks());
-        service.serve(Call { slot: 5, request: len, room: 4096 });
+        service.serve(Call { slot: 5, request: len, room: 4096, ticket: 77 });
         let mut datagram = [0; 16];
+        let (length, _) = rustix::net::recv(channel, &mut datagram[..], RecvFlags::DONTWAIT).unwrap();
+        assert_eq!(Return::decode(&datagram[..length]), Some(Return::PutOff { slot: 5 }));
         assert_eq!(
             rustix::net::recv(channel, &mut datagram[..], RecvFlags::DONTWAIT).unwrap_err(),
             Errno::AGAIN
         );
         drop(host);
         let (length, _) = rustix::net::recv(channel, &mut datagram[..], RecvFlags::empty()).unwrap();
-        assert_eq!(Return::decode(&datagram[..length]), Some(Return { slot: 5, reply: 16 }));
-        let mut answer = [0; 16];
-        assert!(service.area.slot(5).unwrap().read(0, &mut answer));
-        assert_eq!(decode::<OutHeader>(&answer), OutHeader { len: 16, error: 0, unique: 99 });
+        assert_eq!(Return::decode(&datagram[..length]), Some(Return::Settled { ticket: 77, error: 0 }));
         service.stop();
     });
 }
@@ -471,6 +472,36 @@ fn what_the_host_changes_is_seen_and_what_it_replaces_is_stale() {
     assert_ne!(guest.look_up(guest.root, "a").unwrap().nodeid, node);
     fs::set_permissions(base.path().join("a"), fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(guest.look_up(guest.root, "a").unwrap().attr.mode, 0o100_600);
+}
+
+#[test]
+fn a_name_that_is_out_of_date_is_looked_up_again() {
+    let base = tempfile::tempdir().unwrap();
+    fs::write(base.path().join("journal"), "old").unwrap();
+    fs::create_dir(base.path().join("d")).unwrap();
+    let mut guest = Guest::new(base.path(), false);
+    let journal = guest.look_up(guest.root, "journal").unwrap().nodeid;
+    let directory = guest.look_up(guest.root, "d").unwrap().nodeid;
+    let attributes = encode(&wire::GetattrIn::default());
+    fs::remove_file(base.path().join("journal")).unwrap();
+    assert_eq!(guest.open(journal, libc::O_RDONLY).unwrap_err(), Errno::STALE);
+    assert_eq!(guest.ask(opcode::GETATTR, journal, &attributes).unwrap_err(), Errno::STALE);
+    fs::remove_dir(base.path().join("d")).unwrap();
+    fs::create_dir(base.path().join("d")).unwrap();
+    fs::write(base.path().join("d/x"), "new").unwrap();
+    assert_eq!(guest.look_up(directory, "x").unwrap_err(), Errno::STALE);
+    let directory = guest.look_up(guest.root, "d").unwrap().nodeid;
+    assert_eq!(guest.look_up(directory, "y").unwrap_err(), Errno::NOENT);
+    // What is open, or was removed by the guest itself, goes on without a name.
+    let open = guest.look_up(directory, "x").unwrap().nodeid;
+    let fh = guest.open(open, libc::O_RDWR).unwrap();
+    fs::remove_file(base.path().join("d/x")).unwrap();
+    assert_eq!(decode::<AttrOut>(&guest.ask(opcode::GETATTR, open, &attributes).unwrap()).attr.nlink, 0);
+    assert_eq!(guest.read(open, fh, 0, 10).unwrap(), b"new");
+    fs::write(base.path().join("own"), "own").unwrap();
+    let own = guest.look_up(guest.root, "own").unwrap().nodeid;
+    guest.ask(opcode::UNLINK, guest.root, &named(&["own"])).unwrap();
+    guest.open(own, libc::O_RDONLY).unwrap();
 }
 
 #[test]

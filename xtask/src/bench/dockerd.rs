@@ -9,6 +9,8 @@ use bulkhead_tests::host::{Forward, Scratch};
 use bulkhead_tests::http::Client;
 use bulkhead_tests::{Docker, Host};
 
+use crate::deps;
+
 /// A dockerd in the host, with directories of its own; stopped when dropped.
 pub(crate) struct Dockerd {
     host: Host,
@@ -41,11 +43,14 @@ impl Dockerd {
     pub(crate) fn start(host: &Host, registry: &str, bridge: Bridge) -> Result<Dockerd> {
         let scratch = host.scratch()?;
         let (socket, log) = (scratch.join("d.sock"), scratch.join("log"));
+        let init = deps::find_program("tini-static")?.context("tini-static: cargo xtask deps")?;
         let script = "log=$1; shift; exec \"$@\" >\"$log\" 2>&1";
         let process = host
             .command("sh")
             .args(["-c", script, "sh", &log, "dockerd", "--iptables=false", "--ip6tables=false"])
             .args(bridge.arguments())
+            .arg("--init-path")
+            .arg(init)
             .args(["--data-root", &scratch.join("data"), "--exec-root", &scratch.join("exec")])
             .args(["--pidfile", &scratch.join("pid"), "--host", &format!("unix://{socket}")])
             .args(["--storage-driver", "overlay2", "--exec-opt", "native.cgroupdriver=cgroupfs"])

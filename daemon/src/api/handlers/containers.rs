@@ -1,5 +1,7 @@
 //! `/containers`.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, stream};
 use http::{Response, StatusCode, header::CONTENT_LENGTH};
@@ -10,7 +12,11 @@ use crate::{
         request::{Call, invalid_json},
         response::{Body, Reply, json, json_with, no_content, status, streamed},
         router::{Route, table},
-        stream::{Hijack, detach::DetachKeys, media_type},
+        stream::{
+            Hijack,
+            detach::{Detach, DetachKeys},
+            media_type,
+        },
         types::container::{CreateRequest, HostConfig, WaitResponse},
         version::ApiVersion,
     },
@@ -194,8 +200,8 @@ fn render_wait(response: &WaitResponse) -> Result<Bytes> {
     Ok(text.into())
 }
 
-/// What an attach asks for, and the keys that end it.
-fn attach_options(call: &Call) -> Result<(AttachOptions, DetachKeys)> {
+/// What an attach asks for, and how its terminal is left.
+fn attach_options(call: &Call) -> Result<(AttachOptions, Detach)> {
     let flag = |name: &str| call.query.boolean(name, false);
     let options = AttachOptions {
         logs: flag("logs"),
@@ -204,22 +210,24 @@ fn attach_options(call: &Call) -> Result<(AttachOptions, DetachKeys)> {
         stdout: flag("stdout"),
         stderr: flag("stderr"),
     };
-    Ok((options, DetachKeys::parse(call.query.get("detachKeys").unwrap_or_default())?))
+    let keys = DetachKeys::parse(call.query.get("detachKeys").unwrap_or_default())?;
+    let (engine, name) = (Arc::clone(&call.engine), call.name().to_owned());
+    Ok((options, Detach::new(keys, move || engine.container_detached(&name))))
 }
 
 async fn attach(call: Call) -> Result<Reply> {
-    let (options, keys) = attach_options(&call)?;
+    let (options, detach) = attach_options(&call)?;
     let attachment = call.engine.container_attach(call.name(), options).await?;
     let media_type = media_type(attachment.terminal, call.version);
-    let keys = attachment.terminal.then_some(keys);
-    Ok(Reply::Hijack(Hijack::stdio(call.headers(), media_type, attachment, keys)))
+    let detach = attachment.terminal.then_some(detach);
+    Ok(Reply::Hijack(Hijack::stdio(call.headers(), media_type, attachment, detach)))
 }
 
 async fn websocket(call: Call) -> Result<Reply> {
-    let (options, keys) = attach_options(&call)?;
+    let (options, detach) = attach_options(&call)?;
     let attachment = call.engine.container_attach(call.name(), options).await?;
-    let keys = attachment.terminal.then_some(keys);
-    Ok(Reply::Hijack(Hijack::websocket(call.headers(), attachment, keys)?))
+    let detach = attachment.terminal.then_some(detach);
+    Ok(Reply::Hijack(Hijack::websocket(call.headers(), attachment, detach)?))
 }
 
 async fn remove(call: Call) -> Result<Response<Body>> {

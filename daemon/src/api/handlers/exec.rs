@@ -1,5 +1,7 @@
 //! `/containers/{name}/exec` and `/exec`.
 
+use std::sync::Arc;
+
 use http::{Response, StatusCode};
 
 use super::containers::size;
@@ -8,7 +10,11 @@ use crate::{
         request::Call,
         response::{Body, Reply, json, json_with, status},
         router::{Route, table},
-        stream::{Hijack, detach::DetachKeys, media_type},
+        stream::{
+            Hijack,
+            detach::{Detach, DetachKeys},
+            media_type,
+        },
         types::exec::{CreateRequest, CreateResponse, StartRequest},
         version::ApiVersion,
     },
@@ -43,6 +49,8 @@ async fn start(mut call: Call) -> Result<Reply> {
     // Whether it has a terminal was said when it was created; whether its output is to come in frames is said now.
     let (raw, detach) = (request.tty, request.detach);
     let keys = exec_keys(&exec.detach_keys)?;
+    let (engine, exec_id) = (Arc::clone(&call.engine), id.clone());
+    let keys = Detach::new(keys, move || engine.exec_detached(&exec_id));
     let keys = exec.process_config.tty.then_some(keys);
     let starting = call.engine.exec_start(&id, request)?;
     if detach {

@@ -15,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use listen::Listener;
 pub use metrics::serve_metrics;
+use rustix::process::{Resource, getrlimit};
 use tokio::sync::{Semaphore, watch};
 
 use super::version;
@@ -35,7 +36,7 @@ impl std::fmt::Display for ServerName {
     }
 }
 
-/// How many connections are served at once; further ones wait.
+/// How many connections are served at once, where as many files may be open; further ones wait.
 const MAX_CONNECTIONS: usize = 4096;
 
 /// How long requests may go on after the server was told to stop.
@@ -62,7 +63,7 @@ pub fn bind(config: &Config) -> std::io::Result<Vec<Listener>> {
 /// # Errors
 /// A listener broke.
 pub async fn serve(engine: Arc<Engine>, listeners: Vec<Listener>, stop: watch::Receiver<bool>) -> Result<()> {
-    let limit = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let limit = Arc::new(Semaphore::new(max_connections(getrlimit(Resource::Nofile).current)));
     // Dropped by the last connection's task.
     let (alive, mut all_gone) = tokio::sync::mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();
@@ -77,6 +78,12 @@ pub async fn serve(engine: Arc<Engine>, listeners: Vec<Listener>, stop: watch::R
     }
     let _ = tokio::time::timeout(GRACE, all_gone.recv()).await;
     Ok(())
+}
+
+/// The other half of what the process may open is for what clients ask for.
+fn max_connections(open_files: Option<u64>) -> usize {
+    let half = open_files.map_or(usize::MAX, |limit| usize::try_from(limit / 2).unwrap_or(usize::MAX));
+    half.clamp(1, MAX_CONNECTIONS)
 }
 
 async fn accept(
@@ -105,6 +112,20 @@ async fn accept(
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_half_of_the_open_files_to_the_engine() {
+        for (open_files, connections) in
+            [(Some(1024), 512), (Some(524_288), MAX_CONNECTIONS), (None, MAX_CONNECTIONS), (Some(0), 1)]
+        {
+            assert_eq!(max_connections(open_files), connections);
         }
     }
 }

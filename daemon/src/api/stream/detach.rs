@@ -10,6 +10,29 @@ pub struct DetachKeys {
     matched: usize,
 }
 
+/// How a user leaves a terminal, and who is told.
+pub struct Detach {
+    keys: DetachKeys,
+    told: Box<dyn FnOnce() + Send>,
+}
+
+impl Detach {
+    /// `told` is called when the keys were typed.
+    pub fn new(keys: DetachKeys, told: impl FnOnce() + Send + 'static) -> Self {
+        Self { keys, told: Box::new(told) }
+    }
+
+    /// Takes input.
+    pub(super) fn scan(&mut self, bytes: &[u8]) -> Scanned {
+        self.keys.scan(bytes)
+    }
+
+    /// The keys were typed, and nothing more is carried.
+    pub(super) fn done(self) {
+        (self.told)();
+    }
+}
+
 /// What came of some input.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Scanned {

@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{
     super::version,
-    detach::{DetachKeys, Scanned},
+    detach::{Detach, Scanned},
     stdcopy, websocket,
 };
 use crate::engine::{Attachment, Output, Result};
@@ -33,6 +33,10 @@ const PIECE: usize = 32 << 10;
 
 /// How long a client may take to close after the process is done.
 const LINGER: Duration = Duration::from_secs(10);
+
+/// How long the end of a terminal's line is waited for: the terminal writes it (`\r\n`) behind the line, and clients
+/// that take what comes at once for a line see one.
+const LINE_END: Duration = Duration::from_millis(5);
 
 /// A connection's two directions, with what was already read.
 pub struct Taken {
@@ -54,24 +58,24 @@ pub struct Hijack {
 
 enum Content {
     /// A process's stdio.
-    Stdio(Attachment, Option<DetachKeys>),
+    Stdio(Attachment, Option<Detach>),
     /// The same in messages.
-    WebSocket(Attachment, Option<DetachKeys>),
+    WebSocket(Attachment, Option<Detach>),
     /// Those of a process that is still to be started.
-    Starting(Starting, Option<DetachKeys>, bool),
+    Starting(Starting, Option<Detach>, bool),
 }
 
 /// What starts a process when the client knows that it will be.
 pub type Starting = Pin<Box<dyn Future<Output = Result<Attachment>> + Send>>;
 
 impl Hijack {
-    /// A process's stdio. `request` are the request's headers, `detach` the keys that end it, which only a terminal
+    /// A process's stdio. `request` are the request's headers, `detach` how a user leaves it, which only a terminal
     /// has.
     pub fn stdio(
         request: &HeaderMap,
         media_type: &'static str,
         attachment: Attachment,
-        detach: Option<DetachKeys>,
+        detach: Option<Detach>,
     ) -> Self {
         Self { head: head(request, media_type), content: Content::Stdio(attachment, detach) }
     }
@@ -80,11 +84,7 @@ impl Hijack {
     ///
     /// # Errors
     /// Invalid: the request does not ask for one.
-    pub fn websocket(
-        request: &HeaderMap,
-        attachment: Attachment,
-        detach: Option<DetachKeys>,
-    ) -> Result<Self> {
+    pub fn websocket(request: &HeaderMap, attachment: Attachment, detach: Option<Detach>) -> Result<Self> {
         Ok(Self { head: websocket::head(request)?, content: Content::WebSocket(attachment, detach) })
     }
 
@@ -95,7 +95,7 @@ impl Hijack {
         request: &HeaderMap,
         media_type: &'static str,
         raw: bool,
-        detach: Option<DetachKeys>,
+        detach: Option<Detach>,
         starting: Starting,
     ) -> Self {
         Self { head: head(request, media_type), content: Content::Starting(starting, detach, raw) }
@@ -178,7 +178,7 @@ async fn serve<R, W>(
     mut reader: R,
     mut writer: W,
     attachment: Attachment,
-    detach: Option<DetachKeys>,
+    detach: Option<Detach>,
 ) where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -217,7 +217,7 @@ async fn carry_input<R: AsyncRead + Unpin>(
     early: Bytes,
     reader: &mut R,
     mut stdin: Option<mpsc::Sender<Bytes>>,
-    mut detach: Option<DetachKeys>,
+    mut detach: Option<Detach>,
 ) -> Input {
     let mut buffer = BytesMut::from(early.as_ref());
     loop {
@@ -231,7 +231,7 @@ async fn carry_input<R: AsyncRead + Unpin>(
             }
         }
         let piece = buffer.split_to(buffer.len().min(PIECE)).freeze();
-        let (piece, detached) = match detach.as_mut().map(|keys| keys.scan(&piece)) {
+        let (piece, detached) = match detach.as_mut().map(|detach| detach.scan(&piece)) {
             None => (piece, false),
             Some(Scanned::Input(bytes)) => (bytes.into(), false),
             Some(Scanned::Detached(bytes)) => (bytes.into(), true),
@@ -245,6 +245,9 @@ async fn carry_input<R: AsyncRead + Unpin>(
             stdin = None;
         }
         if detached {
+            if let Some(detach) = detach.take() {
+                detach.done();
+            }
             return Input::Detached;
         }
     }
@@ -276,16 +279,26 @@ async fn carry_output<W: AsyncWrite + Unpin>(
         };
         let mut length = append(stream, &bytes);
         // What is there already goes with it, in one write.
-        while length < 4 * PIECE
-            && let Ok(Output { stream, bytes }) = output.try_recv()
-        {
+        let mut unfinished = terminal && is_unfinished(&bytes);
+        while length < 4 * PIECE {
+            let next = match unfinished {
+                false => output.try_recv().ok(),
+                true => tokio::time::timeout(LINE_END, output.recv()).await.ok().flatten(),
+            };
+            let Some(Output { stream, bytes }) = next else { break };
             length = append(stream, &bytes);
+            unfinished = false;
         }
         if writer.write_all(&frames).await.is_err() || writer.flush().await.is_err() {
             return OutputEnd::Gone;
         }
     }
     OutputEnd::Done
+}
+
+/// Whether a terminal's output is a line without its end. The echo of a key, one byte, is not.
+fn is_unfinished(bytes: &[u8]) -> bool {
+    bytes.len() > 1 && !bytes.ends_with(b"\n")
 }
 
 /// Reads until the client has closed, for a while: to close with input unread would reset the connection,
@@ -299,7 +312,7 @@ async fn linger<R: AsyncRead + Unpin>(reader: &mut R) {
 mod tests {
     use tokio::io::{DuplexStream, duplex};
 
-    use super::*;
+    use super::{super::detach::DetachKeys, *};
     use crate::engine::logs::Stream;
 
     struct Process {
@@ -307,6 +320,7 @@ mod tests {
         output: mpsc::Sender<Output>,
         client: DuplexStream,
         gone: tokio::sync::oneshot::Sender<()>,
+        detached: tokio::sync::oneshot::Receiver<()>,
         served: tokio::task::JoinHandle<()>,
     }
 
@@ -329,9 +343,18 @@ mod tests {
             writer: Box::new(writer),
             gone: Box::pin(async { gone_receiver.await.unwrap_or(()) }),
         };
-        let keys = terminal.then(|| DetachKeys::parse("").unwrap());
+        let (told, detached) = tokio::sync::oneshot::channel();
+        let keys = DetachKeys::parse("").unwrap();
+        let keys = terminal.then(|| Detach::new(keys, || told.send(()).unwrap()));
         let hijack = Hijack::stdio(&headers, super::super::RAW, attachment, keys);
-        Process { stdin, output, client, gone: gone_sender, served: tokio::spawn(hijack.run(taken)) }
+        Process {
+            stdin,
+            output,
+            client,
+            gone: gone_sender,
+            detached,
+            served: tokio::spawn(hijack.run(taken)),
+        }
     }
 
     impl Process {
@@ -391,11 +414,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_line_of_a_terminal_and_its_end_come_at_once() {
+        let mut process = attach(true, b"", true);
+        process.head().await;
+        process.write(Stream::Stdout, b"hello").await;
+        tokio::task::yield_now().await;
+        process.write(Stream::Stdout, b"\r\n").await;
+        let mut buffer = [0; 16];
+        assert_eq!(process.client.read(&mut buffer).await.unwrap(), 7);
+    }
+
+    #[tokio::test]
     async fn when_the_process_is_done_the_connection_ends_though_input_still_comes() {
         let mut process = attach(true, b"", true);
         process.head().await;
         process.write(Stream::Stdout, b"bye").await;
-        let Process { mut client, output, served, stdin, gone: _gone } = process;
+        let Process { mut client, output, served, stdin, gone: _gone, .. } = process;
         drop((output, stdin));
         client.write_all(b"unread").await.unwrap();
         let mut all = Vec::new();
@@ -413,12 +447,14 @@ mod tests {
         let mut rest = Vec::new();
         terminal.client.read_to_end(&mut rest).await.unwrap();
         assert_eq!(terminal.input().await, b"x");
+        terminal.detached.await.unwrap();
 
         let mut plain = attach(false, b"", true);
         plain.head().await;
         plain.client.write_all(b"x\x10\x11y").await.unwrap();
         plain.client.shutdown().await.unwrap();
         assert_eq!(plain.input().await, b"x\x10\x11y");
+        assert!(plain.detached.await.is_err(), "nobody was told");
     }
 
     #[tokio::test]

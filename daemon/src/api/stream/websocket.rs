@@ -22,7 +22,7 @@ use tokio_tungstenite::{
 
 use super::{
     super::version,
-    detach::{DetachKeys, Scanned},
+    detach::{Detach, Scanned},
 };
 use crate::engine::{Attachment, Error, Result};
 
@@ -59,7 +59,7 @@ pub(super) fn head(request: &HeaderMap) -> Result<Vec<u8>> {
 }
 
 /// Carries a process's stdio until it is done, the client has gone, or the user detached.
-pub(super) async fn serve<S>(early: Bytes, stream: S, attachment: Attachment, detach: Option<DetachKeys>)
+pub(super) async fn serve<S>(early: Bytes, stream: S, attachment: Attachment, detach: Option<Detach>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -87,7 +87,7 @@ where
                     // Pings are answered by the library.
                     Some(Ok(_)) => continue,
                 };
-                let (bytes, detached) = match detach.as_mut().map(|keys| keys.scan(&bytes)) {
+                let (bytes, detached) = match detach.as_mut().map(|detach| detach.scan(&bytes)) {
                     None => (bytes, false),
                     Some(Scanned::Input(bytes)) => (bytes.into(), false),
                     Some(Scanned::Detached(bytes)) => (bytes.into(), true),
@@ -102,6 +102,9 @@ where
                     }
                 }
                 if detached {
+                    if let Some(detach) = detach.take() {
+                        detach.done();
+                    }
                     break;
                 }
             }
@@ -130,7 +133,7 @@ async fn forward<S>(
 mod tests {
     use tokio::{io::duplex, sync::mpsc};
 
-    use super::*;
+    use super::{super::detach::DetachKeys, *};
     use crate::engine::{Output, logs::Stream};
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -180,7 +183,7 @@ mod tests {
         let (stdin, mut input) = mpsc::channel(4);
         let (_sender, output) = mpsc::channel(4);
         let attachment = Attachment { terminal: true, stdin: Some(stdin), output };
-        let keys = Some(DetachKeys::parse("").unwrap());
+        let keys = Some(Detach::new(DetachKeys::parse("").unwrap(), || {}));
         let served = tokio::spawn(serve(Bytes::new(), far, attachment, keys));
         let mut client = WebSocketStream::from_raw_socket(near, Role::Client, None).await;
         client.send(Message::binary(&b"x"[..])).await.unwrap();

@@ -29,7 +29,7 @@ use tokio_util::{
 
 use super::{Reply, record::Record, start, state::State, workload::Workload};
 use crate::{
-    engine::{Error, Result, Shared},
+    engine::{Error, Result, Shared, mounts},
     phases::{Timeline, TimelineKind},
     sandbox::{Memory, Sandbox},
 };
@@ -295,10 +295,12 @@ async fn boot(shared: &Shared, record: &Record) -> Result<Arc<Sandbox>> {
         Error::internal(format!("cannot look into container {}: {error}", record.id))
     };
     tokio::task::spawn_blocking(crate::check::can_run_guests).await.map_err(|error| failed(&error))??;
-    let create = start::create_call(shared, record, &crate::engine::mounts::Plan::default())?;
+    let plan = mounts::plan_at_rest(shared, &record.mounts);
+    let create = start::create_call(shared, record, &plan)?;
     let disk = shared.layout().container_disk(&record.id);
     let timeline = Timeline::begin(&record.id, TimelineKind::Run);
-    let mut spec = start::sandbox_spec(shared, record, &disk, start::origin(shared, record), &timeline)?;
+    let spec = start::sandbox_spec(shared, record, &disk, start::origin(shared, record), &timeline)?;
+    let mut spec = plan.onto(spec);
     // What a workload needs beyond the machine's own.
     spec.memory = Memory { plugged_mib: 0, ..spec.memory };
     spec.limits.memory_bytes = Some(spec.memory.host_bytes());

@@ -17,6 +17,7 @@ use crate::{
         volume::store::Pin,
     },
     phases::{Stage, Timeline, TimelineKind},
+    units,
 };
 
 /// Creates it. On an error nothing is left.
@@ -47,6 +48,7 @@ pub(super) async fn create(
         &host_config,
         &networking_config,
     )?;
+    warnings.extend(network::attach::warnings(&shared.networks, &networks));
     network::ports::wanted(&config, &host_config)?;
     let size = disk_size(&host_config)?;
     timeline.mark(Stage::Resolved);
@@ -99,26 +101,12 @@ fn disk_size(host: &crate::api::types::container::HostConfig) -> Result<Option<u
     let Some(text) = host.storage_opt.as_ref().and_then(|options| options.get("size")) else {
         return Ok(None);
     };
-    let size = parse_size(text)
+    let size = units::size(text)
         .and_then(|size| size.checked_next_multiple_of(disk::BLOCK))
         .filter(|size| (disk::MIN_SIZE..=disk::MAX_SIZE).contains(size));
     size.map(Some).ok_or_else(|| {
         Error::invalid(format!("invalid --storage-opt size: '{text}': a size from 32m to 8t is expected"))
     })
-}
-
-/// A number with an optional unit: `10G`, `512mb`, `4096`.
-fn parse_size(text: &str) -> Option<u64> {
-    let lower = text.to_ascii_lowercase();
-    let bare = lower.strip_suffix("ib").or_else(|| lower.strip_suffix('b')).unwrap_or(&lower);
-    let (number, shift) = match bare.char_indices().last()? {
-        (at, 'k') => (&bare[..at], 10),
-        (at, 'm') => (&bare[..at], 20),
-        (at, 'g') => (&bare[..at], 30),
-        (at, 't') => (&bare[..at], 40),
-        _ => (bare, 0),
-    };
-    number.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 /// Makes the directory, the disk and the record, in this order.
@@ -151,7 +139,7 @@ async fn lay_down(
 fn make_disk(template: &Path, disk_path: &Path, size: Option<u64>) -> io::Result<()> {
     match size {
         None => disk::clone(template, disk_path).map(drop).map_err(io::Error::other),
-        Some(size) => disk::template(disk_path, size).map_err(io::Error::other),
+        Some(size) => disk::template(disk_path, size, disk::Purpose::WritableLayer).map_err(io::Error::other),
     }
 }
 
@@ -169,13 +157,7 @@ mod tests {
     use crate::api::types::container::HostConfig;
 
     #[test]
-    fn sizes_have_units_and_bounds() {
-        for (text, size) in [("64m", 64 << 20), ("1G", 1 << 30), ("100MB", 100 << 20), ("2gib", 2 << 30)] {
-            assert_eq!(parse_size(text), Some(size), "{text}");
-        }
-        for text in ["", "b", "m", "-1g", "1.5g", "1x", "99999999999t"] {
-            assert_eq!(parse_size(text), None, "{text}");
-        }
+    fn sizes_have_bounds() {
         let host = |size: &str| HostConfig {
             storage_opt: Some([("size".to_owned(), size.to_owned())].into()),
             ..HostConfig::default()

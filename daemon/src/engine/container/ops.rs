@@ -307,6 +307,14 @@ impl Engine {
         Ok(attachment)
     }
 
+    /// A user left its terminal with the keys for it.
+    pub fn container_detached(&self, name: Name<'_>) {
+        // One that has gone in the meantime has nobody who cares.
+        if let Ok(container) = self.container(name) {
+            self.shared.publish(&container.view().record, "detach", []);
+        }
+    }
+
     /// Reads its log; the flag is whether it has a terminal, which decides the wire form.
     ///
     /// # Errors

@@ -84,7 +84,7 @@ pub(crate) async fn start(
     // The machine that it tells of is no longer the last.
     let _ = std::fs::remove_file(shared.layout().container_last_end(&record.id));
     let spec = sandbox_spec(shared, record, &disk, origin, timeline).map_err(internal)?;
-    let spec = SandboxSpec { shares: plan.shares, ..spec };
+    let spec = plan.onto(spec);
     let memory = spec.memory;
     timeline.mark(Stage::Prepared);
     // Taps and rules, which take a while, are made while the guest boots.
@@ -266,6 +266,7 @@ pub(super) fn create_call(shared: &Shared, record: &Record, plan: &mounts::Plan)
         shares: (!plan.shares.is_empty()).then(|| SHARES.to_owned()),
         copy_up: plan.copy_up.clone(),
         sockets: plan.sockets.clone(),
+        disks: plan.volume_disks()?,
     })
 }
 
@@ -294,6 +295,8 @@ pub(super) fn sandbox_spec(
         initramfs: vm.initramfs.clone(),
         cmdline: CMDLINE.into(),
         disk: Some(disk),
+        disk_slots: 0,
+        disks: Vec::new(),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
         window_mib: vm.window_mib,
         shares: Vec::new(),

@@ -21,6 +21,7 @@ use crate::{
         Rates,
         vocabulary::{Bucket, RateLimit, RateLimits},
     },
+    units,
 };
 
 /// The container's disk as the guest sees it.
@@ -134,16 +135,9 @@ fn whole_disk(partition: u64) -> Option<u64> {
     Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// A positive number with an optional unit of 1,024s: `500k`, `10m`.
+/// More than nothing.
 fn size(text: &str) -> Option<u64> {
-    let lower = text.trim().to_ascii_lowercase();
-    let (number, shift) = match lower.char_indices().last()? {
-        (at, 'k') => (&lower[..at], 10),
-        (at, 'm') => (&lower[..at], 20),
-        (at, 'g') => (&lower[..at], 30),
-        _ => (lower.as_str(), 0),
-    };
-    number.parse::<u64>().ok()?.checked_mul(1 << shift).filter(|number| *number > 0)
+    units::size(text).filter(|size| *size > 0)
 }
 
 #[cfg(test)]

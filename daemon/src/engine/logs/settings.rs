@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use regex::Regex;
 
 use super::forward::{self, Target};
-use crate::engine::{Error, Result};
+use crate::{
+    engine::{Error, Result},
+    units,
+};
 
 /// The log drivers there are.
 pub const DRIVERS: [&str; 5] = ["json-file", "local", "none", "syslog", "journald"];
@@ -154,18 +157,9 @@ fn target(
     Target::of(driver, options, subject, tag(template, subject)?, &attributes)
 }
 
-/// A size as Docker's units have it: `10m`, `1g`, `512kb`; more than nothing.
+/// More than nothing.
 fn size(text: &str) -> Option<u64> {
-    let lower = text.trim().to_ascii_lowercase();
-    let bare = lower.strip_suffix("ib").or_else(|| lower.strip_suffix('b')).unwrap_or(&lower);
-    let (digits, shift) = match bare.chars().last()? {
-        'k' => (&bare[..bare.len() - 1], 10),
-        'm' => (&bare[..bare.len() - 1], 20),
-        'g' => (&bare[..bare.len() - 1], 30),
-        't' => (&bare[..bare.len() - 1], 40),
-        _ => (bare, 0),
-    };
-    digits.trim().parse::<u64>().ok()?.checked_mul(1 << shift).filter(|size| *size > 0)
+    units::size(text).filter(|size| *size > 0)
 }
 
 fn attributes(options: &BTreeMap<String, String>, subject: &Subject<'_>) -> Result<BTreeMap<String, String>> {

@@ -13,7 +13,7 @@ pub(crate) mod sockets;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use plan::{Plan, plan};
+pub(crate) use plan::{Plan, plan, plan_at_rest};
 pub(crate) use resolve::{check, resolve};
 
 use crate::api::types::container::MountPoint;

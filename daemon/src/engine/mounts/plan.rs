@@ -5,23 +5,28 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bulkhead_agent_api::{CopyUp, ForwardedSocket};
+use bulkhead_agent_api::{CopyUp, Disk, ForwardedSocket, VOLUME_DATA, VolumeDisk};
 
 use super::{Mount, Source, resolve::make_directory};
 use crate::{
-    engine::{Error, Result, Shared},
-    sandbox::ShareSpec,
+    engine::{Error, Result, Shared, volume},
+    sandbox::{ExtraDisk, SHARES, SandboxSpec, ShareSpec, extra_disk},
 };
 
 /// The first host port of forwarded sockets; each mount has its own, by its place in the record.
 pub(super) const FIRST_PORT: u32 = 4096;
 
+/// The most volumes of a container that are disks: each is a device of its machine.
+const MOST_DISKS: usize = 8;
+
 /// What is mounted how.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(crate) struct Plan {
     /// For the share server.
     pub(crate) shares: Vec<ShareSpec>,
-    /// Bind mounts of the spec: destination, share, whether read-only.
+    /// For the machine: volumes that are disks, and where in the container their first content is.
+    disks: Vec<(ExtraDisk, Option<String>)>,
+    /// Bind mounts of the spec: destination, source below what the agent mounts, whether read-only.
     pub(crate) binds: Vec<(String, String, bool)>,
     /// For the agent.
     pub(crate) copy_up: Vec<CopyUp>,
@@ -36,30 +41,84 @@ pub(crate) struct Plan {
 pub(crate) fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Plan> {
     let mut plan = Plan::default();
     for (index, mount) in mounts.iter().enumerate() {
+        if let Source::Bind { path, create: true, .. } = &mount.source {
+            make_directory(Path::new(path))?;
+        }
+        plan.add(shared, index, mount, first)?;
+    }
+    Ok(plan)
+}
+
+/// Plans a look at the files of a container that does not run. Nothing is made or filled for it, and what is not
+/// there any more is left out: the rest can be looked at nonetheless.
+pub(crate) fn plan_at_rest(shared: &Shared, mounts: &[Mount]) -> Plan {
+    let mut plan = Plan::default();
+    for (index, mount) in mounts.iter().enumerate() {
+        let _ = plan.add(shared, index, mount, false);
+    }
+    plan.sockets.clear();
+    let gone = |share: &ShareSpec| std::fs::metadata(share.whole_path()).is_err();
+    let gone: Vec<String> =
+        plan.shares.extract_if(.., |share| gone(share)).map(|share| bind_source(&share.name)).collect();
+    plan.binds.retain(|(_, source, _)| !gone.contains(source));
+    plan
+}
+
+/// Where a share is, below what the agent mounts.
+fn bind_source(share: &str) -> String {
+    format!("{SHARES}/{share}")
+}
+
+impl Plan {
+    /// Gives a sandbox what it is to have.
+    pub(crate) fn onto(self, spec: SandboxSpec) -> SandboxSpec {
+        let disks: Vec<ExtraDisk> = self.disks.into_iter().map(|(disk, _)| disk).collect();
+        let disk_slots = u8::try_from(disks.len()).unwrap_or(u8::MAX);
+        SandboxSpec { shares: self.shares, disk_slots, disks, ..spec }
+    }
+
+    /// For the agent: the volumes that are disks.
+    pub(crate) fn volume_disks(&self) -> Result<Vec<VolumeDisk>> {
+        let disks = self.disks.iter().enumerate().map(|(slot, (disk, copy_up))| {
+            let size = disk.file.metadata()?.len();
+            let (read_only, copy_up) = (disk.read_only, copy_up.clone());
+            Ok(VolumeDisk { disk: Disk { id: extra_disk(slot), size }, read_only, copy_up })
+        });
+        disks.collect()
+    }
+
+    fn add(&mut self, shared: &Shared, index: usize, mount: &Mount, first: bool) -> Result<()> {
         let (path, beneath, recursive) = match &mount.source {
-            Source::Bind { path, create, non_recursive, .. } => {
+            Source::Bind { path, non_recursive, .. } => {
                 let path = PathBuf::from(path);
-                if *create {
-                    make_directory(&path)?;
-                }
                 if let Some(socket) = socket(&path, index, &mount.destination)? {
-                    plan.sockets.push(socket);
-                    continue;
+                    self.sockets.push(socket);
+                    return Ok(());
                 }
                 (path, None, !non_recursive)
             }
             Source::Volume { name, subpath, no_copy, .. } => {
                 let volume = shared.volumes.get(name);
                 let volume = volume.ok_or_else(|| crate::engine::volume::store::no_such(name))?;
-                let beneath = (!subpath.is_empty()).then(|| PathBuf::from(subpath));
-                if first && !no_copy && beneath.is_none() && !mount.read_only && volume.device().is_none() {
-                    plan.copy_up.push(CopyUp { share: index.to_string(), path: mount.destination.clone() });
+                let copy_up = first && !no_copy && subpath.is_empty() && !mount.read_only;
+                if volume.disk_size().is_some() {
+                    return self.add_disk(
+                        &volume.name,
+                        &shared.volumes.source(&volume),
+                        subpath,
+                        mount,
+                        copy_up,
+                    );
                 }
-                (shared.volumes.directory(&volume), beneath, true)
+                let beneath = (!subpath.is_empty()).then(|| PathBuf::from(subpath));
+                if copy_up && volume.device().is_none() {
+                    self.copy_up.push(CopyUp { share: index.to_string(), path: mount.destination.clone() });
+                }
+                (shared.volumes.source(&volume), beneath, true)
             }
         };
-        plan.binds.push((mount.destination.clone(), index.to_string(), mount.read_only));
-        plan.shares.push(ShareSpec {
+        self.binds.push((mount.destination.clone(), bind_source(&index.to_string()), mount.read_only));
+        self.shares.push(ShareSpec {
             name: index.to_string(),
             path,
             beneath,
@@ -67,8 +126,35 @@ pub(crate) fn plan(shared: &Shared, mounts: &[Mount], first: bool) -> Result<Pla
             recursive,
             cached: mount.cached,
         });
+        Ok(())
     }
-    Ok(plan)
+}
+
+impl Plan {
+    fn add_disk(
+        &mut self,
+        name: &str,
+        image: &Path,
+        subpath: &str,
+        mount: &Mount,
+        copy_up: bool,
+    ) -> Result<()> {
+        let slot = self.disks.len();
+        if slot >= MOST_DISKS {
+            return Err(Error::invalid(format!(
+                "a container cannot have more than {MOST_DISKS} volumes that are disks"
+            )));
+        }
+        let file = volume::disk::open(name, image, mount.read_only)?;
+        let mut source = format!("disks/{}/{VOLUME_DATA}", extra_disk(slot));
+        if !subpath.is_empty() {
+            source = format!("{source}/{subpath}");
+        }
+        self.binds.push((mount.destination.clone(), source, mount.read_only));
+        let copy_up = copy_up.then(|| mount.destination.clone());
+        self.disks.push((ExtraDisk { file, read_only: mount.read_only }, copy_up));
+        Ok(())
+    }
 }
 
 /// A socket of the host is listened to in the container.

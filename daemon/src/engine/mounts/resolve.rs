@@ -124,7 +124,7 @@ impl Resolution<'_> {
             WantedSource::Volume { name, no_copy, subpath, labels, options } => {
                 let (volume, pin) = self.shared.volume(name.as_deref(), labels, options)?;
                 self.pins.push(pin);
-                let mountpoint = self.shared.volumes.mountpoint(&volume.name).display().to_string();
+                let mountpoint = self.shared.volumes.mountpoint(&volume).display().to_string();
                 let anonymous = name.is_none();
                 Source::Volume { name: volume.name.clone(), mountpoint, subpath, anonymous, no_copy }
             }

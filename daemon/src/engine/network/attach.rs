@@ -73,6 +73,23 @@ pub(crate) fn attachments(
     Ok(all)
 }
 
+/// What of the attachments has no effect.
+pub(crate) fn warnings(networks: &Networks, attachments: &BTreeMap<String, Attachment>) -> Vec<String> {
+    let mut warnings = Vec::new();
+    for (name, attachment) in attachments {
+        for option in attachment.options.keys() {
+            warnings.push(format!("The option {option} means nothing to the network {name}: Discarded."));
+        }
+        for address in [attachment.ipv4, attachment.ipv6].into_iter().flatten() {
+            if networks.find(&attachment.network).is_ok_and(|network| network.idly_contains(&address)) {
+                let family = if address.is_ipv6() { "IPv6" } else { "IPv4" };
+                warnings.push(format!("The network {name} has no {family}: {address} is not used."));
+            }
+        }
+    }
+    warnings
+}
+
 /// What is asked of one network.
 ///
 /// # Errors
@@ -106,7 +123,8 @@ pub(crate) fn attachment(network: &Network, settings: &EndpointSettings) -> Resu
         return Err(Error::not_implemented("link-local addresses (--link-local-ip) are not supported"));
     }
     let options = settings.driver_opts.clone().unwrap_or_default();
-    if let Some(option) = options.keys().next() {
+    // Those of other drivers are kept for whoever knows them, as Docker keeps them.
+    if let Some(option) = options.keys().find(|name| name.starts_with("com.docker.network.")) {
         return Err(Error::not_implemented(format!("the option {option} of an endpoint is not supported")));
     }
     let mac = match settings.mac_address.as_str() {
@@ -138,6 +156,9 @@ fn address(network: &Network, text: &str, ipv6: bool) -> Result<Option<IpAddr>> 
     let address = address.ok_or_else(|| Error::invalid(format!("invalid {family} address: {text}")))?;
     if network.is_predefined() {
         return Err(Error::invalid("user specified IP address is supported on user defined networks only"));
+    }
+    if network.idly_contains(&address) {
+        return Ok(Some(address));
     }
     match network.subnet(ipv6) {
         Some(Subnet { chosen: false, .. }) | None => Err(Error::invalid(
@@ -196,7 +217,10 @@ pub(crate) fn gateway_network(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::network::{bare, record::Driver};
+    use crate::{
+        api::types::network::IpamConfig,
+        engine::network::{bare, record::Driver},
+    };
 
     fn network(name: &str, chosen: bool) -> Network {
         let subnet = Subnet {
@@ -207,6 +231,24 @@ mod tests {
             auxiliary: BTreeMap::new(),
         };
         Network { subnets: vec![subnet], ..bare(name, Driver::Bridge) }
+    }
+
+    #[test]
+    fn what_belongs_to_a_family_that_is_off_or_to_another_driver_is_kept() {
+        let idle = vec![IpamConfig { subnet: "2001:db8::/64".into(), ..IpamConfig::default() }];
+        let network = Network { idle, ..network("net", true) };
+        let mut settings = with_address("10.0.0.9");
+        settings.ipam_config.get_or_insert_default().ipv6_address = "2001:db8::9".into();
+        settings.driver_opts = Some([("org.example.colour".to_owned(), "red".to_owned())].into());
+        let attached = attachment(&network, &settings).unwrap();
+        assert_eq!(attached.ipv6, Some("2001:db8::9".parse().unwrap()));
+        assert_eq!(attached.options, settings.driver_opts.clone().unwrap());
+        settings.driver_opts =
+            Some([("com.docker.network.endpoint.sysctls".to_owned(), String::new())].into());
+        assert!(attachment(&network, &settings).is_err(), "one of ours, without an effect");
+        let mut elsewhere = with_address("10.0.0.9");
+        elsewhere.ipam_config.get_or_insert_default().ipv6_address = "2001:db9::9".into();
+        assert!(attachment(&network, &elsewhere).is_err());
     }
 
     fn with_address(address: &str) -> EndpointSettings {

@@ -85,10 +85,15 @@ pub fn record(
     }
     let ipam = ipam.unwrap_or_default();
     check_ipam(&ipam, ipv6)?;
-    let mut subnets = Vec::new();
+    let (mut subnets, mut idle) = (Vec::new(), Vec::new());
     for (enabled, is_ipv6) in [(ipv4, false), (ipv6, true)] {
         if enabled {
             subnets.push(subnet(&ipam, is_ipv6, around)?);
+        } else {
+            let of_family = |config: &&IpamConfig| {
+                config.subnet.parse::<IpNet>().is_ok_and(|subnet| subnet.addr().is_ipv6() == is_ipv6)
+            };
+            idle.extend(ipam.config.iter().flatten().filter(of_family).cloned());
         }
     }
     let settings = settings(&options, &id, around)?;
@@ -103,7 +108,8 @@ pub fn record(
         internal,
         attachable,
         subnets,
-        ipam_options: ipam.options.unwrap_or_default(),
+        idle,
+        ipam_options: ipam.options,
         options,
         settings,
         labels: request.labels.unwrap_or_default(),

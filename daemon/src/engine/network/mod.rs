@@ -274,7 +274,8 @@ fn bare(name: &str, driver: Driver) -> Network {
         internal: false,
         attachable: false,
         subnets: Vec::new(),
-        ipam_options: BTreeMap::new(),
+        idle: Vec::new(),
+        ipam_options: None,
         options: BTreeMap::new(),
         settings: Settings {
             bridge: String::new(),

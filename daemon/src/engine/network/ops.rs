@@ -10,7 +10,7 @@ use super::{
 use crate::{
     api::types::{
         Filters,
-        network::{CreateRequest, CreateResponse, Inspect, PruneResponse},
+        network::{CreateRequest, CreateResponse, Inspect, IpamConfig, PruneResponse},
     },
     engine::{Engine, Error, Name, Result, container::names},
 };
@@ -106,6 +106,8 @@ impl Engine {
                 deleted.push(network.name.clone());
             }
         }
+        let reclaimed = [("reclaimed".to_owned(), "0".to_owned())].into();
+        self.shared.networks.events.publish("network", "prune", "", reclaimed);
         Ok(PruneResponse { networks_deleted: (!deleted.is_empty()).then_some(deleted) })
     }
 
@@ -141,7 +143,9 @@ impl Networks {
             return Err(Error::internal(format!("failed to create network {}: {reason}", network.name)));
         }
         self.publish(&network, "create", None);
-        Ok(CreateResponse { id, warning: String::new() })
+        let idle =
+            |config: &IpamConfig| format!("{} is not used: its address family is not enabled", config.subnet);
+        Ok(CreateResponse { id, warning: network.idle.iter().map(idle).collect::<Vec<_>>().join(", ") })
     }
 
     async fn remove(&self, network: &Arc<Network>) -> Result<()> {

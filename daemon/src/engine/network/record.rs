@@ -6,6 +6,8 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::api::types::network::IpamConfig;
+
 /// Version of the document. A later version's is not read.
 pub const VERSION: u32 = 1;
 
@@ -56,8 +58,12 @@ pub struct Network {
     pub attachable: bool,
     /// Its subnets, at most one a family.
     pub subnets: Vec<Subnet>,
-    /// Options of the address management, as the user said.
-    pub ipam_options: BTreeMap<String, String>,
+    /// Subnets of a family that is off, as the user said: shown, and without effect.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub idle: Vec<IpamConfig>,
+    /// Options of the address management, as the user said; None: not a word.
+    #[serde(default)]
+    pub ipam_options: Option<BTreeMap<String, String>>,
     /// Options of the driver, as the user said.
     pub options: BTreeMap<String, String>,
     /// What [`Network::options`] mean.
@@ -106,6 +112,12 @@ impl Network {
     /// The subnet of a family.
     pub fn subnet(&self, ipv6: bool) -> Option<&Subnet> {
         self.subnets.iter().find(|subnet| subnet.subnet.addr().is_ipv6() == ipv6)
+    }
+
+    /// Whether a subnet of a family that is off has the address.
+    pub fn idly_contains(&self, address: &IpAddr) -> bool {
+        let mut subnets = self.idle.iter().filter_map(|config| config.subnet.parse::<IpNet>().ok());
+        subnets.any(|subnet| subnet.contains(address))
     }
 
     /// Whether it is one of the three that are always there.

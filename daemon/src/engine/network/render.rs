@@ -27,8 +27,9 @@ pub(super) fn inspect(network: &Network, containers: BTreeMap<String, EndpointRe
         enable_ipv6: network.ipv6,
         ipam: Ipam {
             driver: "default".into(),
-            options: (bridge && !network.is_predefined()).then(|| network.ipam_options.clone()),
-            config: bridge.then(|| network.subnets.iter().map(subnet).collect()),
+            options: (bridge && !network.is_predefined()).then(|| network.ipam_options.clone()).flatten(),
+            config: bridge
+                .then(|| network.subnets.iter().map(subnet).chain(network.idle.iter().cloned()).collect()),
         },
         internal: network.internal,
         attachable: network.attachable,
@@ -94,6 +95,7 @@ fn settings(
         aliases: list(&attachment.aliases),
         mac_address: attachment.mac.map(attach::mac_text).unwrap_or_default(),
         gw_priority: attachment.gateway_priority,
+        driver_opts: (!attachment.options.is_empty()).then(|| attachment.options.clone()),
         network_id: attachment.network.clone(),
         dns_names: user_defined.then(|| dns_names(record, attachment)),
         ..EndpointSettings::default()

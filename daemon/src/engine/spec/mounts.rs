@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The mounts, in the order in which they are made: the kernel's filesystems, then tmpfs and what is mounted of the
-/// host (destination, share, whether read-only), by depth.
+/// host (destination, source below the shares, whether read-only), by depth.
 ///
 /// # Errors
 /// Invalid: a tmpfs with options that it does not have or a path that is not absolute.
@@ -77,7 +77,7 @@ pub(super) fn mounts(host: &HostConfig, binds: &[(String, String, bool)]) -> Res
 }
 
 /// Where the agent mounts the host's shares.
-const SHARES: &str = "/run/bulkhead/fs/shares";
+const SHARES: &str = "/run/bulkhead/fs";
 
 fn mount(path: &str, kind: &str, source: &str, options: &[String]) -> Result<Mount> {
     serde_json::from_value(json!({"destination": path, "type": kind, "source": source, "options": options}))

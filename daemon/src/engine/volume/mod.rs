@@ -1,4 +1,5 @@
-//! Volumes, as Docker's users know them: driver `local`, and its option to stand for a directory of the host.
+//! Volumes, as Docker's users know them: driver `local`, and its options to stand for a directory of the host, or
+//! to be a disk.
 //!
 //! | operation | here |
 //! |---|---|
@@ -6,6 +7,7 @@
 //! | create, remove | [`store`], which pins a volume while a container is being made that will use it |
 //! | mount | the container's sandbox serves it to the guest, see [`super::mounts`] |
 
+pub(crate) mod disk;
 pub(crate) mod store;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -126,7 +128,7 @@ impl Shared {
             created_at: volume.created.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
             driver: DRIVER.into(),
             labels: volume.labels.clone(),
-            mountpoint: self.volumes.mountpoint(&volume.name).display().to_string(),
+            mountpoint: self.volumes.mountpoint(volume).display().to_string(),
             name: volume.name.clone(),
             options: volume.options.clone(),
             scope: "local".into(),
@@ -254,7 +256,7 @@ pub(crate) fn check_driver(driver: &str) -> Result<()> {
     }
 }
 
-/// Checks the options of `local`: none, or those of a directory of the host. File systems that the host would
+/// Checks the options of `local`: none, those of a directory of the host, or those of a [`disk`]. File systems that the host would
 /// have to mount are refused, and so is a size that nothing would hold to.
 fn check_options(options: Option<BTreeMap<String, String>>) -> Result<Option<BTreeMap<String, String>>> {
     let Some(options) = options.filter(|options| !options.is_empty()) else { return Ok(None) };
@@ -262,6 +264,9 @@ fn check_options(options: Option<BTreeMap<String, String>>) -> Result<Option<BTr
         options.keys().find(|key| !matches!(key.as_str(), "type" | "o" | "device" | "size"))
     {
         return Err(Error::invalid(format!("invalid option: {unknown:?}")));
+    }
+    if options.get("type").is_some_and(|kind| kind == disk::TYPE) {
+        return disk::check(&options).map(|()| Some(options));
     }
     if options.contains_key("size") {
         return Err(Error::invalid("quota size requested but no quota support"));
@@ -271,8 +276,8 @@ fn check_options(options: Option<BTreeMap<String, String>>) -> Result<Option<BTr
     let plain = option("o").split(',').all(|word| matches!(word, "bind" | "rbind" | "rw" | ""));
     if !matches!(option("type"), "" | "none" | "bind") || !is_bind || !plain {
         return Err(Error::invalid(format!(
-            "a volume of type {:?} with options {:?} is not supported: only directories of the host are \
-             (type=none, o=bind, device=/path)",
+            "a volume of type {:?} with options {:?} is not supported: directories of the host are \
+             (type=none, o=bind, device=/path), and disks (type=disk, size=10g)",
             option("type"),
             option("o")
         )));

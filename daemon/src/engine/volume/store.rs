@@ -4,6 +4,7 @@
 //!   volumes/NAME/          0701
 //!     volume.json          what it is; written last, removed first
 //!     _data/               0755 at first: what guests and host see
+//!     disk.img             instead of _data, of a volume that is a disk
 //! ```
 //!
 //! A directory without `volume.json` is what a creation or a removal left when the daemon died, and is removed.
@@ -24,6 +25,7 @@ use crate::engine::{Error, Result};
 
 const META: &str = "volume.json";
 const DATA: &str = "_data";
+const DISK: &str = "disk.img";
 
 /// The longest name, as a file system takes it.
 const MAX_NAME: usize = 255;
@@ -82,6 +84,17 @@ impl Drop for Pin {
     }
 }
 
+/// A directory with a disk that is no volume's yet; removed when dropped.
+struct Prepared(PathBuf);
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "a directory stays behind until the next start");
+        }
+    }
+}
+
 impl VolumeStore {
     /// Opens the store and clears up after a daemon that died.
     ///
@@ -125,14 +138,15 @@ impl VolumeStore {
         self.lock().volumes.get(name).cloned()
     }
 
-    /// Where its files are, for people; of one that stands for a directory of the host too.
-    pub(crate) fn mountpoint(&self, name: &str) -> PathBuf {
-        self.root.join(name).join(DATA)
+    /// Where its files are, or its disk, for people; of one that stands for a directory of the host too.
+    pub(crate) fn mountpoint(&self, volume: &Volume) -> PathBuf {
+        let content = if volume.disk_size().is_some() { DISK } else { DATA };
+        self.root.join(&volume.name).join(content)
     }
 
-    /// The directory that guests see.
-    pub(crate) fn directory(&self, volume: &Volume) -> PathBuf {
-        volume.device().map_or_else(|| self.mountpoint(&volume.name), PathBuf::from)
+    /// The directory that guests see, or the disk that they are given.
+    pub(crate) fn source(&self, volume: &Volume) -> PathBuf {
+        volume.device().map_or_else(|| self.mountpoint(volume), PathBuf::from)
     }
 
     /// Makes a volume, or finds the one of that name; pinned either way. Whether it is new.
@@ -141,13 +155,19 @@ impl VolumeStore {
     /// A name that is none; the disk's.
     pub(crate) fn create(self: &Arc<Self>, volume: Volume) -> Result<(Arc<Volume>, Pin, bool)> {
         check_name(&volume.name)?;
+        let failed = |error: io::Error| {
+            Error::internal(format!("create {}: error while creating volume: {error}", volume.name))
+        };
+        // A disk takes a while, and others are not to wait for it.
+        let prepared = match volume.disk_size() {
+            Some(size) if self.get(&volume.name).is_none() => Some(self.prepare(size).map_err(failed)?),
+            _ => None,
+        };
         let mut state = self.lock();
         let (volume, new) = match state.volumes.get(&volume.name) {
             Some(existing) => (Arc::clone(existing), false),
             None => {
-                self.lay_down(&volume).map_err(|error| {
-                    Error::internal(format!("create {}: error while creating volume: {error}", volume.name))
-                })?;
+                self.lay_down(&volume, prepared.as_ref()).map_err(failed)?;
                 let volume = Arc::new(volume);
                 state.volumes.insert(volume.name.clone(), Arc::clone(&volume));
                 (volume, true)
@@ -157,11 +177,23 @@ impl VolumeStore {
         Ok((Arc::clone(&volume), Pin { store: Arc::clone(self), name: volume.name.clone() }, new))
     }
 
-    fn lay_down(&self, volume: &Volume) -> io::Result<()> {
+    /// Makes a disk in a directory that nothing refers to.
+    fn prepare(&self, size: u64) -> io::Result<Prepared> {
+        let directory =
+            Prepared(self.root.join(format!(".disk-{}", crate::engine::container::names::new_id())));
+        DirBuilder::new().mode(0o700).create(&directory.0)?;
+        super::disk::make(&directory.0.join(DISK), size)?;
+        Ok(directory)
+    }
+
+    fn lay_down(&self, volume: &Volume, disk: Option<&Prepared>) -> io::Result<()> {
         let directory = self.root.join(&volume.name);
         let made = (|| {
             DirBuilder::new().mode(0o701).create(&directory)?;
-            DirBuilder::new().mode(0o755).create(directory.join(DATA))?;
+            match disk {
+                Some(disk) => fs::rename(disk.0.join(DISK), directory.join(DISK))?,
+                None => DirBuilder::new().mode(0o755).create(directory.join(DATA))?,
+            }
             let new = directory.join("volume.json.new");
             let mut file = File::create_new(&new)?;
             file.write_all(&serde_json::to_vec(volume)?)?;
@@ -212,11 +244,16 @@ impl VolumeStore {
         self.root.join(format!(".{}", name.get(..MAX_NAME - 1).unwrap_or(name)))
     }
 
-    /// Bytes that its files take on the host, each counted once, links not followed.
+    /// Bytes that its files have, each counted once, links not followed; of a disk, those that it takes on the host.
     pub(crate) fn size(&self, name: &str) -> u64 {
         let mut seen = std::collections::HashSet::new();
         let mut size = 0u64;
-        let mut pending = vec![self.mountpoint(name)];
+        let Some(volume) = self.get(name) else { return 0 };
+        let place = self.mountpoint(&volume);
+        if volume.disk_size().is_some() {
+            return fs::metadata(place).map_or(0, |meta| meta.blocks().saturating_mul(512));
+        }
+        let mut pending = vec![place];
         while let Some(directory) = pending.pop() {
             for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
                 let Ok(meta) = entry.metadata() else { continue };
@@ -278,8 +315,12 @@ mod tests {
         let store = Arc::new(VolumeStore::open(root.clone()).unwrap());
         let (_, pin, new) = store.create(volume("data")).unwrap();
         assert!(new && !store.create(volume("data")).unwrap().2);
-        fs::write(store.mountpoint("data").join("file"), "12345").unwrap();
-        fs::hard_link(store.mountpoint("data").join("file"), store.mountpoint("data").join("link")).unwrap();
+        fs::write(store.mountpoint(&volume("data")).join("file"), "12345").unwrap();
+        fs::hard_link(
+            store.mountpoint(&volume("data")).join("file"),
+            store.mountpoint(&volume("data")).join("link"),
+        )
+        .unwrap();
         assert_eq!(store.size("data"), 5);
         fs::create_dir_all(root.join("half/_data")).unwrap();
         assert_eq!(store.remove("data", Vec::new).unwrap_err().kind, ErrorKind::Conflict);

@@ -42,6 +42,8 @@ pub(super) async fn build(
         initramfs: machine.initramfs.clone(),
         cmdline: machine.cmdline.clone(),
         disk: None,
+        disk_slots: u8::try_from(machine.devices.block.len().saturating_sub(1)).unwrap_or(u8::MAX),
+        disks: Vec::new(),
         layers: Vec::new(),
         window_mib: machine.devices.fs.iter().map(|fs| fs.window_mib).max().unwrap_or(0),
         shares: Vec::new(),

@@ -49,6 +49,14 @@ pub struct ShareSpec {
     pub cached: bool,
 }
 
+impl ShareSpec {
+    /// What is served, by one path. For people, and for a look whether it is there: it may lead out of a share.
+    #[must_use]
+    pub fn whole_path(&self) -> PathBuf {
+        self.beneath.as_ref().map_or_else(|| self.path.clone(), |beneath| self.path.join(beneath))
+    }
+}
+
 /// Why a share cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum SharesError {
@@ -121,10 +129,7 @@ pub(crate) fn spawn(
 
 /// A share's root, as a mount that has no parent where its server is jailed.
 fn open(share: &ShareSpec, jailed: bool) -> Result<OwnedFd, SharesError> {
-    let path = match &share.beneath {
-        Some(beneath) => share.path.join(beneath),
-        None => share.path.clone(),
-    };
+    let path = share.whole_path();
     let failed = |source: io::Error| SharesError::File { path: path.clone(), source };
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let file = rustix::fs::open(&share.path, flags, Mode::empty()).map_err(|error| failed(error.into()))?;

@@ -3,7 +3,7 @@
 //! ```text
 //!            copied into a free slot                    copied from the slot
 //!   chain ──────────────────────────▶ share server ──────────────────────────▶ chain, used
-//!     └ no slot is free: it stays in its queue until one is
+//!     └ no slot is free: it stays in its queue until one is        └ put off: the chain waits, the slot does not
 //! ```
 //!
 //! The device keeps a chain's buffers while its slot is away, checked once. A reset forgets the chains; slots that
@@ -11,6 +11,7 @@
 //! gets ENOTCONN. See [`crate::shares`].
 
 use std::{
+    collections::BTreeMap,
     io,
     os::fd::{AsRawFd, OwnedFd, RawFd},
 };
@@ -36,6 +37,9 @@ use crate::shares::area::Area;
 
 /// Changes whenever what is saved does.
 const VERSION: u32 = 1;
+
+/// The largest error number that Linux knows.
+const MAX_ERRNO: i32 = 4095;
 
 const TOKEN_WAKE: u64 = 0;
 const TOKEN_CHANNEL: u64 = 1;
@@ -66,6 +70,17 @@ struct Link {
     channel: Option<OwnedFd>,
     area: Area,
     slots: [Slot; SLOTS as usize],
+    /// Those that were put off, by ticket.
+    put_off: BTreeMap<u32, Asked>,
+    last_ticket: u32,
+}
+
+/// A request whose chain the device holds.
+struct Asked {
+    queue: usize,
+    head: u16,
+    header: InHeader,
+    writable: Vec<Buffer>,
 }
 
 /// Where a slot is.
@@ -75,7 +90,7 @@ enum Slot {
     #[default]
     Free,
     /// With the server, for this chain.
-    Away { queue: usize, head: u16, writable: Vec<Buffer> },
+    Away { asked: Asked, ticket: u32 },
     /// With the server, for a chain that a reset has forgotten.
     Orphaned,
 }
@@ -105,7 +120,7 @@ impl Forward {
         let area = Area::map(area)?;
         let event = EpollEvent::new(EventSet::IN, TOKEN_CHANNEL);
         self.epoll.ctl(ControlOperation::Add, channel.as_raw_fd(), event)?;
-        self.link = Some(Link { channel: Some(channel), area, slots: Default::default() });
+        self.link = Some(Link::new(channel, area));
         self.wake.request();
         Ok(())
     }
@@ -125,7 +140,7 @@ impl Forward {
         let Some(link) = &mut self.link else { return Ok(()) };
         let mut touched = [false; QUEUE_SIZES.len()];
         let mut datagram = [0; Return::SIZE + 1];
-        // Each slot comes back once: more than there are is a turn.
+        // More than there are slots is a turn.
         for _ in 0..=SLOTS {
             let Some(channel) = &link.channel else { break };
             let length = match rustix::net::recv(channel, &mut datagram[..], RecvFlags::DONTWAIT) {
@@ -137,23 +152,18 @@ impl Forward {
                 }
             };
             let Some(back) = datagram.get(..length).and_then(Return::decode) else { continue };
-            let slot = link.slots.get_mut(back.slot as usize).map(std::mem::take);
-            if let Some(Slot::Away { queue, head, writable }) = slot
-                && let Some(active) = &mut self.active
-            {
-                let reply = (back.reply as usize).min(SLOT_SIZE);
-                let memory = &active.resources.memory;
-                let copied = link.area.slot(back.slot).is_some_and(|slot| {
-                    let room: u64 = writable.iter().map(|(_, length)| u64::from(*length)).sum();
-                    reply as u64 <= room && slot.copy_to_guest(memory, &writable, reply)
-                });
-                let written = if copied { back.reply } else { 0 };
-                if let Some(ring) = active.queues.get_mut(queue) {
-                    complete(ring, queue, memory, head, written)?;
-                }
-                if let Some(touched) = touched.get_mut(queue) {
-                    *touched = true;
-                }
+            let Some(active) = &mut self.active else {
+                // Nobody waits for it.
+                link.forget(back);
+                continue;
+            };
+            let memory = &active.resources.memory;
+            let Some((asked, written)) = link.answered(back, memory) else { continue };
+            if let Some(ring) = active.queues.get_mut(asked.queue) {
+                complete(ring, asked.queue, memory, asked.head, written)?;
+            }
+            if let Some(touched) = touched.get_mut(asked.queue) {
+                *touched = true;
             }
         }
         if let Some(Activation { queues, resources, .. }) = &mut self.active {
@@ -192,6 +202,61 @@ impl From<Step> for Verdict {
 }
 
 impl Link {
+    fn new(channel: OwnedFd, area: Area) -> Self {
+        let (slots, put_off) = (Default::default(), BTreeMap::new());
+        Self { channel: Some(channel), area, slots, put_off, last_ticket: 0 }
+    }
+
+    /// What a return answers, and how many bytes were written to the guest.
+    fn answered(&mut self, back: Return, memory: &GuestMemory) -> Option<(Asked, u32)> {
+        match back {
+            Return::Done { slot: number, reply } => {
+                let slot = self.slots.get_mut(number as usize).map(std::mem::take);
+                let Some(Slot::Away { asked, .. }) = slot else { return None };
+                let length = (reply as usize).min(SLOT_SIZE);
+                let room: u64 = asked.writable.iter().map(|(_, length)| u64::from(*length)).sum();
+                let copied = length as u64 <= room
+                    && self
+                        .area
+                        .slot(number)
+                        .is_some_and(|slot| slot.copy_to_guest(memory, &asked.writable, length));
+                Some((asked, if copied { reply } else { 0 }))
+            }
+            Return::PutOff { slot } => {
+                let slot = self.slots.get_mut(slot as usize).map(std::mem::take);
+                if let Some(Slot::Away { asked, ticket }) = slot {
+                    self.put_off.insert(ticket, asked);
+                }
+                None
+            }
+            Return::Settled { ticket, error } => {
+                let asked = self.put_off.remove(&ticket)?;
+                let error = i32::try_from(error).unwrap_or(MAX_ERRNO).min(MAX_ERRNO);
+                let written = answer_empty(&asked.header, error, memory, &asked.writable);
+                Some((asked, written))
+            }
+        }
+    }
+
+    /// What was asked is not waited for any more.
+    fn forget(&mut self, back: Return) {
+        if let Return::Done { slot, .. } | Return::PutOff { slot } = back
+            && let Some(slot) = self.slots.get_mut(slot as usize)
+        {
+            *slot = Slot::Free;
+        }
+    }
+
+    /// A number that nobody has who was put off.
+    fn ticket(&mut self) -> u32 {
+        loop {
+            self.last_ticket = self.last_ticket.wrapping_add(1);
+            if !self.put_off.contains_key(&self.last_ticket) {
+                return self.last_ticket;
+            }
+        }
+    }
+
     fn hand_on(&mut self, queue: usize, chain: Chain<'_>, memory: &GuestMemory) -> Step {
         let Some(number) = self.slots.iter().position(|slot| matches!(slot, Slot::Free)) else {
             return Step::Waits;
@@ -209,7 +274,13 @@ impl Link {
         if length > SLOT_SIZE || !slot.copy_from_guest(memory, &readable, length) {
             return Step::Done(0);
         }
-        let call = Call { slot: number, request: u32::try_from(length).unwrap_or(u32::MAX), room };
+        // As it was copied: what the guest makes of its memory meanwhile is nothing to go by.
+        let mut bytes = [0; InHeader::SIZE];
+        let header = if slot.read(0, &mut bytes) { InHeader::take(&mut &bytes[..]) } else { None };
+        let Some(header) = header.filter(|_| length >= InHeader::SIZE) else { return Step::Done(0) };
+        let request = u32::try_from(length).unwrap_or(u32::MAX);
+        let ticket = self.ticket();
+        let call = Call { slot: number, request, room, ticket };
         let Some(channel) = &self.channel else { return Step::Waits };
         match rustix::net::send(channel, &call.encode(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             // There are fewer slots than any socket holds datagrams; a server that is gone is noticed when it is
@@ -217,7 +288,8 @@ impl Link {
             Err(_) => Step::Waits,
             Ok(_) => {
                 if let Some(slot) = self.slots.get_mut(number as usize) {
-                    *slot = Slot::Away { queue, head, writable };
+                    let asked = Asked { queue, head, header, writable };
+                    *slot = Slot::Away { asked, ticket };
                 }
                 Step::Away
             }
@@ -235,18 +307,17 @@ impl Link {
             let gone = epoll.ctl(ControlOperation::Delete, channel.as_raw_fd(), EpollEvent::default());
             gone.map_err(|source| DeviceError::Backend { context: "EPOLL_CTL_DEL", source })?;
         }
-        for (number, slot) in (0..).zip(&mut self.slots) {
-            let Slot::Away { queue, head, writable } = std::mem::take(slot) else { continue };
+        let away = self.slots.iter_mut().filter_map(|slot| match std::mem::take(slot) {
+            Slot::Away { asked, .. } => Some(asked),
+            Slot::Free | Slot::Orphaned => None,
+        });
+        for asked in away.chain(std::mem::take(&mut self.put_off).into_values()) {
             let Some(Activation { queues, resources, .. }) = active else { continue };
-            let mut header = [0; InHeader::SIZE];
-            let there = self.area.slot(number).is_some_and(|slot| slot.read(0, &mut header));
-            // A server may have written its reply there already; then nobody knows whose it was.
-            let header = InHeader::take(&mut &header[..]).filter(|_| there);
-            let written = header.map_or(0, |header| answer_gone(&header, &resources.memory, &writable));
-            if let Some(ring) = queues.get_mut(queue) {
-                complete(ring, queue, &resources.memory, head, written)?;
+            let written = answer_gone(&asked.header, &resources.memory, &asked.writable);
+            if let Some(ring) = queues.get_mut(asked.queue) {
+                complete(ring, asked.queue, &resources.memory, asked.head, written)?;
             }
-            if let Some(touched) = touched.get_mut(queue) {
+            if let Some(touched) = touched.get_mut(asked.queue) {
                 *touched = true;
             }
         }
@@ -268,8 +339,13 @@ fn answer_gone(header: &InHeader, memory: &GuestMemory, writable: &[Buffer]) -> 
     if matches!(header.opcode, opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT) {
         return 0;
     }
+    answer_empty(header, Errno::NOTCONN.raw_os_error(), memory, writable)
+}
+
+/// Writes a reply without content: an error, or 0.
+fn answer_empty(header: &InHeader, error: i32, memory: &GuestMemory, writable: &[Buffer]) -> u32 {
     let len = OutHeader::SIZE as u32;
-    let reply = OutHeader { len, error: -Errno::NOTCONN.raw_os_error(), unique: header.unique };
+    let reply = OutHeader { len, error: -error, unique: header.unique };
     if copy_in(memory, writable, 0, &encode(&reply)) { len } else { 0 }
 }
 
@@ -298,7 +374,10 @@ impl VirtioDevice for Forward {
 
     fn reset(&mut self) {
         self.active = None;
-        for slot in self.link.iter_mut().flat_map(|link| &mut link.slots) {
+        let Some(link) = &mut self.link else { return };
+        // When they are settled, nobody has their tickets.
+        link.put_off.clear();
+        for slot in &mut link.slots {
             if matches!(slot, Slot::Away { .. }) {
                 *slot = Slot::Orphaned;
             }

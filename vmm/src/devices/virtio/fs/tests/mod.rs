@@ -1,6 +1,7 @@
 //! The server driven by a guest made of byte buffers, over layers that the layer store has unpacked.
 
 mod device;
+mod forward;
 mod hostile;
 mod mapping;
 
