@@ -18,6 +18,7 @@ pub mod http;
 pub mod image;
 pub mod posix;
 pub mod registry;
+pub mod size;
 pub mod suite;
 pub mod terminal;
 
@@ -26,4 +27,5 @@ pub use daemon::{Daemon, DaemonOptions, with_daemon};
 pub use docker::{Container, Docker, Output};
 pub use host::Host;
 pub use registry::Registry;
+pub use size::size;
 pub use suite::Suite;

@@ -7,12 +7,12 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use bulkhead_tests::Registry;
 use bulkhead_tests::daemon::BUNDLE_VARIABLE;
 use bulkhead_tests::hostile::GUEST_VARIABLE;
 use bulkhead_tests::image::Image;
 use bulkhead_tests::posix::PROGRAMS_VARIABLE;
 use bulkhead_tests::suite::{DEVCONTAINER_VARIABLE, NODE_VARIABLE, PYTHON_VARIABLE, SuiteOwner};
+use bulkhead_tests::{Host, Registry};
 use clap::{Args, ValueEnum};
 
 use crate::bench::dockerd::{Bridge, Dockerd};
@@ -115,7 +115,7 @@ fn unit(tree: &Tree, filter: &[String]) -> Result<()> {
 fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let filter = args.filter.as_slice();
     let bundle = if args.built { Bundle::existing(tree)? } else { bundle::build(tree, "release")? };
-    sh::run(test_command(tree).arg("--no-run"))?;
+    sh::run(test_command(tree, "e2e").arg("--no-run"))?;
     let guest = bundle::build_hostile_guest(tree)?;
     let posix = posix::ensure()?;
     let venue = venue::choose(&bundle)?;
@@ -125,15 +125,13 @@ fn end_to_end(tree: &Tree, args: &TestArgs) -> Result<()> {
     let shares =
         if venue == Venue::TestHost && filter.is_empty() && has_nextest(tree) { cpus.clamp(1, 2) } else { 1 };
     let machine_tests = if filter.is_empty() { Some(machine_tests(tree)?) } else { None };
+    let programs = &Programs { bundle: &bundle, hostile_guest: &guest, posix: &posix };
     thread::scope(|scope| {
-        let (bundle, guest, machine_tests) = (&bundle, guest.as_path(), machine_tests.as_deref());
-        let posix = posix.as_path();
+        let machine_tests = machine_tests.as_deref();
         let run = |share| {
             // The last share, since the first has the longest test.
             let machine_tests = machine_tests.filter(|_| share == shares);
-            scope.spawn(move || {
-                run_share(tree, (bundle, guest, posix), venue, filter, machine_tests, (share, shares))
-            })
+            scope.spawn(move || run_share(tree, programs, venue, filter, machine_tests, (share, shares)))
         };
         let runs: Vec<_> = (1..=shares).map(run).collect();
         let outcomes: Vec<Result<()>> = runs
@@ -171,16 +169,24 @@ fn machine_tests(tree: &Tree) -> Result<PathBuf> {
         .context("cargo named no program for the agent's machine tests")
 }
 
+/// What end-to-end tests want to have been built.
+pub(crate) struct Programs<'a> {
+    pub(crate) bundle: &'a Bundle,
+    pub(crate) hostile_guest: &'a Path,
+    pub(crate) posix: &'a Path,
+}
+
 /// Runs the tests of one share of several, in a host of its own.
 fn run_share(
     tree: &Tree,
-    (bundle, hostile_guest, posix): (&Bundle, &Path, &Path),
+    programs: &Programs<'_>,
     venue: Venue,
     filter: &[String],
     machine_tests: Option<&Path>,
     (share, of): (usize, usize),
 ) -> Result<()> {
     let place = venue.open(tree, &format!("e2e-{share}"), MEMORY_MIB)?;
+    let bundle = programs.bundle;
     let on_machine = machine_tests.map(|program| {
         // Bounded: a guest that hangs must not hold up everything else for ever.
         let mut command = place.host.command("timeout");
@@ -191,17 +197,11 @@ fn run_share(
         sh::run(&mut command).context("the guest agent's tests on a machine")
     });
     let suite = SuiteOwner::start(&place.host, bundle.dir()).with_context(|| console(&place))?;
-    let mut tests = test_command(tree);
+    let mut tests = suite_command(tree, &place.host, &suite, programs, "e2e")?;
     if of > 1 {
         tests.args(["--partition", &format!("count:{share}/{of}")]);
     }
-    tests.env(BUNDLE_VARIABLE, bundle.dir()).env(GUEST_VARIABLE, hostile_guest);
-    tests.env(PYTHON_VARIABLE, python::site(&python::TESTCONTAINERS)?);
-    let devcontainers = node::devcontainers()?;
-    tests.env(NODE_VARIABLE, devcontainers.node).env(DEVCONTAINER_VARIABLE, devcontainers.script);
-    tests.args(filter).envs([place.host.to_env()?, suite.to_env()?]);
-    tests.env(PROGRAMS_VARIABLE, posix);
-    if let Err(failed) = sh::run(&mut tests) {
+    if let Err(failed) = sh::run(tests.args(filter)) {
         let log = tree.target().join(format!("e2e-{share}.log"));
         std::fs::write(&log, suite.daemon_log().unwrap_or_default())?;
         bail!("{failed}; the shared daemon's log: {}", log.display());
@@ -211,6 +211,23 @@ fn run_share(
     on_machine.unwrap_or(Ok(()))
 }
 
+/// The tests on a suite, still to be told which.
+pub(crate) fn suite_command(
+    tree: &Tree,
+    host: &Host,
+    suite: &SuiteOwner,
+    programs: &Programs<'_>,
+    profile: &str,
+) -> Result<Command> {
+    let mut tests = test_command(tree, profile);
+    tests.env(BUNDLE_VARIABLE, programs.bundle.dir()).env(GUEST_VARIABLE, programs.hostile_guest);
+    tests.env(PYTHON_VARIABLE, python::site(&python::TESTCONTAINERS)?);
+    let devcontainers = node::devcontainers()?;
+    tests.env(NODE_VARIABLE, devcontainers.node).env(DEVCONTAINER_VARIABLE, devcontainers.script);
+    tests.env(PROGRAMS_VARIABLE, programs.posix).envs([host.to_env()?, suite.to_env()?]);
+    Ok(tests)
+}
+
 /// Has dockerd meet the expectations that the CLI's tables record.
 fn table(tree: &Tree) -> Result<()> {
     let place = venue::choose(&Bundle::existing(tree)?)?.open(tree, "table", MEMORY_MIB)?;
@@ -218,15 +235,15 @@ fn table(tree: &Tree) -> Result<()> {
     registry.push(&Image::busybox()?, "library/busybox", "latest")?;
     let dockerd = Dockerd::start(&place.host, registry.address(), Bridge::None)?;
     dockerd.docker().ok(&["pull", "-q", "busybox"])?;
-    let mut tests = test_command(tree);
+    let mut tests = test_command(tree, "e2e");
     tests.env("BULKHEAD_TABLE_DOCKER", format!("unix://{}", dockerd.socket()));
     sh::run(tests.args(["--test", "cli", "--no-fail-fast", "table::"]))
 }
 
-fn test_command(tree: &Tree) -> Command {
+pub(crate) fn test_command(tree: &Tree, profile: &str) -> Command {
     let mut command = cargo(tree);
     if has_nextest(tree) {
-        command.args(["nextest", "run", "--profile", "e2e", "-p", "bulkhead-tests"]);
+        command.args(["nextest", "run", "--profile", profile, "-p", "bulkhead-tests"]);
     } else {
         command.args(["test", "-p", "bulkhead-tests", "--tests"]);
     }

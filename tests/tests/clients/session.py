@@ -27,7 +27,7 @@ def server(text):
 def main():
     with Network() as network:
         with server("first").with_network(network).with_network_aliases("one") as one:
-            one.waiting_for(HttpWaitStrategy(80).for_status_code(200))
+            HttpWaitStrategy(80).for_status_code(200).wait_until_ready(one)
             address = f"http://{one.get_container_host_ip()}:{one.get_exposed_port(80)}"
             print(urllib.request.urlopen(address, timeout=30).read().decode().strip())
             client = DockerContainer("busybox").with_command("sleep 1000").with_network(network)

@@ -5,19 +5,10 @@ use std::path::Path;
 use std::thread;
 
 use anyhow::Context;
-use bulkhead_tests::{Container, Docker, Suite};
+use bulkhead_tests::{Container, Docker, Suite, size};
 
 use crate::Test;
 use crate::local::{few, many, tree};
-
-/// How many files, and how many MiB, the large copy has: 50000 and 1024 is what it is for, and takes an emulated
-/// machine many minutes.
-fn size() -> (usize, usize) {
-    let number = |name: &str, otherwise| {
-        std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
-    };
-    (number("BULKHEAD_COPY_FILES", 1500), number("BULKHEAD_COPY_MIB", 24))
-}
 
 fn from(container: &Container, path: &str) -> String {
     format!("{}:{path}", container.name())
@@ -41,7 +32,7 @@ fn there_and_back(docker: &Docker, container: &Container, local: &Path, to: &str
 fn many_files_and_a_large_one_go_both_ways_whether_it_runs_or_not() -> Test {
     let suite = Suite::from_env()?;
     let docker = suite.docker();
-    let (count, mib) = size();
+    let (count, mib) = (size(1500, 50_000), size(24, 1024));
     let local = tempfile::tempdir()?;
     many(local.path(), count, mib)?;
     let container = docker.run_detached(&["busybox", "sleep", "100000"])?;

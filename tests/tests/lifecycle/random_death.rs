@@ -9,13 +9,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bulkhead_tests::http::Client;
-use bulkhead_tests::{Daemon, Suite, with_daemon};
+use bulkhead_tests::{Daemon, Suite, size, with_daemon};
 use serde_json::{Value, json};
 
 use crate::Test;
-
-/// How often the daemon dies; `BULKHEAD_KILLS` for more.
-const KILLS: u32 = 6;
 
 /// How many clients there are.
 const CLIENTS: u32 = 3;
@@ -36,12 +33,11 @@ fn kill_9_at_random_loses_nothing_acknowledged_and_leaves_nothing_half_made() ->
     let options = Suite::from_env()?.daemon_options();
     with_daemon(options, |daemon| {
         daemon.docker().ok(&["pull", "-q", "busybox"])?;
-        let kills = std::env::var("BULKHEAD_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(KILLS);
         let mut seed = u64::from(std::process::id());
         println!("seed {seed}");
         let known = Mutex::new(BTreeMap::new());
         let number = AtomicU32::new(0);
-        for _ in 0..kills {
+        for _ in 0..size(6, 200) {
             one_life(daemon, &known, &number, &mut seed)?;
             daemon.start_again()?;
             everything_known_is_there(&daemon.api(), &known)?;

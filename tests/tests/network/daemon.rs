@@ -1,8 +1,8 @@
 //! A daemon that dies leaves nothing that the next does not take over or remove.
 
-use std::{env, thread, time::Duration};
+use std::{thread, time::Duration};
 
-use bulkhead_tests::{Daemon, Docker, Host, Suite, with_daemon};
+use bulkhead_tests::{Daemon, Docker, Host, Suite, size, with_daemon};
 
 use crate::{Test, serve};
 
@@ -35,8 +35,7 @@ fn remove_all(docker: &Docker) -> Test {
 
 #[test]
 fn many_that_come_and_go_at_once_leave_nothing() -> Test {
-    // An emulated host takes seconds for each; `BULKHEAD_TEST_STARTS=200` asks for more.
-    let count: usize = env::var("BULKHEAD_TEST_STARTS").map_or(Ok(16), |count| count.parse())?;
+    let count = size(16, 200);
     with_daemon(Suite::from_env()?.daemon_options(), |daemon| {
         let docker = daemon.docker();
         docker.ok(&["pull", "-q", "busybox"])?;

@@ -1,11 +1,9 @@
 //! Locks between guest and host, on the same files.
 
 use anyhow::ensure;
+use bulkhead_tests::size;
 
 use crate::{Test, docker, host};
-
-/// How often each side counts; `BULKHEAD_LOCK_ROUNDS` for more.
-const ROUNDS: &str = "5";
 
 /// Adds one to a number in a file, again and again, each time under the lock.
 const COUNT: &str = "cd \"$1\"; i=0; while [ $i -lt \"$2\" ]; do flock lock sh -c 'n=$(cat n); echo $((n+1)) >n'; i=$((i+1)); done";
@@ -28,7 +26,8 @@ fn locks_exclude_host_and_guests_from_each_other() -> Test {
     host.sh("rm \"$1/held\"", &[&path])?;
     ensure!(host.sh("flock \"$1/lock\" echo mine", &[&path])? == "mine", "a lock that is waited for comes");
 
-    let rounds = std::env::var("BULKHEAD_LOCK_ROUNDS").unwrap_or_else(|_| ROUNDS.into());
+    let count = size(5, 100);
+    let rounds = count.to_string();
     let counting: Vec<_> = [&first, &second]
         .map(|container| {
             docker.spawn(&["exec", container.name(), "sh", "-c", COUNT, "sh", "/shared", &rounds])
@@ -39,7 +38,7 @@ fn locks_exclude_host_and_guests_from_each_other() -> Test {
     for counter in counting {
         ensure!(counter.wait_with_output()?.status.success());
     }
-    let counted = host.sh("cat \"$1/n\"", &[&path])?.parse::<u32>()?;
-    ensure!(counted == 3 * rounds.parse::<u32>()?, "{counted}");
+    let counted = host.sh("cat \"$1/n\"", &[&path])?.parse::<usize>()?;
+    ensure!(counted == 3 * count, "{counted}");
     Ok(())
 }

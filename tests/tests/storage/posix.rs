@@ -5,16 +5,12 @@ use anyhow::ensure;
 use bulkhead_tests::{
     Container, Suite,
     image::{Image, LayerBuilder},
-    posix,
+    posix, size,
 };
 
 use crate::{Test, Volume, docker};
 
-/// Operations of fsx on each file system; `BULKHEAD_FSX_OPERATIONS` for more.
-const OPERATIONS: &str = "2000";
-
 /// The tests of pjdfstest on a volume, where each operation is a way to the host and back: parts of their names.
-/// `BULKHEAD_PJDFSTEST` for others, empty for all.
 const OF_VOLUMES: [&str; 5] = ["::regular", "::dir", "utimensat::", "ftruncate::", "posix_fallocate::"];
 
 fn image() -> anyhow::Result<Image> {
@@ -67,21 +63,17 @@ fn pjdfstest(container: &Container, name: &str, names: &[&str]) -> Test {
 }
 
 #[test]
-#[ignore = "ten emulated minutes and more: to be run by name"]
+#[ignore = "many emulated minutes: `cargo xtask bench --only whole-pjdfstest`"]
 fn pjdfstest_finds_the_writable_layer_and_volumes_as_posix_has_them() -> Test {
     let (_volume, container) = start("pjdfstest")?;
     pjdfstest(&container, "layer", &[])?;
-    let chosen = std::env::var("BULKHEAD_PJDFSTEST");
-    match &chosen {
-        Ok(names) => pjdfstest(&container, "volume", &names.split_whitespace().collect::<Vec<_>>()),
-        Err(_) => pjdfstest(&container, "volume", &OF_VOLUMES),
-    }
+    pjdfstest(&container, "volume", if size::is_whole() { &[] } else { &OF_VOLUMES })
 }
 
 #[test]
 fn fsx_finds_what_it_wrote_on_the_writable_layer_and_on_volumes() -> Test {
     let (_volume, container) = start("fsx")?;
-    let operations = std::env::var("BULKHEAD_FSX_OPERATIONS").unwrap_or_else(|_| OPERATIONS.into());
+    let operations = size(2000, 20_000).to_string();
     for place in ["/layer/file", "/volume/file"] {
         let script =
             "fsx -f /etc/fsx.toml -S 7 -N \"$1\" \"$2\" 2>&1 || { echo \"fsx: exit code $?\"; exit 1; }";

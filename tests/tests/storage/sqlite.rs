@@ -1,17 +1,14 @@
 //! SQLite of guests and of the host on the same files at the same time: others' locks, others' checks.
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use bulkhead_tests::{
     Container, Host, Suite,
     host::Scratch,
     image::{Image, LayerBuilder},
-    posix,
+    posix, size,
 };
 
 use crate::{Test, host};
-
-/// Transactions of each side; `BULKHEAD_SQLITE_ROUNDS` for more.
-const ROUNDS: &str = "20";
 
 /// A container with SQLite and a directory of the host at `/db`.
 fn start() -> anyhow::Result<(Host, Scratch, String, Container)> {
@@ -40,7 +37,9 @@ const CHECK: &str = "cd \"$1\"; sqlite3 -cmd '.timeout 60000' data 'PRAGMA integ
 #[test]
 fn a_rollback_journal_is_for_guest_and_host_at_once() -> Test {
     let (host, _scratch, path, container) = start()?;
-    let rounds = std::env::var("BULKHEAD_SQLITE_ROUNDS").unwrap_or_else(|_| ROUNDS.into());
+    // Of each side.
+    let transactions = size(20, 500);
+    let rounds = transactions.to_string();
     host.sh("cd \"$1\"; sqlite3 data 'CREATE TABLE n (n); INSERT INTO n VALUES (0); CREATE TABLE rows (who, i, data);'", &[&path])?;
     let docker = crate::docker()?;
     let guest =
@@ -48,7 +47,7 @@ fn a_rollback_journal_is_for_guest_and_host_at_once() -> Test {
     host.sh(COUNT, &[&path, &rounds, "host"])?;
     let guest = guest.wait_with_output()?;
     ensure!(guest.status.success(), "{}", String::from_utf8_lossy(&guest.stderr));
-    let all = rounds.parse::<u64>().context("rounds")? * 2;
+    let all = 2 * transactions;
     let expected = format!("ok\n{all}\n{all}");
     ensure!(host.sh(CHECK, &[&path])? == expected);
     ensure!(container.exec(&["sh", "-c", CHECK, "sh", "/db"])? == expected);

@@ -14,6 +14,7 @@ mod figures;
 mod networks;
 pub(crate) mod probe;
 mod storage;
+mod whole;
 
 use std::fs;
 use std::path::PathBuf;
@@ -81,7 +82,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     let venue = venue::choose(&bundle)?;
     println!("measuring on {}", venue.describe());
     let place = venue.open(tree, "bench", MEMORY_MIB)?;
-    let bench = Bench { host: &place.host, bundle: &bundle, args, firecracker };
+    let bench = Bench { tree, host: &place.host, bundle: &bundle, args, firecracker };
     let (mut figures, mut notes) = (Vec::new(), Vec::new());
     // What was measured before something failed is shown.
     let outcome = bench.measure(&mut figures, &mut notes);
@@ -102,6 +103,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
 }
 
 struct Bench<'a> {
+    tree: &'a Tree,
     host: &'a Host,
     bundle: &'a Bundle,
     args: &'a BenchArgs,
@@ -114,7 +116,7 @@ impl Bench<'_> {
         self.containers(figures, notes)?;
         figures.extend(self.networks()?);
         self.storage(figures, notes)?;
-        Ok(())
+        self.whole(figures)
     }
 
     fn wants(&self, name: &str) -> bool {
@@ -200,6 +202,6 @@ fn program(name: &str) -> Result<PathBuf> {
     let program = directory.join(name);
     let mut rustc = Command::new("rustc");
     rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "panic=abort", "-o"]);
-    sh::run(rustc.arg(&program).arg(tree.root().join(format!("xtask/programs/{name}.rs"))))?;
+    sh::run(rustc.arg(&program).arg(tree.root().join(format!("tests/src/bin/{name}.rs"))))?;
     Ok(program)
 }

@@ -1,6 +1,7 @@
 //! Layers made to do harm: each is refused in words, or does none.
 
 use super::*;
+use crate::layers::decompress;
 
 #[test]
 fn names_that_leave_the_layer_are_refused() {
@@ -195,4 +196,62 @@ fn a_layer_over_its_limits_is_refused() {
     assert!(matches!(error, LayerError::Limit { what: "entries", limit: 3 }), "{error}");
     fixture.assert_empty();
     import(length, 4).unwrap();
+}
+
+/// Gives the same bytes for ever, and counts them.
+struct Endless<'a> {
+    block: &'a [u8],
+    read: &'a std::cell::Cell<u64>,
+}
+
+impl Read for Endless<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let at = usize::try_from(self.read.get() % self.block.len() as u64).map_err(io::Error::other)?;
+        let length = (&self.block[at..]).read(buffer)?;
+        self.read.set(self.read.get() + length as u64);
+        Ok(length)
+    }
+}
+
+#[test]
+fn what_inflates_a_thousandfold_is_left_at_its_limit() {
+    let fixture = Fixture::new();
+    let limits = Limits { stream_bytes: 8 << 20, entries: 100 };
+    // A file that says it has half a GiB, of zeros: what there is of it fits into a tenth of a MiB.
+    let header = Archive::new().custom(b'0', b"bomb", b"", b"", |header| header.size = *b"04000000000\0");
+    let content = io::repeat(0).take(32 << 20);
+    let plain = io::Cursor::new(header.unfinished()).chain(content);
+    let mut gzip = Vec::new();
+    let mut reader = flate2::read::GzEncoder::new(plain, flate2::Compression::default());
+    reader.read_to_end(&mut gzip).unwrap();
+    assert!(gzip.len() < 100 << 10, "{}", gzip.len());
+    let mut zstd = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+    io::copy(&mut decompress(&gzip[..]).unwrap(), &mut zstd).unwrap();
+    let zstd = zstd.finish().unwrap();
+    for bomb in [gzip, zstd] {
+        let error = fixture.store.import(decompress(&bomb[..]).unwrap(), &limits).unwrap_err();
+        assert!(matches!(error, LayerError::Limit { what: "bytes", .. }), "{error}");
+        fixture.assert_empty();
+    }
+}
+
+#[test]
+fn entries_without_end_are_left_at_their_limit() {
+    let fixture = Fixture::new();
+    let limits = Limits { entries: 5000, ..Limits::default() };
+    // Files with names of their own; the same file again and again; names that lead deeper and deeper in and out.
+    let mut files = Archive::new();
+    for number in 0..6000 {
+        files = files.file(&format!("{number}"), b"");
+    }
+    let again = Archive::new().file("again", b"x").unfinished();
+    let deep = Archive::new().file(&format!("{}x", "d/".repeat(40)), b"").unfinished();
+    for block in [files.unfinished(), again, deep] {
+        let read = std::cell::Cell::new(0);
+        let endless = Endless { block: &block, read: &read };
+        let error = fixture.store.import(endless, &limits).unwrap_err();
+        assert!(matches!(error, LayerError::Limit { what: "entries", limit: 5000 }), "{error}");
+        assert!(read.get() < 64 << 20, "{} bytes were read", read.get());
+        fixture.assert_empty();
+    }
 }

@@ -1,12 +1,15 @@
-//! A program for containers and the host: one end of what the benchmark measures of networks. Built by the
-//! benchmark with rustc alone, so that it can be put into an image.
+//! A program for containers and the host: one end of what is tested and measured of networks. It stands alone, so that
+//! rustc makes it a static program for the benchmark.
 //!
 //!   transfer serve PORT                  answers for ever
 //!   transfer send ADDRESS:PORT MIB       sends so much and waits until all of it was read; prints nanoseconds
 //!   transfer ask ADDRESS:PORT COUNT      asks so often, one byte each way; prints nanoseconds
 //!
 //! A connection's first byte says what it is for: `s`, bytes until the end, which one byte answers, or `a`, bytes of
-//! which each is answered.
+//! which each is answered. Without such a byte:
+//!
+//!   transfer receive PORT                prints what one connection brings
+//!   transfer repeat ADDRESS:PORT COUNT   sends its input so often, each time behind a line with its number
 
 use std::{
     env,
@@ -74,7 +77,30 @@ fn main() -> std::io::Result<()> {
             }
             started
         }
-        _ => panic!("serve PORT | send ADDRESS:PORT MIB | ask ADDRESS:PORT COUNT"),
+        ["receive", port] => {
+            let mut stream = TcpListener::bind(format!("0.0.0.0:{port}"))?.accept()?.0;
+            let (mut block, mut output) = (vec![0; BLOCK], std::io::stdout().lock());
+            loop {
+                match stream.read(&mut block)? {
+                    0 => return Ok(()),
+                    length => output.write_all(&block[..length])?,
+                }
+            }
+        }
+        ["repeat", address, count] => {
+            let (mut input, count) = (Vec::new(), count.parse::<u32>().expect("a number"));
+            std::io::stdin().read_to_end(&mut input)?;
+            let mut stream = TcpStream::connect(address)?;
+            for number in 0..count {
+                stream.write_all(format!("{number}\n").as_bytes())?;
+                stream.write_all(&input)?;
+            }
+            // A container's network ends with it, and with the network what was not sent yet.
+            stream.shutdown(Shutdown::Write)?;
+            while stream.read(&mut input)? > 0 {}
+            return Ok(());
+        }
+        _ => panic!("serve, send, ask, receive or repeat"),
     };
     println!("{}", started.elapsed().as_nanos());
     Ok(())
