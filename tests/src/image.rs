@@ -129,7 +129,7 @@ impl Image {
     /// The configuration, whose digest is the image's id.
     #[must_use]
     pub fn config(&self) -> Vec<u8> {
-        let diff_ids: Vec<String> = self.layers.iter().map(|layer| digest(&layer.tar)).collect();
+        let diff_ids = self.diff_ids();
         let history: Vec<Value> =
             self.layers.iter().map(|_| json!({"created": "2024-01-01T00:00:00Z"})).collect();
         json!({
@@ -142,6 +142,12 @@ impl Image {
         })
         .to_string()
         .into_bytes()
+    }
+
+    /// The digests of its layers' archives.
+    #[must_use]
+    pub fn diff_ids(&self) -> Vec<String> {
+        self.layers.iter().map(|layer| digest(&layer.tar)).collect()
     }
 
     /// The image's id.

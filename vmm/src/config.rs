@@ -24,7 +24,7 @@ use rustix::{
     net::{AddressFamily, SocketType, sockopt},
 };
 
-use crate::arch::x86_64::layout;
+use crate::{arch::x86_64::layout, window};
 
 /// The longest configuration in bytes.
 const MAX_SIZE: u64 = 64 * 1024;
@@ -34,6 +34,8 @@ const MIN_MEMORY_MIB: u32 = 32;
 /// A guest may boot with this much, and have as much plugged; more would reach beyond what processors with 40
 /// address bits have.
 const MAX_MEMORY_MIB: u32 = 512 * 1024;
+/// Each granule of a window is a mapping, of which a process may have 65530.
+const MAX_WINDOW_MIB: u32 = 32 * 1024;
 const MAX_BLOCK_ID: usize = 20;
 const MAX_TAG: usize = 36;
 /// Context ids 0 to 2 have meanings of their own; all ones is "any" (virtio 1.3, 5.10.4).
@@ -129,6 +131,8 @@ pub struct Devices {
     pub balloon: bool,
     /// The guest addresses at which virtio-mem plugs memory, where there is one.
     pub region: Option<Range<u64>>,
+    /// The guest addresses of the window of the one file system device that has one.
+    pub window: Option<Range<u64>>,
 }
 
 /// The file descriptors that the process was started with, each to be taken once.
@@ -321,8 +325,28 @@ fn check_devices(
         None => None,
     };
     let region = config.memory.map(|device| check_region(memory, device.region_mib)).transpose()?;
+    let window = check_window(&config.fs, memory, region.as_ref())?;
     let (block, fs, rng, balloon) = (config.block, config.fs, config.rng, config.balloon);
-    Ok(Devices { block, fs, vsock, net: config.net, rng, balloon, region })
+    Ok(Devices { block, fs, vsock, net: config.net, rng, balloon, region, window })
+}
+
+fn check_window(
+    fs: &[FsConfig],
+    memory: u64,
+    region: Option<&Range<u64>>,
+) -> Result<Option<Range<u64>>, ConfigError> {
+    let mut with_window = fs.iter().filter(|fs| fs.window_mib > 0);
+    let Some(fs) = with_window.next() else { return Ok(None) };
+    let size = u64::from(fs.window_mib) << 20;
+    if with_window.next().is_some() || fs.server != FsServer::Vmm {
+        return Err(value_error("fs.window_mib", "one device that the VMM serves may have a window"));
+    }
+    if fs.window_mib > MAX_WINDOW_MIB || !size.is_multiple_of(window::GRANULE) {
+        let message = format!("{} is not a multiple of 2 up to {MAX_WINDOW_MIB}", fs.window_mib);
+        return Err(value_error("fs.window_mib", message));
+    }
+    let start = layout::dax_base(memory, region.map_or(0, |region| region.end - region.start));
+    Ok(Some(start..start + size))
 }
 
 fn check_region(memory: u64, mib: u32) -> Result<Range<u64>, ConfigError> {

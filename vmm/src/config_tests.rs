@@ -39,7 +39,12 @@ fn valid() -> VmConfig {
         console: None,
         devices: DeviceConfig {
             block: vec![BlockConfig { id: "root".to_owned(), late: false }],
-            fs: vec![FsConfig { tag: "layers".to_owned(), server: FsServer::Vmm, late: false }],
+            fs: vec![FsConfig {
+                tag: "layers".to_owned(),
+                server: FsServer::Vmm,
+                late: false,
+                window_mib: 0,
+            }],
             vsock: Some(VsockConfig { cid: 3, listener: listener(SocketType::STREAM) }),
             net: vec![NetConfig { id: "net0".to_owned() }],
             rng: true,

@@ -16,3 +16,4 @@ pub mod rate_limiter;
 pub mod recorder;
 pub mod seccomp;
 pub mod shares;
+pub mod window;

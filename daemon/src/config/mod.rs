@@ -115,6 +115,8 @@ pub struct VmDefaults {
     pub reclaim_below_percent: u8,
     /// Size of the writable layer in GiB.
     pub disk_gib: u32,
+    /// MiB of guest addresses at which a guest can map files of layers; 0: it reads them.
+    pub window_mib: u32,
     /// Whether microVMs are clones of saved ones where they can be.
     pub templates: bool,
     /// The label of containers whose value tells tenants apart; None: there is one tenant.
@@ -282,11 +284,22 @@ impl Config {
                 .try_into()
                 .unwrap_or(10),
                 disk_gib: range("default-disk-gib", options.default_disk_gib, 10, 1..=16 << 10)?,
+                window_mib: window(options.layer_window_mib)?,
                 templates: options.templates.unwrap_or(true),
                 template_domain_label: domain_label(options.template_domain_label)?,
             },
         })
     }
+}
+
+/// See the ADR on layers in guests for the figures.
+const DEFAULT_WINDOW_MIB: u32 = 0;
+const MAX_WINDOW_MIB: u32 = 32 << 10;
+
+/// A window is made of pieces of 2 MiB.
+fn window(mib: Option<u32>) -> Result<u32, String> {
+    let mib = range("layer-window-mib", mib, DEFAULT_WINDOW_MIB, 0..=MAX_WINDOW_MIB)?;
+    if mib.is_multiple_of(2) { Ok(mib) } else { Err(format!("layer-window-mib: {mib} is odd")) }
 }
 
 /// vCPUs of a microVM when nobody says how many: two run a workload beside its kernel's work, and cost little

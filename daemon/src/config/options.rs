@@ -144,6 +144,9 @@ pub struct Options {
     /// Size of containers' writable layer, in GiB
     #[arg(long, value_name = "GIB")]
     pub default_disk_gib: Option<u32>,
+    /// Guests map the large files of layers, as the host has cached them, in so many MiB of addresses; 0: they read them
+    #[arg(long, value_name = "MIB")]
+    pub layer_window_mib: Option<u32>,
     /// Start microVMs as clones of saved ones; =false boots each
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub templates: Option<bool>,
@@ -153,7 +156,7 @@ pub struct Options {
 }
 
 /// The options' names in the file that are ours alone.
-const OURS: [&str; 11] = [
+const OURS: [&str; 12] = [
     "vmm",
     "kernel",
     "initramfs",
@@ -163,6 +166,7 @@ const OURS: [&str; 11] = [
     "default-vcpus",
     "reclaim-below-percent",
     "default-disk-gib",
+    "layer-window-mib",
     "templates",
     "template-domain-label",
 ];

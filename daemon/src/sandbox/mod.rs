@@ -156,6 +156,8 @@ pub struct SandboxSpec {
     pub disks: Vec<ExtraDisk>,
     /// The image's layers by the name of their share.
     pub layers: Vec<(String, PathBuf)>,
+    /// MiB of guest addresses at which the guest can map files of layers; 0: it reads them.
+    pub window_mib: u32,
     /// What it gets of the host to read and write.
     pub shares: Vec<ShareSpec>,
     /// Where the stages of the boot are marked.
@@ -198,7 +200,7 @@ impl SandboxSpec {
             cmdline: self.cmdline.clone(),
             vcpus: self.vcpus,
             memory_mib: self.memory.base_mib,
-            devices: plan::devices(),
+            devices: plan::devices(self.window_mib),
             kvm: self.kvm.clone(),
             confinement: self.confinement.clone(),
         }

@@ -166,7 +166,7 @@ impl Vmm {
             memory_mib: spec.memory.base_mib,
             start,
             kvm: open_kvm(&spec.kvm)?,
-            devices: devices(),
+            devices: devices(spec.window_mib),
             cell: &cell,
         };
         let process = spawn(&dir, launch)
@@ -301,16 +301,17 @@ pub(super) async fn attach_shares(
 }
 
 /// The machine of a sandbox: nothing in it belongs to one container.
-pub(super) fn devices() -> DeviceConfig {
+pub(super) fn devices(window_mib: u32) -> DeviceConfig {
     let disks = (0..LATE_DISKS).map(|slot| BlockConfig { id: extra_disk(slot.into()), late: true });
     let shares = (0..LATE_SHARES).map(|slot| FsConfig {
         tag: late_shares(slot),
         server: FsServer::Process,
         late: true,
+        window_mib: 0,
     });
     let first = [
-        FsConfig { tag: TAG.into(), server: FsServer::Vmm, late: false },
-        FsConfig { tag: SHARES.into(), server: FsServer::Process, late: false },
+        FsConfig { tag: TAG.into(), server: FsServer::Vmm, late: false, window_mib },
+        FsConfig { tag: SHARES.into(), server: FsServer::Process, late: false, window_mib: 0 },
     ];
     DeviceConfig {
         block: std::iter::once(BlockConfig { id: DISK.into(), late: false }).chain(disks).collect(),
@@ -464,6 +465,7 @@ mod tests {
             disk: Some(File::open("/dev/null").unwrap()),
             disks: vec![],
             layers: vec![],
+            window_mib: 0,
             shares: vec![],
             timeline: Timeline::begin("c", TimelineKind::Run),
             kvm: "/dev/null".into(),

@@ -131,8 +131,13 @@ impl Vmm {
                     vmm::BlockConfig { id: LATE_DISK.into(), late: true },
                 ],
                 fs: vec![
-                    vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm, late: false },
-                    vmm::FsConfig { tag: LATE_TAG.into(), server: vmm::FsServer::Process, late: true },
+                    vmm::FsConfig { tag: TAG.into(), server: vmm::FsServer::Vmm, late: false, window_mib: 0 },
+                    vmm::FsConfig {
+                        tag: LATE_TAG.into(),
+                        server: vmm::FsServer::Process,
+                        late: true,
+                        window_mib: 0,
+                    },
                 ],
                 vsock: Some(vmm::VsockConfig { cid: 3, listener: number(&vsock) }),
                 net: vec![],

@@ -5,8 +5,10 @@ mod disks;
 mod layer;
 mod locks;
 mod posix;
+mod space;
 mod sqlite;
 mod volumes;
+mod window;
 
 use anyhow::Result;
 use bulkhead_tests::{Docker, Host, Suite, host::Scratch};

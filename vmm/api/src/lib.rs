@@ -145,6 +145,10 @@ pub struct FsConfig {
     /// [`FsServer::Process`].
     #[serde(default)]
     pub late: bool,
+    /// MiB of guest addresses at which the guest can map files of its shares, instead of reading them into memory of
+    /// its own: a multiple of 2, and 0 for none. One device of kind [`FsServer::Vmm`] may have such a window.
+    #[serde(default)]
+    pub window_mib: u32,
 }
 
 /// Who serves a virtio-fs device.

@@ -33,6 +33,7 @@ use super::{
         image::{Image, ImageError, SavedRegion},
     },
     vcpu::{Shared, Vcpus},
+    window,
 };
 use crate::{
     arch::x86_64::{
@@ -155,7 +156,12 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     create_interrupt_controllers(&vm)?;
     let (ports, serial) = legacy_devices(&vm, &console, &end, start.serial())?;
     let mut mmio = Bus::default();
-    let mut devices = DeviceSet::build(config.devices, &vm, &memory, &mut mmio, &end)?;
+    let window = config.devices.window.clone().map(|range| window::build(&vm, range)).transpose()?;
+    let reachable = match &window {
+        Some(window) => window::join(&memory, window)?,
+        None => memory.clone(),
+    };
+    let mut devices = DeviceSet::build(config.devices, &vm, &reachable, window.as_ref(), &mut mmio, &end)?;
     phases.end("devices");
 
     let vcpus = create_vcpus(&vm, &cpuids)?;
@@ -182,7 +188,7 @@ pub fn build(config: Config, started: Instant) -> Result<Machine, BuildError> {
     }
     let gate = Arc::default();
     devices.start(&gate)?;
-    let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started, abilities));
+    let shared = Arc::new(Shared::new(ports, mmio, Arc::clone(&end), started, abilities, window));
     let vcpus = Vcpus::start(shared, vcpus, &gate)?;
     gate.wait()?;
     phases.end("ready");

@@ -42,6 +42,7 @@ use crate::{
     },
     jail::gate::Gate,
     seccomp::Kind,
+    window::Window,
 };
 
 /// Why the devices cannot be made.
@@ -181,6 +182,7 @@ impl DeviceSet {
         config: Devices,
         vm: &VmFd,
         memory: &GuestMemory,
+        window: Option<&Arc<Window>>,
         bus: &mut Bus,
         end: &Arc<End>,
     ) -> Result<Self, DeviceSetError> {
@@ -198,6 +200,8 @@ impl DeviceSet {
             match slot.server {
                 FsServer::Vmm => {
                     let device = Fs::new(&slot.tag).map_err(DeviceSetError::device(&name))?;
+                    // The configuration has been checked: one device has one.
+                    let device = device.with_window(window.filter(|_| slot.window_mib > 0).cloned());
                     let added = assembly.add(&name, &slot.tag, device)?;
                     fs.insert(slot.tag, added);
                 }

@@ -23,6 +23,7 @@ pub mod phases;
 pub mod signals;
 pub mod snapshot;
 pub mod vcpu;
+pub mod window;
 
 use devices::{AttachError, DeviceSet};
 use elastic::{Elastic, ElasticError};

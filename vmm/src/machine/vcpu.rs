@@ -35,6 +35,7 @@ use crate::{
     bus::Bus,
     jail::gate::Gate,
     seccomp::Kind,
+    window::Window,
 };
 
 /// What all vCPUs of a machine share.
@@ -53,6 +54,8 @@ pub struct Shared {
     pub started: Instant,
     /// What there is to save of a vCPU.
     pub abilities: Abilities,
+    /// The window, whose files may be cut short.
+    pub window: Option<Arc<Window>>,
     wanted: Mutex<Wanted>,
     changed: Condvar,
 }
@@ -101,7 +104,14 @@ pub enum SaveError {
 impl Shared {
     /// For vCPUs that are not running yet.
     #[must_use]
-    pub fn new(ports: Bus, mmio: Bus, end: Arc<End>, started: Instant, abilities: Abilities) -> Self {
+    pub fn new(
+        ports: Bus,
+        mmio: Bus,
+        end: Arc<End>,
+        started: Instant,
+        abilities: Abilities,
+        window: Option<Arc<Window>>,
+    ) -> Self {
         Self {
             ports,
             mmio,
@@ -110,6 +120,7 @@ impl Shared {
             entered: OnceLock::new(),
             started,
             abilities,
+            window,
             wanted: Mutex::new(Wanted { state: State::Paused, parked: 0, ended: 0, saves: Vec::new() }),
             changed: Condvar::new(),
         }
@@ -354,6 +365,10 @@ fn run(vcpu: &mut VcpuFd, index: usize, shared: &Shared) {
                 shared.end.report(ExitReason::Kvm { message });
                 return;
             }
+            // The guest has looked behind the end of a file that has been cut short.
+            Err(error)
+                if error.errno() == libc::EFAULT
+                    && shared.window.as_ref().is_some_and(|window| window.mend()) => {}
             Err(error) => {
                 shared.end.report(ExitReason::Kvm { message: format!("KVM_RUN: {error}") });
                 return;

@@ -2,7 +2,7 @@
 
 use libc::*;
 
-use super::call::{Call, call, call_if, int, request, this_process};
+use super::call::{Call, call, call_if, int, lacks, request, this_process};
 use crate::arch::x86_64::ioctls::*;
 
 /// The signal that takes a vCPU out of the guest: SIGRTMIN as the C library counts.
@@ -36,6 +36,11 @@ pub(super) const CALLS: &[Call] = &[
         SYS_mmap,
         &[&[int(2, PROT_READ | PROT_WRITE), int(3, MAP_SHARED | MAP_NORESERVE)]],
         "the memory that is shared with a share server",
+    ),
+    call_if(
+        SYS_mmap,
+        &[&[lacks(2, PROT_EXEC | PROT_WRITE), int(3, MAP_SHARED | MAP_FIXED | MAP_POPULATE)]],
+        "files that a restored guest had in the window",
     ),
     call_if(SYS_fcntl, &[&[int(1, F_GET_SEALS)]], "whether that can vanish"),
     call(SYS_openat2, "a share's own directory"),

@@ -2,7 +2,7 @@
 
 use libc::*;
 
-use super::call::{Call, call};
+use super::call::{Call, call, call_if, int, lacks};
 
 pub(super) const CALLS: &[Call] = &[
     call(SYS_epoll_wait, "waits for kicks"),
@@ -19,4 +19,9 @@ pub(super) const CALLS: &[Call] = &[
     call(SYS_lseek, "a directory's position; holes"),
     call(SYS_pread64, "a symbolic link's target"),
     call(SYS_preadv, "reads into guest memory"),
+    call_if(
+        SYS_mmap,
+        &[&[lacks(2, PROT_EXEC | PROT_WRITE), int(3, MAP_SHARED | MAP_FIXED | MAP_POPULATE)]],
+        "a file comes into the window, to be read",
+    ),
 ];

@@ -2,7 +2,7 @@
 
 use libc::*;
 
-use super::call::{Call, call, call_if, request};
+use super::call::{Call, call, call_if, int, request};
 use crate::arch::x86_64::ioctls::*;
 
 pub(super) const CALLS: &[Call] = &[
@@ -25,6 +25,7 @@ pub(super) const CALLS: &[Call] = &[
         "a parked vCPU is saved",
     ),
     call_if(SYS_ioctl, &[&[request(TUNSETOFFLOAD as u32)]], "virtio-net is activated"),
+    call_if(SYS_madvise, &[&[int(2, 22)]], "MADV_POPULATE_READ: which pages of the window are gone"),
     call(SYS_poll, "whether the console's pipe has room"),
     call(SYS_ppoll, "the same, where rustix asks the kernel itself"),
     call(SYS_timerfd_settime, "a device with a rate limit is reset"),

@@ -13,11 +13,12 @@ pub(crate) mod dockerd;
 mod figures;
 mod networks;
 pub(crate) mod probe;
+mod storage;
 mod whole;
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use bulkhead_tests::Host;
@@ -26,6 +27,7 @@ use clap::Args;
 use self::figures::{Aim, Figure, Samples, Unit};
 use crate::bundle::{self, Bundle};
 use crate::deps;
+use crate::sh;
 use crate::tree::Tree;
 use crate::venue::{self, Venue};
 
@@ -50,6 +52,9 @@ pub(crate) struct BenchArgs {
     /// How many containers are started at once, a row each.
     #[arg(long, value_delimiter = ',', default_value = "1,10,50", value_name = "N,N")]
     counts: Vec<usize>,
+    /// The large file in the image with which file systems are measured.
+    #[arg(long, default_value_t = 64, value_name = "MIB")]
+    large_mib: usize,
     /// How many containers there are, created and not started, when lists and inspects are measured.
     #[arg(long, default_value_t = 1000, value_name = "N")]
     known: usize,
@@ -110,6 +115,7 @@ impl Bench<'_> {
         figures.extend(self.machines()?);
         self.containers(figures, notes)?;
         figures.extend(self.networks()?);
+        self.storage(figures, notes)?;
         self.whole(figures)
     }
 
@@ -186,4 +192,16 @@ impl Bench<'_> {
         }
         Ok(output.stdout)
     }
+}
+
+/// One of the programs that run in containers, static, below the target directory, which the host sees.
+fn program(name: &str) -> Result<PathBuf> {
+    let tree = Tree::find(None)?;
+    let directory = tree.target().join("bench");
+    fs::create_dir_all(&directory)?;
+    let program = directory.join(name);
+    let mut rustc = Command::new("rustc");
+    rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "panic=abort", "-o"]);
+    sh::run(rustc.arg(&program).arg(tree.root().join(format!("tests/src/bin/{name}.rs"))))?;
+    Ok(program)
 }

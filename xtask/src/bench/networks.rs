@@ -7,7 +7,6 @@
 //!   server ◀── client   between two
 //! ```
 
-use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Instant;
 
@@ -20,7 +19,6 @@ use bulkhead_tests::{Daemon, DaemonOptions, Docker, Host, Registry};
 use super::Bench;
 use super::dockerd::{Bridge, Dockerd};
 use super::figures::{Figure, Samples, Unit};
-use crate::sh;
 
 const PEER: &str = "dockerd-runc";
 const IMAGE: &str = "transfer:latest";
@@ -51,7 +49,7 @@ impl Bench<'_> {
         let theirs = Dockerd::start(self.host, registry.address(), Bridge::Default)?;
         let options = DaemonOptions { registry: Some(registry.address().to_owned()), ..Default::default() };
         let ours = Daemon::start_from(self.host, self.bundle.dir(), options)?;
-        let program = build()?;
+        let program = super::program("transfer")?;
         let layer = {
             let mut layer = LayerBuilder::new();
             layer.file("bin/transfer", 0o755, &std::fs::read(&program)?)?;
@@ -166,15 +164,4 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.host.sh("kill \"$(cat \"$1\")\"", &[&self.scratch.join("pid")]);
     }
-}
-
-/// The program, static, below the target directory, which the host sees.
-fn build() -> Result<PathBuf> {
-    let tree = crate::tree::Tree::find(None)?;
-    let program = tree.target().join("bench/transfer");
-    std::fs::create_dir_all(tree.target().join("bench"))?;
-    let mut rustc = std::process::Command::new("rustc");
-    rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "panic=abort", "-o"]);
-    sh::run(rustc.arg(&program).arg(tree.root().join("tests/src/bin/transfer.rs")))?;
-    Ok(program)
 }

@@ -5,6 +5,7 @@ mod boot;
 mod containers;
 mod firecracker;
 mod known;
+mod layers;
 mod machine;
 mod memory;
 mod ours;
@@ -88,6 +89,22 @@ enum What {
         #[arg(long)]
         count: usize,
     },
+    /// Give a layer to a machine in several ways.
+    Layers {
+        #[arg(long)]
+        bundle: PathBuf,
+        #[arg(long)]
+        rounds: u32,
+        /// The layer as the store has it.
+        #[arg(long)]
+        directory: PathBuf,
+        /// The same as an EROFS image.
+        #[arg(long)]
+        erofs: PathBuf,
+        /// The program that measures.
+        #[arg(long)]
+        program: PathBuf,
+    },
     /// Say where a daemon's time went.
     Phases {
         #[command(flatten)]
@@ -132,6 +149,9 @@ pub(crate) fn run(args: &ProbeArgs) -> Result<()> {
         What::Burst { daemons, rounds, counts } => containers::burst(&daemons.daemons, *rounds, counts)?,
         What::Fill { daemons, seconds } => containers::fill(daemons.first()?, Duration::from_secs(*seconds))?,
         What::Known { daemons, rounds, count } => known::known(&daemons.daemons, *rounds, *count)?,
+        What::Layers { bundle, rounds, directory, erofs, program } => {
+            layers::ways(bundle, &layers::Layer { directory, erofs, program }, *rounds)?
+        }
         What::Phases { daemons } => {
             let (samples, order): (Samples, _) = containers::phases(daemons.first()?)?;
             println!("{}", serde_json::to_string(&order)?);

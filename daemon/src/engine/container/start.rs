@@ -349,6 +349,7 @@ pub(super) fn sandbox_spec(
         disk: Some(disk),
         disks: Vec::new(),
         layers: record.layers.iter().map(|id| (id.hex(), layers.path(id))).collect(),
+        window_mib: vm.window_mib,
         shares: Vec::new(),
         timeline: Arc::clone(timeline),
         kvm: vm.kvm.clone(),

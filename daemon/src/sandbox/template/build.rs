@@ -44,6 +44,7 @@ pub(super) async fn build(
         disk: None,
         disks: Vec::new(),
         layers: Vec::new(),
+        window_mib: machine.devices.fs.iter().map(|fs| fs.window_mib).max().unwrap_or(0),
         shares: Vec::new(),
         kvm: machine.kvm.clone(),
         limits: HostLimits::default(),

@@ -70,7 +70,12 @@ impl Machine {
             console: Some(inherit(&console)?),
             devices: DeviceConfig {
                 block: vec![BlockConfig { id: DISK.into(), late: false }],
-                fs: vec![FsConfig { tag: TAG.into(), server: bulkhead_vmm_api::FsServer::Vmm, late: false }],
+                fs: vec![FsConfig {
+                    tag: TAG.into(),
+                    server: bulkhead_vmm_api::FsServer::Vmm,
+                    late: false,
+                    window_mib: 0,
+                }],
                 vsock: Some(VsockConfig { cid: 3, listener: inherit(&vsock)? }),
                 net: vec![NetConfig { id: NIC.into() }],
                 rng: true,

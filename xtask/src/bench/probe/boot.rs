@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::machine::{Contender, MARK, Scene};
+use super::machine::{Contender, MARK, MEMORY_MIB, Scene};
 use super::{firecracker, memory, ours};
 use crate::bench::figures::Samples;
 use crate::sh;
@@ -22,7 +22,15 @@ pub(super) const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k 8250.nr_
 pub(super) fn init_and_exit(bundle: &Path, rounds: u32, firecracker: Option<&Path>) -> Result<Samples> {
     let dir = tempfile::tempdir()?;
     let initramfs = marking_initramfs(dir.path())?;
-    let scene = Scene { bundle, dir: dir.path(), initramfs, cmdline: CMDLINE, devices: false };
+    let scene = Scene {
+        bundle,
+        dir: dir.path(),
+        initramfs,
+        cmdline: CMDLINE,
+        devices: false,
+        memory_mib: MEMORY_MIB,
+        window_mib: 0,
+    };
     let contenders = Contender::pair(firecracker);
     let mut samples = Samples::default();
     for round in 0..=rounds {
@@ -54,7 +62,15 @@ pub(super) fn agent(
 ) -> Result<Samples> {
     let dir = tempfile::tempdir()?;
     let initramfs = bundle.join("initramfs.cpio");
-    let scene = Scene { bundle, dir: dir.path(), initramfs, cmdline: CMDLINE, devices: true };
+    let scene = Scene {
+        bundle,
+        dir: dir.path(),
+        initramfs,
+        cmdline: CMDLINE,
+        devices: true,
+        memory_mib: MEMORY_MIB,
+        window_mib: 0,
+    };
     let our_saved = with_restore.then(|| ours::save(&scene)).transpose()?;
     let their_saved = match firecracker {
         Some(program) if with_restore => Some(firecracker::save(program, &scene)?),
@@ -92,7 +108,15 @@ pub(super) fn show(bundle: &Path, more: &str, until_agent: bool) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let initramfs = if until_agent { bundle.join("initramfs.cpio") } else { marking_initramfs(dir.path())? };
     let cmdline = format!("{CMDLINE} {more}");
-    let scene = Scene { bundle, dir: dir.path(), initramfs, cmdline: &cmdline, devices: until_agent };
+    let scene = Scene {
+        bundle,
+        dir: dir.path(),
+        initramfs,
+        cmdline: &cmdline,
+        devices: until_agent,
+        memory_mib: MEMORY_MIB,
+        window_mib: 0,
+    };
     let begin = Instant::now();
     let mut machine =
         if until_agent { ours::boot_to_agent(&scene)? } else { Contender::Bulkhead.boot(&scene)? };

@@ -28,6 +28,9 @@ pub(super) struct Scene<'a> {
     pub(super) cmdline: &'a str,
     /// Whether it has what a container's machine has: disk, share, vsock, random numbers.
     pub(super) devices: bool,
+    pub(super) memory_mib: u32,
+    /// Of our machine's share; 0: none.
+    pub(super) window_mib: u32,
 }
 
 impl Scene<'_> {
@@ -102,6 +105,22 @@ impl Machine {
             line.clear();
         }
         bail!("the machine ended before its init began: {}\n{seen}", self.process.wait()?)
+    }
+
+    /// Until the guest prints a line that begins with this; what it printed, that line included.
+    pub(super) fn wait_for_line(&mut self, beginning: &str) -> Result<String> {
+        let mut seen = String::new();
+        loop {
+            let mut line = Vec::new();
+            if self.console.read_until(b'\n', &mut line)? == 0 {
+                bail!("the machine ended before it printed {beginning:?}: {}\n{seen}", self.process.wait()?);
+            }
+            let text = String::from_utf8_lossy(&line);
+            seen.push_str(&text);
+            if text.starts_with(beginning) {
+                return Ok(seen);
+            }
+        }
     }
 
     /// Until its process has ended; everything that its guest printed meanwhile.

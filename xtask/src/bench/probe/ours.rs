@@ -11,8 +11,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use bulkhead_agent_api::CONTROL_PORT;
 use bulkhead_vmm_api::{
-    BlockConfig, DeviceConfig, FsConfig, Jail, MAX_MESSAGE, Request, Response, Start, VERSION, VmConfig,
-    VsockConfig,
+    BlockConfig, DeviceConfig, FsConfig, FsServer, Jail, MAX_MESSAGE, Request, Response, Start, VERSION,
+    VmConfig, VsockConfig,
 };
 use rustix::fs::MemfdFlags;
 use rustix::net::{
@@ -20,7 +20,12 @@ use rustix::net::{
     SocketType,
 };
 
-use super::machine::{MEMORY_MIB, Machine, Scene, agent_answers, remove};
+use super::machine::{Machine, Scene, agent_answers, remove};
+
+/// Its disk's slot.
+pub(super) const DISK: &str = "root";
+/// Its share.
+pub(super) const TAG: &str = "layers";
 
 /// A machine that was saved.
 pub(super) struct Saved {
@@ -91,8 +96,8 @@ fn devices(scene: &Scene<'_>, vsock: &UnixListener) -> DeviceConfig {
         return DeviceConfig::default();
     }
     DeviceConfig {
-        block: vec![BlockConfig { id: "root".into(), late: false }],
-        fs: vec![FsConfig { tag: "layers".into(), server: bulkhead_vmm_api::FsServer::Vmm, late: false }],
+        block: vec![BlockConfig { id: DISK.into(), late: false }],
+        fs: vec![FsConfig { tag: TAG.into(), server: FsServer::Vmm, late: false, window_mib: scene.window_mib }],
         vsock: Some(VsockConfig { cid: 3, listener: vsock.as_raw_fd() }),
         rng: true,
         ..DeviceConfig::default()
@@ -111,7 +116,7 @@ fn spawn(scene: &Scene<'_>, start: Start, files: &[BorrowedFd<'_>]) -> Result<Ma
         version: VERSION,
         name: "bench".into(),
         vcpus: 1,
-        memory_mib: MEMORY_MIB,
+        memory_mib: scene.memory_mib,
         start,
         control: control.as_raw_fd(),
         report: report.as_raw_fd(),
@@ -148,13 +153,13 @@ fn seqpacket_listener(path: &Path) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-fn connect(scene: &Scene<'_>) -> Result<OwnedFd> {
+pub(super) fn connect(scene: &Scene<'_>) -> Result<OwnedFd> {
     let socket = seqpacket()?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(scene.dir.join("control"))?)?;
     Ok(socket)
 }
 
-fn call(control: &OwnedFd, request: &Request, files: &[BorrowedFd<'_>]) -> Result<Response> {
+pub(super) fn call(control: &OwnedFd, request: &Request, files: &[BorrowedFd<'_>]) -> Result<Response> {
     let message = serde_json::to_vec(request)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);

@@ -6,6 +6,7 @@
 //! | FORGET, BATCH_FORGET, INTERRUPT | no reply |
 //! | DESTROY | everything is forgotten |
 //! | OPEN, OPENDIR | ENOSYS: Linux then opens with no request at all, and keeps what it has cached |
+//! | SETUPMAPPING, REMOVEMAPPING | a file comes into the window, and goes |
 //! | RELEASE, RELEASEDIR | nothing was opened; success |
 //! | FLUSH, FSYNC, FSYNCDIR | ENOSYS: Linux does not ask again |
 //! | whatever changes a file | EROFS |
@@ -20,6 +21,7 @@ use rustix::io::Errno;
 
 use super::{
     backend::Result,
+    mapping::ALIGNMENT,
     server::Server,
     wire::{self, MAX_NAME, Wire, init, opcode},
 };
@@ -42,8 +44,7 @@ const MAX_READ: usize = MAX_PAGES as usize * 4096;
 /// * EXPORT_SUPPORT: node ids do not outlive the mount, and NO_EXPORT_SUPPORT says so, lest overlayfs trust
 ///   a file handle in an upper layer that was written over another machine's node ids;
 /// * POSIX_ACL: it costs a request for each file whose group has rights. An image's ACLs are shown as
-///   attributes and not enforced;
-/// * MAP_ALIGNMENT, HAS_INODE_DAX: they come with the DAX window.
+///   attributes and not enforced.
 const WANTED: u64 = init::ASYNC_READ
     | init::AUTO_INVAL_DATA
     | init::DO_READDIRPLUS
@@ -56,6 +57,9 @@ const WANTED: u64 = init::ASYNC_READ
     | init::NO_OPENDIR_SUPPORT
     | init::INIT_EXT
     | init::NO_EXPORT_SUPPORT;
+
+/// What it is willing to do besides where the device has a window.
+const WITH_WINDOW: u64 = init::MAP_ALIGNMENT | init::HAS_INODE_DAX;
 
 /// A request in host memory.
 #[derive(Debug, Clone, Copy)]
@@ -152,6 +156,13 @@ fn answer(server: &mut Server, request: Request<'_>, room: usize) -> Result<Vec<
             let wire::LseekIn { offset, whence, .. } = take(&mut body)?;
             Ok(wire::encode(&wire::LseekOut { offset: server.seek(node, offset, whence)? }))
         }
+        opcode::SETUPMAPPING => server.map(node, &take(&mut body)?).map(|()| Vec::new()),
+        opcode::REMOVEMAPPING => {
+            let wire::RemovemappingIn { count } = take(&mut body)?;
+            // As many as are there, whatever the count says.
+            (0..count).map_while(|_| Wire::take(&mut body)).try_for_each(|one| server.unmap(&one))?;
+            Ok(Vec::new())
+        }
         opcode::RELEASE | opcode::RELEASEDIR => Ok(Vec::new()),
         opcode::SETATTR
         | opcode::SYMLINK
@@ -213,7 +224,9 @@ fn initialise(server: &mut Server, offered: wire::InitIn) -> Result<Vec<u8>> {
     // The upper half came with 7.36; a kernel without it offers none of its flags and reads none.
     let flags = u64::from(offered.flags);
     let upper = if flags & init::INIT_EXT == 0 { 0 } else { u64::from(u32::MAX) << 32 };
-    let flags = WANTED & (flags | upper);
+    let has_window = server.mappings.window().is_some();
+    let wanted = if has_window { WANTED | WITH_WINDOW } else { WANTED };
+    let flags = wanted & (flags | upper);
     Ok(wire::encode(&wire::InitOut {
         major: wire::MAJOR,
         minor: wire::MINOR,
@@ -225,6 +238,7 @@ fn initialise(server: &mut Server, offered: wire::InitIn) -> Result<Vec<u8>> {
         max_write: 4096,
         time_gran: 1,
         max_pages: MAX_PAGES,
+        map_alignment: if has_window { ALIGNMENT } else { 0 },
         ..Default::default()
     }))
 }

@@ -21,11 +21,13 @@
 //! server behind a lock of its own and keep only the file reads outside; `OpenFiles` hands files out as `Arc`
 //! for that.
 //!
-//! DAX is not offered yet. Its window will be shared memory region 0 ([`VirtioDevice::shared_memory`]), placed
-//! by the machine's memory layout; SETUPMAPPING and REMOVEMAPPING then join the dispatch, and INIT
-//! negotiates MAP_ALIGNMENT.
+//! A device may have a window of shared memory ([`crate::window`]) in which the guest maps files instead of reading
+//! them (`mapping`): shared memory region 0 (virtio 1.3, 5.11.6.4), placed by the machine's memory layout.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::{
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    sync::Arc,
+};
 
 use bulkhead_vmm_api::ShareKind;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -38,6 +40,7 @@ use super::{
     },
     queue::Buffers,
 };
+use crate::window::Window;
 
 mod backend;
 pub(crate) mod directory;
@@ -46,6 +49,7 @@ pub(crate) mod files;
 mod forward;
 pub(crate) mod inodes;
 mod layer;
+mod mapping;
 mod memory;
 pub(crate) mod server;
 mod shares;
@@ -68,6 +72,9 @@ const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const REQUEST_QUEUES: u32 = 1;
 const FEATURES: u64 = VIRTIO_F_VERSION_1 | VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_RING_F_EVENT_IDX;
 
+/// The shared memory region that the window is (`VIRTIO_FS_SHMCAP_ID_CACHE`).
+const WINDOW_ID: u8 = 0;
+
 /// The device.
 pub struct Fs {
     /// `struct virtio_fs_config`: the tag, padded with NULs, and the number of request queues.
@@ -88,6 +95,15 @@ impl Fs {
         let wake =
             || Wake::new().map_err(|source| DeviceError::Backend { context: "making an eventfd", source });
         Ok(Self { config, server: Server::new(), active: None, wakes: [wake()?, wake()?] })
+    }
+
+    /// Gives it a window, before it is used.
+    #[must_use]
+    pub fn with_window(mut self, window: Option<Arc<Window>>) -> Self {
+        if let Some(window) = window {
+            self.server.mappings.set_window(window);
+        }
+        self
     }
 
     /// The tag.
@@ -158,6 +174,11 @@ impl VirtioDevice for Fs {
 
     fn features(&self) -> u64 {
         FEATURES
+    }
+
+    fn shared_memory(&self, id: u8) -> Option<(u64, u64)> {
+        let window = self.server.mappings.window().filter(|_| id == WINDOW_ID)?;
+        Some((window.guest(), window.size()))
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

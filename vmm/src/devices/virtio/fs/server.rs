@@ -26,6 +26,7 @@ use super::{
     directory::{self, Listing},
     files::OpenFiles,
     inodes::{Inodes, Node, ShareId, budget},
+    mapping::Mappings,
     shares::{Share, open_in},
     wire::{Attr, AttrOut, EntryOut, MAX_NAME, ROOT_ID},
 };
@@ -36,6 +37,7 @@ pub(super) struct Server {
     pub(super) last_share: ShareId,
     pub(super) inodes: Inodes,
     files: OpenFiles,
+    pub(super) mappings: Mappings,
     /// The host's devices in the order they were met: their inode numbers must not meet in the guest.
     devices: Vec<u64>,
     /// When the set of shares changed last, since the epoch.
@@ -49,6 +51,7 @@ impl Server {
             last_share: 0,
             inodes: Inodes::new(budget(u64::MAX)),
             files: OpenFiles::within_limit(),
+            mappings: Mappings::default(),
             devices: Vec::new(),
             changed: now(),
         }
@@ -63,6 +66,7 @@ impl Server {
     pub(super) fn forget_all(&mut self) {
         self.inodes.clear();
         self.files.clear();
+        self.mappings.clear();
         self.shares.retain(|_, share| share.attached);
     }
 
@@ -113,7 +117,7 @@ impl Server {
         let (backend, file) = self.file(node)?;
         let stat = backend.stat(file.as_fd())?;
         let (attr_valid, attr_valid_nsec) = validity(backend.validity());
-        let attr = Attr { ino: self.guest_inode(&stat), ..stat.attr };
+        let attr = self.guest_attr(&stat);
         Ok(AttrOut { attr_valid, attr_valid_nsec, dummy: 0, attr })
     }
 
@@ -282,7 +286,7 @@ impl Server {
             attr_valid: seconds,
             entry_valid_nsec: nanos,
             attr_valid_nsec: nanos,
-            attr: Attr { ino: self.guest_inode(stat), ..stat.attr },
+            attr: self.guest_attr(stat),
         })
     }
 
@@ -323,8 +327,9 @@ impl Server {
         Ok(file)
     }
 
-    fn guest_inode(&mut self, stat: &Stat) -> u64 {
-        self.inode_number(stat.device, stat.inode)
+    fn guest_attr(&mut self, stat: &Stat) -> Attr {
+        let ino = self.inode_number(stat.device, stat.inode);
+        Attr { ino, flags: self.mappings.flags(&stat.attr), ..stat.attr }
     }
 
     /// The inode number that the guest sees: the host's own, told apart by device in the top byte.

@@ -97,6 +97,11 @@ impl Server {
             Some(id) => {
                 self.shares.insert(id, share);
                 self.meet_again(id);
+                self.map_again(id).map_err(|errno| ShareError::Unusable {
+                    name: name.to_owned(),
+                    kind,
+                    source: errno.into(),
+                })?;
             }
             None => {
                 self.last_share += 1;

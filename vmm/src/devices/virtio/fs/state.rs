@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Changes whenever [`SavedServer`] does.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedShare {
@@ -32,6 +32,8 @@ pub(super) struct SavedServer {
     shares: Vec<SavedShare>,
     last_node: u64,
     nodes: Vec<(u64, Node)>,
+    /// Place in the window, node, place in the file.
+    mappings: Vec<(u64, u64, u64)>,
 }
 
 /// What is to be saved of a server.
@@ -43,7 +45,13 @@ pub(super) fn save(server: &Server) -> SavedServer {
         kind: share.kind,
         attached: share.attached,
     });
-    SavedServer { last_share: server.last_share, shares: shares.collect(), last_node, nodes }
+    SavedServer {
+        last_share: server.last_share,
+        shares: shares.collect(),
+        last_node,
+        nodes,
+        mappings: server.mappings.list(),
+    }
 }
 
 /// Brings a server to a saved state. Shares that are attached already keep their directories when the state
@@ -66,6 +74,9 @@ pub(super) fn restore(server: &mut Server, saved: SavedServer) -> Result<(), Dev
         if server.shares.insert(id, Share::new(name, kind, None, attached)).is_some() {
             return Err(invalid("damaged shares"));
         }
+    }
+    if !server.remember_mappings(saved.mappings) {
+        return Err(invalid("damaged mappings"));
     }
     for (name, root, kind) in present.into_values().filter_map(Share::into_parts) {
         server.attach(&name, root, kind).map_err(|error| invalid(&error.to_string()))?;

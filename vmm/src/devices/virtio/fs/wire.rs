@@ -118,6 +118,8 @@ pub mod opcode {
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const SETUPMAPPING: u32 = 48;
+    pub const REMOVEMAPPING: u32 = 49;
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
     pub const STATX: u32 = 52;
@@ -140,10 +142,18 @@ pub mod init {
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
     pub const NO_OPENDIR_SUPPORT: u64 = 1 << 24;
+    pub const MAP_ALIGNMENT: u64 = 1 << 26;
     pub const INIT_EXT: u64 = 1 << 30;
+    pub const HAS_INODE_DAX: u64 = 1 << 33;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     pub const NO_EXPORT_SUPPORT: u64 = 1 << 38;
 }
+
+/// Flag of a file's attributes: it is to be mapped (`FUSE_ATTR_DAX`).
+pub const ATTR_DAX: u32 = 1 << 1;
+
+/// Flag of SETUPMAPPING: what is mapped is to be written to.
+pub const SETUPMAPPING_WRITE: u64 = 1 << 0;
 
 /// Flags of the reply to OPEN.
 #[allow(missing_docs, reason = "the protocol's own names")]
@@ -235,7 +245,7 @@ wire!(
         rdev: u32,
         /// For `st_blksize`.
         blksize: u32,
-        /// None is used.
+        /// [`ATTR_DAX`].
         flags: u32,
     }
 );
@@ -531,6 +541,40 @@ wire!(
         unused1: u64,
         /// Zero.
         unused2: u64,
+    }
+);
+
+wire!(
+    /// `struct fuse_setupmapping_in`.
+    SetupmappingIn {
+        /// File handle; Linux sets none.
+        fh: u64,
+        /// In the file, in bytes.
+        foffset: u64,
+        /// In bytes; the file may end before.
+        len: u64,
+        /// [`SETUPMAPPING_WRITE`].
+        flags: u64,
+        /// In the window, in bytes.
+        moffset: u64,
+    }
+);
+
+wire!(
+    /// `struct fuse_removemapping_in`, followed by that many [`RemovemappingOne`].
+    RemovemappingIn {
+        /// How many follow.
+        count: u32,
+    }
+);
+
+wire!(
+    /// `struct fuse_removemapping_one`.
+    RemovemappingOne {
+        /// In the window, in bytes.
+        moffset: u64,
+        /// In bytes.
+        len: u64,
     }
 );
 
@@ -869,6 +913,7 @@ mod tests {
         assert_eq!(StatfsOut::SIZE, 80);
         assert_eq!(InitOut::SIZE, 64);
         assert_eq!(LseekIn::SIZE, 24);
+        assert_eq!((SetupmappingIn::SIZE, RemovemappingIn::SIZE, RemovemappingOne::SIZE), (40, 4, 16));
         assert_eq!(Dirent::SIZE, 24);
         assert_eq!((SetattrIn::SIZE, CreateIn::SIZE, OpenOut::SIZE), (88, 16, 16));
         assert_eq!((WriteIn::SIZE, LkIn::SIZE, FallocateIn::SIZE), (40, 48, 32));

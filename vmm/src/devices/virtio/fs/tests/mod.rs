@@ -3,6 +3,7 @@
 mod device;
 mod forward;
 mod hostile;
+mod mapping;
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, rc::Rc};
 
