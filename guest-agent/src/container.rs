@@ -295,7 +295,7 @@ impl Process {
             input.process_exited();
         }
         for output in [&mut self.output, &mut self.errors].into_iter().flatten() {
-            output.process_exited(self.stdio.terminal);
+            output.process_exited();
             output.source_ready(scratch);
         }
     }

@@ -86,7 +86,7 @@ fn pytest(tree: &Tree, installed: &Installed, place: &Place, daemon: &Daemon, fi
         "no:cacheprovider",
         "-q",
         "--tb=short",
-        "-rfE",
+        "-rfEX",
     ]);
     pytest.args(["--timeout", TIMEOUT, "--durations=10", "--override-ini=addopts="]);
     if filter.is_empty() {

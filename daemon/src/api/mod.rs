@@ -7,6 +7,7 @@
 //!                          (stream/: stdcopy, raw stdio)
 //! ```
 
+pub mod authorization;
 pub mod error;
 pub mod handlers;
 pub mod request;

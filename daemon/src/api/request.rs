@@ -39,7 +39,15 @@ pub struct Call {
 /// A request's body. One that a handler leaves unread is read to its end and forgotten, within limits:
 /// many clients write all of their request before they look at the answer, and a connection closed under
 /// their hands would cost them the reason of a refusal.
-pub struct RequestBody(Option<Incoming>);
+pub struct RequestBody(Content);
+
+enum Content {
+    None,
+    /// As it comes.
+    Incoming(Incoming),
+    /// What has been read already.
+    Whole(Bytes),
+}
 
 /// How much of an unread body is read and forgotten.
 const MAX_DRAIN: usize = 64 << 20;
@@ -50,13 +58,26 @@ const DRAIN_TIME: Duration = Duration::from_secs(30);
 impl RequestBody {
     /// A body that has just come.
     pub fn new(body: Incoming) -> Self {
-        Self(Some(body))
+        Self(Content::Incoming(body))
+    }
+
+    /// Reads all of it, and keeps it for who reads it next.
+    ///
+    /// # Errors
+    /// None where it is longer than [`MAX_BODY`]. Invalid: the client went away.
+    pub async fn whole(&mut self) -> Result<Bytes, Option<Error>> {
+        let bytes = collect(self).await?;
+        self.0 = Content::Whole(bytes.clone());
+        Ok(bytes)
     }
 }
 
 impl Drop for RequestBody {
     fn drop(&mut self) {
-        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
+        let Content::Incoming(mut body) = std::mem::replace(&mut self.0, Content::None) else { return };
+        if body.is_end_stream() {
+            return;
+        }
         let drain = async move {
             let mut left = MAX_DRAIN;
             while let Some(Ok(frame)) = body.frame().await {
@@ -81,17 +102,29 @@ impl Body for RequestBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         match &mut self.0 {
-            Some(body) => Pin::new(body).poll_frame(context),
-            None => Poll::Ready(None),
+            Content::Incoming(body) => Pin::new(body).poll_frame(context),
+            Content::Whole(bytes) => {
+                let bytes = std::mem::take(bytes);
+                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+            }
+            Content::None => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.as_ref().is_none_or(Body::is_end_stream)
+        match &self.0 {
+            Content::Incoming(body) => body.is_end_stream(),
+            Content::Whole(bytes) => bytes.is_empty(),
+            Content::None => true,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+        match &self.0 {
+            Content::Incoming(body) => body.size_hint(),
+            Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Content::None => SizeHint::with_exact(0),
+        }
     }
 }
 
@@ -111,13 +144,9 @@ impl Call {
     /// # Errors
     /// Invalid: longer than [`MAX_BODY`], or the client went away.
     pub async fn bytes(&mut self) -> Result<Bytes> {
-        match Limited::new(&mut self.body, MAX_BODY).collect().await {
-            Ok(body) => Ok(body.to_bytes()),
-            Err(error) if error.is::<LengthLimitError>() => {
-                Err(Error::invalid(format!("request body is larger than {MAX_BODY} bytes")))
-            }
-            Err(error) => Err(Error::invalid(format!("request body could not be read: {error}"))),
-        }
+        collect(&mut self.body).await.map_err(|error| {
+            error.unwrap_or_else(|| Error::invalid(format!("request body is larger than {MAX_BODY} bytes")))
+        })
     }
 
     /// The body's JSON text, None when there is no body. As dockerd does, a body must say that it is JSON.
@@ -153,6 +182,15 @@ impl Call {
     }
 }
 
+/// Reads a body to its end; the error is None where it is longer than [`MAX_BODY`].
+async fn collect(body: &mut RequestBody) -> Result<Bytes, Option<Error>> {
+    match Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(None),
+        Err(error) => Err(Some(Error::invalid(format!("request body could not be read: {error}")))),
+    }
+}
+
 /// How a malformed body is told.
 pub fn invalid_json(error: &serde_json::Error) -> Error {
     if error.is_eof() {
@@ -162,10 +200,23 @@ pub fn invalid_json(error: &serde_json::Error) -> Error {
     }
 }
 
+/// Whether a body is said to be JSON.
+pub fn is_json(headers: &HeaderMap) -> bool {
+    content_type(headers)
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .eq_ignore_ascii_case("application/json")
+}
+
+fn content_type(headers: &HeaderMap) -> &str {
+    headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default()
+}
+
 fn require_json(headers: &HeaderMap) -> Result<()> {
-    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let media_type = content_type.split(';').next().unwrap_or_default().trim();
-    if media_type.eq_ignore_ascii_case("application/json") {
+    let content_type = content_type(headers);
+    if is_json(headers) {
         Ok(())
     } else if content_type.is_empty() {
         Err(Error::invalid("malformed Content-Type header (): mime: no media type"))

@@ -52,6 +52,8 @@ pub struct Config {
     pub log_json: bool,
     /// Where metrics are served besides the API.
     pub metrics: Option<String>,
+    /// Plugins that are asked before every request and every answer, in this order.
+    pub authorization_plugins: Vec<String>,
     /// Mirrors of Docker Hub, URLs without a trailing slash.
     pub registry_mirrors: Vec<String>,
     /// Hosts (`host[:port]`) and CIDR networks whose registries need no TLS.
@@ -195,13 +197,6 @@ impl Config {
             data_root: absolute("data-root", options.data_root.clone(), "/var/lib/bulkhead")?,
             exec_root: absolute("exec-root", options.exec_root.clone(), "/run/bulkhead")?,
         };
-        if !options.authorization_plugins.is_empty() {
-            // To go on without them would let in what they are there to keep out.
-            return Err(
-                "authorization plugins are not supported: use TLS client certificates, or a proxy that asks"
-                    .into(),
-            );
-        }
         let confinement = confinement::from(&options, &layout)?;
         let tls = tls(options.tls, options.tlsverify, options.tlscacert, options.tlscert, options.tlskey);
         let hosts = hosts(&options.hosts, &tls)?;
@@ -229,6 +224,7 @@ impl Config {
                 Some(other) => return Err(format!("invalid log format: {other}")),
             },
             metrics: options.metrics_addr.map(|address| host::tcp_address(&address)).transpose()?,
+            authorization_plugins: options.authorization_plugins,
             registry_mirrors: options.registry_mirrors.iter().map(|m| mirror(m)).collect::<Result<_, _>>()?,
             insecure_registries: options
                 .insecure_registries
@@ -292,9 +288,10 @@ impl Config {
     }
 }
 
-/// See the ADR on layers in guests for the figures.
+/// See the ADR on layers in guests for the figures. The guest needs a page structure for each page of the window, 1/64 of
+/// it, of memory that containers do not pay for: at most 8 MiB.
 const DEFAULT_WINDOW_MIB: u32 = 0;
-const MAX_WINDOW_MIB: u32 = 32 << 10;
+const MAX_WINDOW_MIB: u32 = 512;
 
 /// A window is made of pieces of 2 MiB.
 fn window(mib: Option<u32>) -> Result<u32, String> {

@@ -39,8 +39,8 @@ pub struct Options {
     /// Address, HOST:PORT, to serve metrics on in the clear, and nothing else
     #[arg(long, value_name = "ADDRESS")]
     pub metrics_addr: Option<String>,
-    /// Refused: there are no plugins that could be asked
-    #[arg(long = "authorization-plugin", value_name = "PLUGIN", hide = true)]
+    /// Plugin that is asked before every request and every answer (repeatable)
+    #[arg(long = "authorization-plugin", value_name = "PLUGIN")]
     pub authorization_plugins: Vec<String>,
     /// File for the daemon's pid
     #[arg(short = 'p', long, value_name = "FILE")]

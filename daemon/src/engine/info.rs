@@ -44,7 +44,7 @@ impl Engine {
             plugins: Plugins {
                 volume: vec![super::volume::DRIVER.into()],
                 network: ["bridge", "host", "null"].map(str::to_owned).to_vec(),
-                authorization: None,
+                authorization: Some(config.authorization_plugins.clone()).filter(|names| !names.is_empty()),
                 log: logs::DRIVERS.map(str::to_owned).to_vec(),
             },
             memory_limit: true,

@@ -135,6 +135,11 @@ impl Engine {
         &self.shared.config
     }
 
+    /// The daemon's settings with those that were read anew.
+    pub fn settings(&self) -> Arc<Config> {
+        self.shared.live.now()
+    }
+
     /// Images: pull, load, list, inspect, tag, remove and the rest.
     pub fn images(&self) -> &Arc<image::ImageStore> {
         &self.shared.images

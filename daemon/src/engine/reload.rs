@@ -17,7 +17,7 @@ impl Live {
         Self(RwLock::new(Arc::clone(config)))
     }
 
-    /// The configuration, of which only debug mode, labels and what concerns registries may differ from
+    /// The configuration, of which only debug mode, labels, authorization plugins and what concerns registries may differ from
     /// what the daemon was started with.
     pub(crate) fn now(&self) -> Arc<Config> {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
@@ -25,8 +25,8 @@ impl Live {
 }
 
 impl Engine {
-    /// Takes over what may change of a configuration that was read anew: debug mode, labels, mirrors, insecure
-    /// registries and the attempts at a download. What else is different is for the next start.
+    /// Takes over what may change of a configuration that was read anew: debug mode, labels, authorization
+    /// plugins, mirrors, insecure registries and the attempts at a download. What else is different is for the next start.
     ///
     /// # Errors
     /// It is not valid; then nothing has changed.
@@ -44,6 +44,7 @@ impl Engine {
             registry_mirrors: new.registry_mirrors.clone(),
             insecure_registries: new.insecure_registries.clone(),
             max_download_attempts: new.max_download_attempts,
+            authorization_plugins: new.authorization_plugins.clone(),
             ..(*shared.config).clone()
         };
         let list = |items: &[String]| serde_json::to_string(items).unwrap_or_default();
@@ -53,6 +54,7 @@ impl Engine {
             ("labels".to_owned(), list(&config.labels)),
             ("registry-mirrors".to_owned(), list(&config.registry_mirrors)),
             ("insecure-registries".to_owned(), list(&config.insecure_registries)),
+            ("authorization-plugins".to_owned(), list(&config.authorization_plugins)),
             ("max-download-attempts".to_owned(), config.max_download_attempts.to_string()),
         ]);
         *shared.live.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);

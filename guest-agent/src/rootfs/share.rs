@@ -49,7 +49,8 @@ pub(super) fn mount_layers(tag: &str) -> Result<PathBuf> {
 /// Has Linux read [`READ_AHEAD_KIB`] ahead in a share's files. Where it does not take that, it reads as it did.
 fn read_ahead(mounted: &Path) {
     if let Ok(number) = device_number(mounted) {
-        let _ = fs::write(Path::new(WRITTEN_BACK).join(number).join("read_ahead_kb"), READ_AHEAD_KIB.to_string());
+        let _ =
+            fs::write(Path::new(WRITTEN_BACK).join(number).join("read_ahead_kb"), READ_AHEAD_KIB.to_string());
     }
 }
 

@@ -35,6 +35,7 @@ pub struct Output<K> {
 
 struct Source<K> {
     fd: Watched<K>,
+    terminal: bool,
     /// Set when the process has exited: how many bytes may still be taken. A grandchild that holds the
     /// other end open must not keep the stream alive.
     rest: Option<usize>,
@@ -51,7 +52,8 @@ struct Connection<K> {
 impl<K> Output<K> {
     /// Begins to read the source, which must not block.
     pub fn new(source: Watched<K>) -> Self {
-        let source = Some(Source { fd: source, rest: None });
+        let terminal = rustix::termios::isatty(&source);
+        let source = Some(Source { fd: source, terminal, rest: None });
         let mut output = Self { source, window: Window::default(), connection: None, keep: true };
         output.update_interest();
         output
@@ -114,6 +116,11 @@ impl<K> Output<K> {
 
     /// The source can be read.
     pub fn source_ready(&mut self, scratch: &mut [u8]) {
+        if self.source.as_ref().is_some_and(|source| source.terminal) {
+            // A terminal wakes its reader before each end of line: who is in the middle of a write may finish it, so
+            // that a line arrives in one piece.
+            rustix::thread::sched_yield();
+        }
         self.drain(scratch, TURN);
         self.feed();
         self.update_interest();
@@ -133,9 +140,9 @@ impl<K> Output<K> {
     }
 
     /// The process has ended: what is readable now still counts, what others may write later does not.
-    pub fn process_exited(&mut self, terminal: bool) {
+    pub fn process_exited(&mut self) {
         let Some(source) = &mut self.source else { return };
-        source.rest = Some(if terminal {
+        source.rest = Some(if source.terminal {
             TERMINAL_REST
         } else {
             rustix::io::ioctl_fionread(&source.fd)
@@ -321,7 +328,7 @@ mod tests {
         }
 
         fn exit(&mut self) {
-            self.output.process_exited(false);
+            self.output.process_exited();
             self.output.source_ready(&mut self.scratch);
         }
     }

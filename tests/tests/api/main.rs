@@ -1,5 +1,6 @@
 //! The Engine API itself, byte by byte where it matters.
 
+mod authorization;
 mod bollard;
 mod operations;
 mod websocket;

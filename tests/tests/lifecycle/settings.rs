@@ -144,12 +144,13 @@ fn a_configuration_can_be_checked_without_a_daemon() -> Test {
             &[&daemon, &file],
         )
     };
-    let good = validate(r#"{"log-driver": "local", "registry-mirrors": ["http://m"]}"#)?;
+    let good = validate(
+        r#"{"log-driver": "local", "registry-mirrors": ["http://m"], "authorization-plugins": ["judge"]}"#,
+    )?;
     assert_eq!(good, "configuration OK\ntaken");
     for (text, why) in [
         (r#"{"nonsense": 1}"#, "nonsense"),
         (r#"{"log-opts": {"max-size": "much"}}"#, "invalid size"),
-        (r#"{"authorization-plugins": ["x"]}"#, "authorization"),
         ("{", "EOF"),
     ] {
         let said = validate(text)?;

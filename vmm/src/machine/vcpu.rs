@@ -326,11 +326,19 @@ fn thread_main(mut vcpu: VcpuFd, index: usize, shared: &Shared) {
     shared.leave();
 }
 
+/// How often in a row a vCPU may meet a missing page where nothing was to be mended.
+const MOST_FAULTS: u32 = 16;
+
 /// Runs guest code until the machine ends or the vCPU is to stop.
 fn run(vcpu: &mut VcpuFd, index: usize, shared: &Shared) {
     let exits = &shared.exits;
+    let mut faults = 0;
     loop {
-        match vcpu.run() {
+        let outcome = vcpu.run();
+        if !matches!(&outcome, Err(error) if error.errno() == libc::EFAULT) {
+            faults = 0;
+        }
+        match outcome {
             Ok(VcpuExit::IoOut(port, data)) => {
                 exits.count(Exit::PortWrite);
                 shared.ports.write(u64::from(port), data);
@@ -368,13 +376,20 @@ fn run(vcpu: &mut VcpuFd, index: usize, shared: &Shared) {
             // The guest has looked behind the end of a file that has been cut short.
             Err(error)
                 if error.errno() == libc::EFAULT
-                    && shared.window.as_ref().is_some_and(|window| window.mend()) => {}
+                    && shared.window.as_ref().is_some_and(|window| mend(window, &mut faults)) => {}
             Err(error) => {
                 shared.end.report(ExitReason::Kvm { message: format!("KVM_RUN: {error}") });
                 return;
             }
         }
     }
+}
+
+/// Whether a vCPU that has met a missing page may go on. Where nothing was to be mended, another thread may have done it
+/// in the meantime; not again and again.
+fn mend(window: &Window, faults: &mut u32) -> bool {
+    *faults = if window.mend() { 0 } else { *faults + 1 };
+    *faults <= MOST_FAULTS
 }
 
 /// What a fatal exit says; None for an internal error, whose numbers are in `kvm_run`.

@@ -30,13 +30,15 @@ use super::{
     SERVER,
     listen::{Duplex, Socket, has_gone},
     requests,
+    tls::Peer,
 };
 use crate::{
     api::{
+        authorization::Authorization,
         error,
         request::{Call, Query, RequestBody},
         response::{Body, Reply, status},
-        router::{self, Lifetime},
+        router::{self, Lifetime, Route},
         stream::hijack::{Hijack, Taken},
         version,
     },
@@ -58,9 +60,16 @@ struct Handover {
 }
 
 /// Serves a connection to its end: requests are the engine's.
-pub(super) async fn serve(engine: Arc<Engine>, socket: Socket, stop: watch::Receiver<bool>) {
+pub(super) async fn serve(
+    engine: Arc<Engine>,
+    authorization: Arc<Authorization>,
+    socket: Socket,
+    stop: watch::Receiver<bool>,
+) {
     let _counted = requests::Connection::new();
-    serve_with(socket, stop, move |request| handle(Arc::clone(&engine), request)).await;
+    let peer = socket.peer.clone();
+    let context = Arc::new((engine, authorization, peer));
+    serve_with(socket, stop, move |request| handle(Arc::clone(&context), request)).await;
 }
 
 async fn serve_with<H, F>(socket: Socket, mut stop: watch::Receiver<bool>, handle: H)
@@ -165,18 +174,37 @@ fn common_headers(response: &mut Response<Body>) {
     set(HeaderName::from_static("docker-experimental"), "true".to_owned());
 }
 
-async fn handle(engine: Arc<Engine>, request: Request<Incoming>) -> Result<Reply> {
+async fn handle(
+    context: Arc<(Arc<Engine>, Arc<Authorization>, Peer)>,
+    request: Request<Incoming>,
+) -> Result<Reply> {
+    let (engine, authorization, peer) = &*context;
     let (head, body) = request.into_parts();
-    let body = RequestBody::new(body);
+    let mut body = RequestBody::new(body);
     let found = router::find(&head.method, head.uri.path())?;
     let query = Query::parse(head.uri.query().unwrap_or_default())?;
+    let settings = engine.settings();
+    let plugins = settings.authorization_plugins.as_slice();
+    let allowed = match plugins {
+        [] => None,
+        _ => Some(authorization.ask(plugins, peer.certificates(), &head, &mut body, found.route).await?),
+    };
+    let engine = Arc::clone(engine);
     let call = Call { engine, version: found.version, params: found.params, query, head, body };
-    let handled = (found.route.handler)(call);
+    let answer = answer(found.route, call).await;
+    match allowed {
+        None => answer,
+        Some(allowed) => allowed.answer(answer).await,
+    }
+}
+
+async fn answer(route: &Route, call: Call) -> Result<Reply> {
+    let handled = (route.handler)(call);
     // A bug in one request is that request's error.
     let handled = AssertUnwindSafe(handled).catch_unwind();
     let handled =
         async { handled.await.unwrap_or_else(|_| Err(Error::internal("the daemon failed: see its log"))) };
-    match found.route.lifetime {
+    match route.lifetime {
         Lifetime::WhileConnected => handled.await,
         // hyper drops this future when the client goes; the task goes on.
         Lifetime::ToEnd => match tokio::spawn(handled.in_current_span()).await {
@@ -268,7 +296,11 @@ mod tests {
         let (client, server) = UnixStream::pair().unwrap();
         let watch = server.as_fd().try_clone_to_owned().ok();
         let (stop, stopped) = watch::channel(false);
-        tokio::spawn(serve_with(Socket { stream: Box::new(server), watch }, stopped, scripted));
+        tokio::spawn(serve_with(
+            Socket { stream: Box::new(server), watch, peer: Peer::default() },
+            stopped,
+            scripted,
+        ));
         (client, stop)
     }
 

@@ -16,6 +16,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
+use super::tls::Peer;
 use crate::config::{Config, Host};
 
 /// Both directions of a connection.
@@ -28,6 +29,8 @@ pub struct Socket {
     pub stream: Box<dyn Duplex>,
     /// The socket below, to see when its peer has gone.
     pub watch: Option<OwnedFd>,
+    /// Who is at its other end.
+    pub peer: Peer,
 }
 
 /// A listening socket. A Unix socket that we made is unlinked when it is dropped.
@@ -59,17 +62,18 @@ impl Listener {
             Kind::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
                 let watch = stream.as_fd().try_clone_to_owned().ok();
-                Ok(Socket { stream: Box::new(stream), watch })
+                Ok(Socket { stream: Box::new(stream), watch, peer: Peer::default() })
             }
             Kind::Tcp(listener, tls) => {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
                 let watch = stream.as_fd().try_clone_to_owned().ok();
+                let peer = Peer::default();
                 let stream: Box<dyn Duplex> = match tls {
                     None => Box::new(stream),
-                    Some(tls) => Box::new(super::tls::Lazy::new(tls, stream)),
+                    Some(tls) => Box::new(super::tls::Lazy::new(tls, stream, peer.clone())),
                 };
-                Ok(Socket { stream, watch })
+                Ok(Socket { stream, watch, peer })
             }
         }
     }

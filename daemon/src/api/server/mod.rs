@@ -18,7 +18,7 @@ pub use metrics::serve_metrics;
 use rustix::process::{Resource, getrlimit};
 use tokio::sync::{Semaphore, watch};
 
-use super::version;
+use super::{authorization::Authorization, version};
 use crate::{
     config::Config,
     engine::{Engine, Error, Result},
@@ -67,10 +67,10 @@ pub async fn serve(engine: Arc<Engine>, listeners: Vec<Listener>, stop: watch::R
     // Dropped by the last connection's task.
     let (alive, mut all_gone) = tokio::sync::mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();
+    let authorization = Arc::new(Authorization::default());
     for listener in listeners {
-        let (engine, limit, stop, alive) =
-            (Arc::clone(&engine), Arc::clone(&limit), stop.clone(), alive.clone());
-        tasks.spawn(accept(engine, listener, limit, stop, alive));
+        let served = (Arc::clone(&engine), Arc::clone(&authorization));
+        tasks.spawn(accept(served, listener, Arc::clone(&limit), stop.clone(), alive.clone()));
     }
     drop(alive);
     while let Some(ended) = tasks.join_next().await {
@@ -87,7 +87,7 @@ fn max_connections(open_files: Option<u64>) -> usize {
 }
 
 async fn accept(
-    engine: Arc<Engine>,
+    (engine, authorization): (Arc<Engine>, Arc<Authorization>),
     listener: Listener,
     limit: Arc<Semaphore>,
     mut stop: watch::Receiver<bool>,
@@ -102,8 +102,9 @@ async fn accept(
         match accepted {
             Ok(socket) => {
                 let (engine, stop, alive) = (Arc::clone(&engine), stop.clone(), alive.clone());
+                let authorization = Arc::clone(&authorization);
                 tokio::spawn(async move {
-                    connection::serve(engine, socket, stop).await;
+                    connection::serve(engine, authorization, socket, stop).await;
                     drop((permit, alive));
                 });
             }

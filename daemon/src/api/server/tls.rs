@@ -4,7 +4,7 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -62,10 +62,24 @@ pub(super) fn acceptor(tls: &Tls) -> io::Result<Option<TlsAcceptor>> {
     Ok(Some(TlsAcceptor::from(Arc::new(config))))
 }
 
+/// Who a client is, by the certificate chain that it has shown and that was verified.
+#[derive(Debug, Clone, Default)]
+pub struct Peer(Arc<OnceLock<Vec<CertificateDer<'static>>>>);
+
+impl Peer {
+    /// Its chain, its own first: empty until the handshake is over, and for who shows none.
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        self.0.get().map_or(&[], Vec::as_slice)
+    }
+}
+
 type Handshake = Pin<Box<dyn Future<Output = io::Result<TlsStream<TcpStream>>> + Send>>;
 
 /// A connection whose handshake happens when it is first used: in its own task, not in the listener's.
-pub(super) struct Lazy(State);
+pub(super) struct Lazy {
+    state: State,
+    peer: Peer,
+}
 
 enum State {
     Handshake(Handshake),
@@ -74,17 +88,21 @@ enum State {
 
 impl Lazy {
     /// A connection that was just accepted.
-    pub(super) fn new(tls: &TlsAcceptor, stream: TcpStream) -> Self {
+    pub(super) fn new(tls: &TlsAcceptor, stream: TcpStream, peer: Peer) -> Self {
         let handshake = tokio::time::timeout(HANDSHAKE, tls.accept(stream));
-        Self(State::Handshake(Box::pin(async { handshake.await.map_err(io::Error::from)? })))
+        let handshake = Box::pin(async { handshake.await.map_err(io::Error::from)? });
+        Self { state: State::Handshake(handshake), peer }
     }
 
     fn ready(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Pin<&mut TlsStream<TcpStream>>>> {
-        if let State::Handshake(handshake) = &mut self.0 {
+        if let State::Handshake(handshake) = &mut self.state {
             let stream = ready!(handshake.as_mut().poll(context))?;
-            self.0 = State::Ready(Box::new(stream));
+            if let Some(chain) = stream.get_ref().1.peer_certificates() {
+                let _ = self.peer.0.set(chain.iter().map(|one| one.clone().into_owned()).collect());
+            }
+            self.state = State::Ready(Box::new(stream));
         }
-        match &mut self.0 {
+        match &mut self.state {
             State::Ready(stream) => Poll::Ready(Ok(Pin::new(stream))),
             State::Handshake(_) => Poll::Pending,
         }

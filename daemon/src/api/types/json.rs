@@ -2,6 +2,9 @@
 //!
 //! Field names match in any letter case, a `null` is the same as an absent field, a `null` in a list or map
 //! is the zero value, and unknown fields are ignored. Everything else is serde's.
+//!
+//! One thing is stricter than Go: a field that is said twice, in whatever letter case, is refused. Of two readers each
+//! could take another one for meant, and one of them may be an authorization plugin.
 
 use serde::{
     de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, MapAccess, SeqAccess, Visitor},
@@ -14,7 +17,8 @@ use serde_json::{Error, Map, Value};
 /// # Errors
 /// The text is not one JSON value, or does not fit `T`; the message names the field.
 pub fn from_slice<T: DeserializeOwned>(text: &[u8]) -> Result<T, Error> {
-    from_value(&serde_json::from_slice(text)?)
+    let Unambiguous(value) = serde_json::from_slice(text)?;
+    from_value(&value)
 }
 
 /// A `T` from a JSON value, by Go's rules.
@@ -23,6 +27,60 @@ pub fn from_slice<T: DeserializeOwned>(text: &[u8]) -> Result<T, Error> {
 /// The value does not fit `T`; the message names the field.
 pub fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T, Error> {
     T::deserialize(Go(value))
+}
+
+/// A value none of whose objects says a key twice.
+struct Unambiguous(Value);
+
+impl<'de> de::Deserialize<'de> for Unambiguous {
+    fn deserialize<D: de::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Value;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a JSON value")
+            }
+            fn visit_unit<E>(self) -> Result<Value, E> {
+                Ok(Value::Null)
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+                Ok(value.into())
+            }
+            fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+            fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+                Ok(value.into())
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+                Ok(value.into())
+            }
+            fn visit_string<E>(self, value: String) -> Result<Value, E> {
+                Ok(value.into())
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+                let mut items = Vec::new();
+                while let Some(Unambiguous(item)) = list.next_element()? {
+                    items.push(item);
+                }
+                Ok(items.into())
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+                let mut map = Map::new();
+                while let Some((key, Unambiguous(value))) = entries.next_entry::<String, _>()? {
+                    if map.contains_key(&key) {
+                        return Err(de::Error::custom(format_args!("{key:?} is there twice")));
+                    }
+                    map.insert(key, value);
+                }
+                Ok(map.into())
+            }
+        }
+        from.deserialize_any(Any).map(Self)
+    }
 }
 
 /// Docker's `strslice`: a list, or one string that stands for a list of one.
@@ -181,18 +239,17 @@ impl<'de> Object<'de> {
     }
 
     /// The next entry whose key means something, by its own name.
-    fn advance(&mut self) -> Option<(&'de str, &'de Value)> {
+    fn advance(&mut self) -> Result<Option<(&'de str, &'de Value)>, Error> {
         loop {
-            let (key, value) = self.rest.as_mut()?.next()?;
-            let Some(fields) = self.fields else { return Some((key, value)) };
-            let field = fields.iter().find(|field| field.eq_ignore_ascii_case(key));
-            match field {
-                // A struct takes each field once; of two spellings the first in order counts.
-                Some(&field) if !value.is_null() && !self.seen.contains(&field) => {
-                    self.seen.push(field);
-                    return Some((field, value));
-                }
-                _ => {}
+            let Some((key, value)) = self.rest.as_mut().and_then(Iterator::next) else { return Ok(None) };
+            let Some(fields) = self.fields else { return Ok(Some((key, value))) };
+            let Some(&field) = fields.iter().find(|field| field.eq_ignore_ascii_case(key)) else { continue };
+            if self.seen.contains(&field) {
+                return Err(de::Error::custom(format_args!("{field:?} is there twice")));
+            }
+            self.seen.push(field);
+            if !value.is_null() {
+                return Ok(Some((field, value)));
             }
         }
     }
@@ -202,7 +259,7 @@ impl<'de> MapAccess<'de> for Object<'de> {
     type Error = Error;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
-        self.entry = self.advance();
+        self.entry = self.advance()?;
         match self.entry {
             Some((key, _)) => seed.deserialize(key.into_deserializer()).map(Some),
             None => Ok(None),
@@ -287,7 +344,19 @@ mod tests {
     }
 
     #[test]
-    fn two_spellings_of_a_field_do_not_fail() {
-        assert!(parse(r#"{"inner":{"size":1},"INNER":{"size":2}}"#).is_ok());
+    fn what_is_said_twice_is_refused_however_it_is_spelled() {
+        for text in [
+            r#"{"inner":{"size":1},"INNER":{"size":2}}"#,
+            r#"{"Inner":{"Size":1},"inner":null}"#,
+            r#"{"Inner":{"Size":1},"Inner":{}}"#,
+            r#"{"Inner":{"Size":1,"SIZE":2}}"#,
+            r#"{"Labels":{"a":"1","a":"2"}}"#,
+            r#"{"Unknown":[{"a":1,"a":2}]}"#,
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains("is there twice"), "{text}: {error}");
+        }
+        // A map's own keys may differ in case alone.
+        assert_eq!(parse(r#"{"Labels":{"a":"1","A":"2"}}"#).unwrap().labels.len(), 2);
     }
 }

@@ -97,7 +97,12 @@ fn devices(scene: &Scene<'_>, vsock: &UnixListener) -> DeviceConfig {
     }
     DeviceConfig {
         block: vec![BlockConfig { id: DISK.into(), late: false }],
-        fs: vec![FsConfig { tag: TAG.into(), server: FsServer::Vmm, late: false, window_mib: scene.window_mib }],
+        fs: vec![FsConfig {
+            tag: TAG.into(),
+            server: FsServer::Vmm,
+            late: false,
+            window_mib: scene.window_mib,
+        }],
         vsock: Some(VsockConfig { cid: 3, listener: vsock.as_raw_fd() }),
         rng: true,
         ..DeviceConfig::default()

@@ -156,6 +156,9 @@ fn answer(server: &mut Server, request: Request<'_>, room: usize) -> Result<Vec<
             let wire::LseekIn { offset, whence, .. } = take(&mut body)?;
             Ok(wire::encode(&wire::LseekOut { offset: server.seek(node, offset, whence)? }))
         }
+        opcode::SETUPMAPPING | opcode::REMOVEMAPPING if server.mappings.window().is_none() => {
+            Err(Errno::NOSYS)
+        }
         opcode::SETUPMAPPING => server.map(node, &take(&mut body)?).map(|()| Vec::new()),
         opcode::REMOVEMAPPING => {
             let wire::RemovemappingIn { count } = take(&mut body)?;

@@ -77,30 +77,33 @@ impl Server {
         if request.flags & wire::SETUPMAPPING_WRITE != 0 {
             return Err(Errno::ROFS);
         }
-        let places = granules(request.moffset, request.len, window.size())?;
-        if !request.foffset.is_multiple_of(GRANULE) || request.foffset.checked_add(request.len).is_none() {
+        let (at, offset) = (request.moffset, request.foffset);
+        granules(at, request.len, window.size())?;
+        // One granule at a time, as Linux does it: more would be read under the device's lock for as long as a guest
+        // likes.
+        if request.len != GRANULE || !offset.is_multiple_of(GRANULE) {
             return Err(Errno::INVAL);
         }
         let file = self.regular_file(node)?;
         let size = file_size(file.as_fd())?;
-        if request.foffset >= size {
+        if offset >= size {
             return Err(Errno::INVAL);
         }
-        for (at, offset) in places.zip((request.foffset..size).step_by(GRANULE as usize)) {
-            self.mappings.mapped.remove(&at);
-            window.map(at, file.as_fd(), offset, size)?;
-            self.mappings.mapped.insert(at, (node, offset));
-        }
+        self.mappings.mapped.remove(&at);
+        window.map(at, file.as_fd(), offset, size)?;
+        self.mappings.mapped.insert(at, (node, offset));
         Ok(())
     }
 
     /// REMOVEMAPPING, of one range.
     pub(super) fn unmap(&mut self, request: &wire::RemovemappingOne) -> Result<()> {
         let window = Arc::clone(self.mappings.window().ok_or(Errno::NOSYS)?);
-        for at in granules(request.moffset, request.len, window.size())? {
-            if self.mappings.mapped.remove(&at).is_some() {
-                window.clear(at)?;
-            }
+        granules(request.moffset, request.len, window.size())?;
+        let range = request.moffset..request.moffset + request.len;
+        let gone: Vec<u64> = self.mappings.mapped.range(range).map(|(&at, _)| at).collect();
+        for at in gone {
+            self.mappings.mapped.remove(&at);
+            window.clear(at)?;
         }
         Ok(())
     }
@@ -134,13 +137,11 @@ impl Server {
     }
 }
 
-/// The granules of a range of the window.
-fn granules(start: u64, length: u64, size: u64) -> Result<impl Iterator<Item = u64>> {
-    let end = start.checked_add(length).filter(|&end| end <= size).ok_or(Errno::INVAL)?;
-    if length == 0 || !start.is_multiple_of(GRANULE) || !length.is_multiple_of(GRANULE) {
-        return Err(Errno::INVAL);
-    }
-    Ok((start..end).step_by(GRANULE as usize))
+/// Whether a range is one of granules of the window.
+fn granules(start: u64, length: u64, size: u64) -> Result<()> {
+    let whole = length > 0 && start.is_multiple_of(GRANULE) && length.is_multiple_of(GRANULE);
+    let inside = start.checked_add(length).is_some_and(|end| end <= size);
+    if whole && inside { Ok(()) } else { Err(Errno::INVAL) }
 }
 
 fn file_size(file: std::os::fd::BorrowedFd<'_>) -> Result<u64> {

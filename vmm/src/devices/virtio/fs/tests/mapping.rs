@@ -54,7 +54,9 @@ fn large_files_are_named_and_mapped() {
     let got: wire::AttrOut = decode(&guest.call(opcode::GETATTR, large.nodeid, &body).unwrap());
     assert_eq!(got.attr, large.attr);
 
-    guest.call(opcode::SETUPMAPPING, large.nodeid, &setup(GRANULE, 0, 2 * GRANULE)).unwrap();
+    let two = guest.call(opcode::SETUPMAPPING, large.nodeid, &setup(GRANULE, 0, 2 * GRANULE));
+    assert_eq!(two, Err(Errno::INVAL), "one at a time");
+    guest.call(opcode::SETUPMAPPING, large.nodeid, &setup(GRANULE, 0, GRANULE)).unwrap();
     assert_eq!((number(&window, GRANULE + 4), number(&window, GRANULE + 4 * 199_999)), (1, 199_999));
     assert_eq!((number(&window, 4), number(&window, GRANULE + 4 * 200_000)), (0, 0));
     // Over what is there, and away; whatever the count says.
