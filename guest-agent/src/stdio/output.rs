@@ -22,6 +22,9 @@ use crate::poll::Watched;
 /// asked how much it has; a terminal does not know.)
 const TERMINAL_REST: usize = 128 << 10;
 
+/// How often others go first when a terminal has something: the writer, the kernel's worker, and one more of each.
+const TERMINAL_YIELDS: u32 = 4;
+
 /// More than any pipe or terminal holds for its reader.
 const UNREAD: usize = 2 << 20;
 
@@ -117,9 +120,9 @@ impl<K> Output<K> {
     /// The source can be read.
     pub fn source_ready(&mut self, scratch: &mut [u8]) {
         if self.source.as_ref().is_some_and(|source| source.terminal) {
-            // A terminal wakes its reader before each end of line: who is in the middle of a write may finish it, so
-            // that a line arrives in one piece.
-            rustix::thread::sched_yield();
+            // A terminal wakes its reader before each end of line. Who is in the middle of a write may finish it, and the
+            // kernel's worker bring the rest here, so that a line arrives in one piece.
+            (0..TERMINAL_YIELDS).for_each(|_| rustix::thread::sched_yield());
         }
         self.drain(scratch, TURN);
         self.feed();
