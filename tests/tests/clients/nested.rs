@@ -46,9 +46,9 @@ fn a_docker_in_a_container_runs_containers_and_networks_of_its_own() -> Test {
         docker run --rm inner /bin/sh -c 'echo inside; uname -r; ip -4 -o addr show eth0'
         docker info --format '{{.Driver}}' 2>/dev/null; docker network create apart >/dev/null
         docker run --rm --network apart inner /bin/echo apart";
-    let said = outer.exec(&["sh", "-c", inner]).or_else(|error| {
+    let said = outer.exec(&["sh", "-c", inner]).map_err(|error| {
         let log = outer.docker(&["logs"]).unwrap_or_default();
-        Err(error.context(log))
+        error.context(log)
     })?;
     let lines: Vec<&str> = said.lines().collect();
     let kernel = docker.run(&["run", "--rm", "busybox", "uname", "-r"])?;
