@@ -63,8 +63,8 @@ pub(crate) struct BenchArgs {
     fill_seconds: u64,
 }
 
-/// Of the test host. Fifty guests of 512 MiB are lent it, and use a small part.
-const MEMORY_MIB: u32 = 6144;
+/// Of the test host. Fifty guests of 512 MiB are lent it, and use a small part; one with copies of a GiB uses all.
+const MEMORY_MIB: u32 = 12_288;
 
 pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     if args.rounds == 0 {

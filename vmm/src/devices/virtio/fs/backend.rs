@@ -33,6 +33,8 @@ pub(super) struct Stat {
     pub(super) inode: u64,
     /// As the guest sees it; `ino` is set by the server.
     pub(super) attr: Attr,
+    /// It has no extended attributes, and never will.
+    pub(super) bare: bool,
 }
 
 /// The files of one kind of share.

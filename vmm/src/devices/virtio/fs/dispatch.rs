@@ -2,11 +2,12 @@
 //!
 //! | operation | answer |
 //! |---|---|
-//! | INIT, LOOKUP, GETATTR, STATX, READLINK, READ, READDIR, READDIRPLUS, STATFS, GETXATTR, LISTXATTR, ACCESS, LSEEK | what is asked for |
+//! | INIT, LOOKUP, GETATTR, READLINK, READ, READDIR, READDIRPLUS, STATFS, GETXATTR, LISTXATTR, ACCESS, LSEEK | what is asked for |
 //! | FORGET, BATCH_FORGET, INTERRUPT | no reply |
 //! | DESTROY | everything is forgotten |
 //! | OPEN, OPENDIR | ENOSYS: Linux then opens with no request at all, and keeps what it has cached |
 //! | SETUPMAPPING, REMOVEMAPPING | a file comes into the window, and goes |
+//! | STATX | ENOSYS: a layer knows of no birth, and Linux would ask for it with each file that `statx` is used on |
 //! | RELEASE, RELEASEDIR | nothing was opened; success |
 //! | FLUSH, FSYNC, FSYNCDIR | ENOSYS: Linux does not ask again |
 //! | whatever changes a file | EROFS |
@@ -44,11 +45,12 @@ const MAX_READ: usize = MAX_PAGES as usize * 4096;
 /// * EXPORT_SUPPORT: node ids do not outlive the mount, and NO_EXPORT_SUPPORT says so, lest overlayfs trust
 ///   a file handle in an upper layer that was written over another machine's node ids;
 /// * POSIX_ACL: it costs a request for each file whose group has rights. An image's ACLs are shown as
-///   attributes and not enforced.
+///   attributes and not enforced;
+/// * READDIRPLUS_AUTO: Linux would take attributes with the first page of a directory alone, and then ask for
+///   those of each file by itself. What lists a directory mostly asks for them, and a layer's never change.
 const WANTED: u64 = init::ASYNC_READ
     | init::AUTO_INVAL_DATA
     | init::DO_READDIRPLUS
-    | init::READDIRPLUS_AUTO
     | init::ASYNC_DIO
     | init::NO_OPEN_SUPPORT
     | init::PARALLEL_DIROPS
@@ -122,10 +124,6 @@ fn answer(server: &mut Server, request: Request<'_>, room: usize) -> Result<Vec<
             let wire::GetattrIn { .. } = take(&mut body)?;
             Ok(wire::encode(&server.attributes(node)?))
         }
-        opcode::STATX => {
-            let wire::StatxIn { .. } = take(&mut body)?;
-            Ok(statx(&server.attributes(node)?))
-        }
         opcode::READLINK => server.read_link(node),
         opcode::READDIR | opcode::READDIRPLUS => {
             let wire::ReadIn { offset, size, .. } = take(&mut body)?;
@@ -183,7 +181,7 @@ fn answer(server: &mut Server, request: Request<'_>, room: usize) -> Result<Vec<
         | opcode::FALLOCATE
         | opcode::COPY_FILE_RANGE
         | opcode::TMPFILE => Err(Errno::ROFS),
-        // OPEN, OPENDIR, FLUSH, FSYNC and FSYNCDIR among them, see above.
+        // OPEN, OPENDIR, STATX, FLUSH, FSYNC and FSYNCDIR among them, see above.
         _ => Err(Errno::NOSYS),
     }
 }
@@ -244,32 +242,6 @@ fn initialise(server: &mut Server, offered: wire::InitIn) -> Result<Vec<u8>> {
         map_alignment: if has_window { ALIGNMENT } else { 0 },
         ..Default::default()
     }))
-}
-
-fn statx(answer: &wire::AttrOut) -> Vec<u8> {
-    let attr = &answer.attr;
-    let time = |seconds: u64, tv_nsec| wire::SxTime { tv_sec: seconds.cast_signed(), tv_nsec, reserved: 0 };
-    let mut bytes = wire::encode(&wire::StatxOut {
-        attr_valid: answer.attr_valid,
-        attr_valid_nsec: answer.attr_valid_nsec,
-        mask: wire::STATX_BASIC_STATS,
-        blksize: attr.blksize,
-        nlink: attr.nlink,
-        uid: attr.uid,
-        gid: attr.gid,
-        mode: u16::try_from(attr.mode & 0xffff).unwrap_or(0),
-        ino: attr.ino,
-        size: attr.size,
-        blocks: attr.blocks,
-        atime: time(attr.atime, attr.atimensec),
-        ctime: time(attr.ctime, attr.ctimensec),
-        mtime: time(attr.mtime, attr.mtimensec),
-        rdev_major: (attr.rdev & 0xf_ff00) >> 8,
-        rdev_minor: (attr.rdev & 0xff) | ((attr.rdev >> 12) & 0xf_ff00),
-        ..Default::default()
-    });
-    bytes.resize(wire::STATX_OUT_SIZE, 0);
-    bytes
 }
 
 /// An extended attribute's value, or its length when that was asked for with a size of 0.

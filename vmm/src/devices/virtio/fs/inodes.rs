@@ -49,6 +49,8 @@ pub(super) struct Node {
     pub(super) key: u64,
     /// The type of file, as the `S_IFMT` bits that the guest sees.
     pub(super) kind: u32,
+    /// It is known to have no extended attributes, and never to get any.
+    pub(super) bare: bool,
     lookups: u64,
     /// Known nodes whose parent this is.
     children: u64,
@@ -127,9 +129,16 @@ impl Inodes {
             return Err(Full);
         }
         self.last += 1;
-        let node = Node { share, parent, name: name.into(), key, kind, lookups: 1, children: 0 };
+        let node = Node { share, parent, name: name.into(), key, kind, bare: false, lookups: 1, children: 0 };
         self.insert(self.last, node);
         Ok(self.last)
+    }
+
+    /// Remembers that a node has no extended attributes.
+    pub(super) fn mark_bare(&mut self, id: u64) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.bare = true;
+        }
     }
 
     /// Lowers a node's look-up count. The nodes that are gone with it are passed to `gone`.
@@ -186,6 +195,7 @@ impl Inodes {
                 self.by_key.remove(&(node.share, node.key));
             }
             node.key = key;
+            node.bare = false;
             self.by_key.insert((node.share, key), id);
         }
     }

@@ -71,7 +71,7 @@ impl Backend for Layer {
             blksize: 4096,
             flags: 0,
         };
-        Ok(Stat { device: host.st_dev, inode: host.st_ino, attr })
+        Ok(Stat { device: host.st_dev, inode: host.st_ino, attr, bare: meta.xattrs.is_empty() })
     }
 
     fn kind(&self, dir: BorrowedFd<'_>, name: &[u8], host: FileType) -> Result<u32> {

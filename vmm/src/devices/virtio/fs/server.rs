@@ -154,9 +154,9 @@ impl Server {
         rustix::fs::seek(&*self.regular_file(node)?, target)
     }
 
-    /// GETXATTR.
+    /// GETXATTR. Overlayfs asks each file that it meets for one, so those without any are not opened for it.
     pub(super) fn xattr(&mut self, node: u64, name: &[u8]) -> Result<Vec<u8>> {
-        if node == ROOT_ID {
+        if node == ROOT_ID || self.node(node)?.bare {
             return Err(Errno::NODATA);
         }
         let (backend, file) = self.file(node)?;
@@ -165,7 +165,7 @@ impl Server {
 
     /// LISTXATTR.
     pub(super) fn xattr_names(&mut self, node: u64) -> Result<Vec<u8>> {
-        if node == ROOT_ID {
+        if node == ROOT_ID || self.node(node)?.bare {
             return Ok(Vec::new());
         }
         let (backend, file) = self.file(node)?;
@@ -278,6 +278,9 @@ impl Server {
     ) -> Result<EntryOut> {
         let kind = stat.attr.mode & S_IFMT;
         let nodeid = self.inodes.found(share, parent, name, stat.inode, kind).map_err(|_| Errno::NFILE)?;
+        if stat.bare {
+            self.inodes.mark_bare(nodeid);
+        }
         let (seconds, nanos) = validity(valid);
         Ok(EntryOut {
             nodeid,

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Changes whenever [`SavedServer`] does.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedShare {

@@ -66,7 +66,6 @@ fn cut_structures_are_refused() {
     let whole = [
         (opcode::INIT, file, 16),
         (opcode::GETATTR, file, 16),
-        (opcode::STATX, file, 24),
         (opcode::READ, file, 40),
         (opcode::READDIR, dir, 40),
         (opcode::READDIRPLUS, dir, 40),
