@@ -4,6 +4,7 @@
 //!   /run/bulkhead/fs/<tag>          virtio-fs: one directory for each layer            (once for all containers)
 //!   /run/bulkhead/fs/<tag>          virtio-fs: one file or directory for each share    (of one container)
 //!   /run/bulkhead/fs/disks/<disk>   ext4 of a volume
+//!   /run/bulkhead/fs/shm/<id>       tmpfs of memory that containers share
 //!   /run/bulkhead/c/<id>/disk       ext4 of the writable layer: upper/ work/
 //!   /run/bulkhead/c/<id>/files      tmpfs: contents of injected files, forwarded sockets
 //!   /run/bulkhead/c/<id>/root       overlay of the two, injected files bound over it
@@ -24,7 +25,8 @@ use std::{
 };
 
 use bulkhead_agent_api::{
-    CopyUp, Create, Disk, ForwardedSocket, InjectedFile, Rootfs, VOLUME_DATA, VOLUME_DISKS, VolumeDisk,
+    CopyUp, Create, Disk, ForwardedSocket, InjectedFile, Rootfs, SharedMemory, VOLUME_DATA, VOLUME_DISKS,
+    VolumeDisk,
 };
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
@@ -44,6 +46,7 @@ use live::Live;
 
 mod live;
 mod share;
+mod shared_memory;
 
 /// Where virtio-fs tags are mounted; the only place that a bind mount of a spec may come from.
 pub const SHARES: &str = "/run/bulkhead/fs";
@@ -72,6 +75,8 @@ pub struct Mounted {
     rootfs: Rootfs,
     /// Where the host's shares are mounted.
     shares: Option<PathBuf>,
+    /// Where the memory is that it shares with other containers.
+    shared_memory: Option<PathBuf>,
     /// Who serves its forwarded sockets.
     forwarder: Option<Forwarder>,
 }
@@ -150,6 +155,9 @@ pub fn validate(create: &Create) -> Result<()> {
     if let Some(tag) = &create.shares {
         check_name("file share tag", tag)?;
     }
+    if let Some(SharedMemory::Of(other)) = &create.shared_memory {
+        check_name("container id", other)?;
+    }
     for volume in &create.disks {
         check_name("disk", &volume.disk.id)?;
         if volume.copy_up.as_ref().is_some_and(|path| !path.starts_with('/') || path.contains('\0')) {
@@ -189,8 +197,16 @@ impl Mounted {
         }
         let injected = create.files.iter().map(|file| file.path.clone()).collect();
         let rootfs = create.rootfs.clone();
-        let mut mounted =
-            Self { base, live, disks: Vec::new(), injected, rootfs, shares: None, forwarder: None };
+        let mut mounted = Self {
+            base,
+            live,
+            disks: Vec::new(),
+            injected,
+            rootfs,
+            shares: None,
+            shared_memory: None,
+            forwarder: None,
+        };
         match mounted.mount(create, devices) {
             Ok(()) => Ok(mounted),
             Err(error) => {
@@ -257,6 +273,9 @@ impl Mounted {
             for copy in &create.copy_up {
                 copy_up::copy_up(&self.root(), &shares, copy)?;
             }
+        }
+        if let Some(memory) = &create.shared_memory {
+            self.shared_memory = Some(shared_memory::mount(&create.container, memory)?);
         }
         self.inject(&create.files, &create.sockets)
     }
@@ -371,6 +390,9 @@ impl Mounted {
         if let Some(shares) = &self.shares {
             note(share::unmount_own(shares));
         }
+        if let Some(memory) = &self.shared_memory {
+            note(unmount(memory, UnmountFlags::DETACH));
+        }
         // A mount namespace that is being torn down keeps the disk in use for a moment after its last process was
         // reaped; the disk must not be taken away before it is written for the last time.
         if let Some(used) = live::wait_until_released(&self.live) {
@@ -378,7 +400,7 @@ impl Mounted {
         }
         // Empty directories of a tmpfs, and no others; those that stay do no harm.
         let own = ["disk", "files", "root", "empty", ""].map(|name| self.base.join(name));
-        for directory in own.iter().chain(&self.disks) {
+        for directory in own.iter().chain(&self.disks).chain(&self.shared_memory) {
             let _ = fs::remove_dir(directory);
         }
         outcome

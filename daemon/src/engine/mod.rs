@@ -227,6 +227,7 @@ impl Shared {
             host: &record.host_config,
             names: &networked.host_config,
             pid_of: company.and_then(|company| company.pid),
+            ipc_of: company.and_then(|company| company.ipc.as_ref()),
             daemon: &self.config,
             network: &facts,
             resolv_conf: &resolv_conf,

@@ -372,6 +372,23 @@ pub struct Create {
     /// Volumes that are disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<VolumeDisk>,
+    /// What it and others have as their `/dev/shm`: mounted where bind mounts of the spec come from, at
+    /// [`SHARED_MEMORY`]`/<id of the container>`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_memory: Option<SharedMemory>,
+}
+
+/// Where [`SharedMemory`] is mounted.
+pub const SHARED_MEMORY: &str = "/run/bulkhead/fs/shm";
+
+/// A tmpfs that several containers of a machine can have as their `/dev/shm`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SharedMemory {
+    /// A new one, of so many bytes at most.
+    Own(u64),
+    /// That of another container, by its id, which has one.
+    Of(String),
 }
 
 /// A volume with a file system of its own, ext4: mounted where bind mounts of the spec come from, at

@@ -6,7 +6,8 @@ use bulkhead_agent_api::{
     AgentError, Answer, Call, ContainerIdentity, ContainerState, CopyUp, CpuStats, Create, Disk, ErrorKind,
     Event, Exit, ForwardedSocket, FromAgent, Gateway, Hello, Identity, InjectedFile, Interface,
     InterfaceAddress, IoStats, KnownOutput, MemoryStats, NetworkStats, ProcessDetail, ProcessId, ProcessInfo,
-    ProcessState, Rootfs, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent, VolumeDisk,
+    ProcessState, Rootfs, SharedMemory, Stats, Stdio, StreamKind, StreamOpen, StreamReady, ToAgent,
+    VolumeDisk,
     files::{Change, ChangeKind, FilesDone, FilesOpen, FilesReady, FilesRequest, PathStat},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -54,6 +55,7 @@ fn calls() -> Vec<Call> {
             copy_up: Vec::new(),
             sockets: Vec::new(),
             disks: Vec::new(),
+            shared_memory: None,
         })),
         Call::Start { container: "c1".into(), stdio: Stdio::default() },
         Call::Exec { process: exec(), spec: Box::new(serde_json::from_str(process).unwrap()), stdio },
@@ -195,8 +197,31 @@ fn shares(wire: &mut Wire) {
             read_only: false,
             copy_up: Some("/var/lib/db".into()),
         }],
+        shared_memory: None,
     };
     wire.message(&ToAgent { id: 12, call: Call::Create(Box::new(create)) });
+}
+
+/// Containers that share their `/dev/shm`.
+fn shared_memory(wire: &mut Wire) {
+    for memory in [SharedMemory::Own(64 << 20), SharedMemory::Of("c1".into())] {
+        let create = Create {
+            container: "c2".into(),
+            rootfs: Rootfs {
+                tag: "layers".into(),
+                layers: Vec::new(),
+                disk: Disk { id: "disk0".into(), size: 1 << 30 },
+            },
+            spec: Box::new(serde_json::from_str(r#"{"ociVersion":"1.2.0"}"#).unwrap()),
+            files: Vec::new(),
+            shares: None,
+            copy_up: Vec::new(),
+            sockets: Vec::new(),
+            disks: Vec::new(),
+            shared_memory: Some(memory),
+        };
+        wire.message(&ToAgent { id: 13, call: Call::Create(Box::new(create)) });
+    }
 }
 
 fn memory(wire: &mut Wire) {
@@ -293,6 +318,7 @@ fn every_message_is_as_it_was() {
     process_detail(&mut wire);
     files(&mut wire);
     shares(&mut wire);
+    shared_memory(&mut wire);
     for (now, frozen) in wire.lines.lines().zip(FROZEN.lines()) {
         assert_eq!(now, frozen);
     }

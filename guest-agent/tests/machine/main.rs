@@ -197,6 +197,7 @@ fn create(machine: &Machine, id: &str, changes: Value) -> Call {
         copy_up: Vec::new(),
         sockets: Vec::new(),
         disks: Vec::new(),
+        shared_memory: None,
     }))
 }
 

@@ -1,4 +1,4 @@
-//! Containers in the microVM of another: `--network container:`, `--pid container:`.
+//! Containers in the microVM of another: `--network container:`, `--pid container:`, `--ipc container:`.
 
 use crate::{Network, Test, docker, serve, unique};
 
@@ -98,6 +98,44 @@ fn it_outlives_the_one_whose_microvm_it_shares_and_gives_back_what_it_had() -> T
 }
 
 #[test]
+fn memory_is_shared_where_it_is_offered_and_outlives_who_offered_it() -> Test {
+    let docker = docker()?;
+    let donor = serve(&docker, &["--ipc", "shareable", "--shm-size", "8m"], "donor")?;
+    let ipc_of = |container: &bulkhead_tests::docker::Container| format!("container:{}", container.name());
+    let side = beside(&docker, donor.name(), &["--ipc", &ipc_of(&donor)])?;
+    let id = docker.inspect(donor.name(), "{{.Id}}")?;
+    assert_eq!(docker.inspect(side.name(), "{{.HostConfig.IpcMode}}")?, format!("container:{id}"));
+    let namespace = ["readlink", "/proc/self/ns/ipc"];
+    assert_eq!(side.exec(&namespace)?, donor.exec(&namespace)?);
+    donor.exec(&["sh", "-c", "echo the donor >/dev/shm/who; touch /dev/mqueue/queue"])?;
+    assert_eq!(side.exec(&["sh", "-c", "cat /dev/shm/who; ls /dev/mqueue"])?, "the donor\nqueue");
+    let size = "df -m /dev/shm | awk 'END { print $2 }'";
+    assert_eq!(side.exec(&["sh", "-c", size])?, "8");
+
+    // Who does not ask for it has its own, and who does not offer it keeps it.
+    let apart = beside(&docker, donor.name(), &[])?;
+    assert_ne!(apart.exec(&namespace)?, donor.exec(&namespace)?);
+    assert_eq!(apart.exec(&["ls", "/dev/shm", "/dev/mqueue"])?, "/dev/mqueue:\n\n/dev/shm:");
+    let network = ipc_of(&donor);
+    let words = ["run", "--rm", "--network", &network, "--ipc", &ipc_of(&apart), "busybox", "true"];
+    let refused = docker.run(&words)?;
+    assert!(refused.stderr.contains("non-shareable IPC (hint: use IpcMode:shareable"), "{}", refused.stderr);
+
+    // One that has joined passes it on, also when the donor has ended, whose files are to be had still.
+    let third = beside(&docker, donor.name(), &["--ipc", &ipc_of(&side)])?;
+    docker.ok(&["stop", "-t", "0", donor.name()])?;
+    let here = tempfile::tempdir()?;
+    docker.ok(&[
+        "cp",
+        &format!("{}:/etc/passwd", donor.name()),
+        &here.path().join("passwd").display().to_string(),
+    ])?;
+    third.exec(&["sh", "-c", "echo the third >/dev/shm/who"])?;
+    assert_eq!(side.exec(&["cat", "/dev/shm/who"])?, "the third");
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_shared_is_refused_in_dockers_words() -> Test {
     let docker = docker()?;
     let web = serve(&docker, &[], "web")?;
@@ -121,7 +159,8 @@ fn what_cannot_be_shared_is_refused_in_dockers_words() -> Test {
             vec!["--network".into(), "container:nosuch-container".into()],
             "No such container: nosuch-container",
         ),
-        (vec!["--pid".into(), pid], "--pid container: needs --network container: too"),
+        (vec!["--pid".into(), pid.clone()], "--pid container: needs --network container: too"),
+        (vec!["--ipc".into(), pid], "--ipc container: needs --network container: too"),
     ] {
         let words_given: Vec<&str> = options.iter().map(String::as_str).collect();
         let output =

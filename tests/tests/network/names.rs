@@ -106,6 +106,18 @@ fn a_link_in_the_default_bridge_is_hosts_and_environment_and_follows_its_contain
     let words =
         format!("Cannot link to a non running container: /{} AS /{}/my-db", child.name(), parent.name());
     assert!(refused.stderr.contains(&words), "{}", refused.stderr);
+    // The link is taken away while both run, and nobody waits for the other any more.
+    docker.ok(&["start", child.name(), parent.name()])?;
+    let link = format!("{}/my-db", parent.name());
+    docker.ok(&["rm", "--link", &link])?;
+    assert!(!parent.exec(&["cat", "/etc/hosts"])?.contains("my-db"));
+    assert_eq!(docker.inspect(parent.name(), "{{json .HostConfig.Links}}")?, "null");
+    let again = docker.run(&["rm", "--link", &link])?;
+    assert!(again.stderr.contains(&format!("No such container: {link}")), "{}", again.stderr);
+    let name = docker.run(&["rm", "--link", parent.name()])?;
+    assert!(name.stderr.contains("cannot remove the default link name of the container"), "{}", name.stderr);
+    docker.ok(&["stop", "-t", "0", child.name()])?;
+    docker.ok(&["restart", "-t", "0", parent.name()])?;
     let unknown = docker.run(&["create", "--link", "nosuch:x", "busybox"])?;
     assert!(unknown.stderr.contains("could not get container for nosuch"), "{}", unknown.stderr);
     Ok(())

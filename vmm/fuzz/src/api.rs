@@ -99,6 +99,7 @@ fn create(bytes: &[u8]) {
             host: host_config,
             names: host_config,
             pid_of: None,
+            ipc_of: None,
             daemon,
             network: &NetworkFacts::default(),
             resolv_conf: "nameserver 192.0.2.1\n",

@@ -232,7 +232,8 @@ async fn websocket(call: Call) -> Result<Reply> {
 
 async fn remove(call: Call) -> Result<Response<Body>> {
     if call.query.boolean("link", false) {
-        return Err(Error::not_implemented("links are not supported"));
+        call.engine.container_unlink(call.name()).await?;
+        return Ok(no_content());
     }
     let (force, volumes) = (call.query.boolean("force", false), call.query.boolean("v", false));
     call.engine.container_remove(call.name(), force, volumes).await?;

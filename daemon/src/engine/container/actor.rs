@@ -214,6 +214,7 @@ impl Actor {
                 Err(refusal) => answer(reply, Err(self.refused_removal(refusal))),
             },
             Command::Rename(name, reply) => answer(reply, self.rename(name).await),
+            Command::Unlink(alias, reply) => answer(reply, self.unlink(&alias).await),
             command @ (Command::Connect(..) | Command::Disconnect { .. }) => self.wire(command).await,
             Command::Wait(condition, reply) => {
                 let _ = reply.send(self.wait(condition));

@@ -1,4 +1,5 @@
-//! Containers that run in another's microVM: `--network container:X`, and with it `--pid container:X`.
+//! Containers that run in another's microVM: `--network container:X`, and with it `--pid container:X` and
+//! `--ipc container:X`.
 //!
 //! ```text
 //!   create:  the names become ids ─▶ hostname as the other's, no network of its own
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     api::types::container::{CreateRequest, HostConfig},
-    engine::{Error, Result, Shared, mounts},
+    engine::{Error, Result, Shared, mounts, spec::IpcDonor},
     phases::Stage,
     sandbox::{Furniture, Place, Sandbox, Tenant, total_mib},
 };
@@ -36,6 +37,8 @@ pub(crate) struct Company {
     pub(crate) network: Arc<Record>,
     /// In whose pid namespace it runs: the first process there, as the guest numbers it.
     pub(crate) pid: Option<i32>,
+    /// Whose IPC namespace and `/dev/shm` it has.
+    pub(crate) ipc: Option<IpcDonor>,
 }
 
 /// The container that a mode names.
@@ -58,11 +61,13 @@ pub(super) fn resolve(shared: &Shared, request: &mut CreateRequest) -> Result<()
     if host.network_mode == "container" || named(&host.network_mode) == Some("") {
         return Err(Error::invalid("invalid network mode: invalid container format container:<name|id>"));
     }
-    if named(&host.pid_mode).is_some() && !is_guest(host) {
-        return Err(Error::invalid(
-            "--pid container: needs --network container: too: processes are shared in one microVM, and a microVM has \
-             one network",
-        ));
+    for (option, mode) in [("pid", &host.pid_mode), ("ipc", &host.ipc_mode)] {
+        if named(mode).is_some() && !is_guest(host) {
+            return Err(Error::invalid(format!(
+                "--{option} container: needs --network container: too: processes and their memory are shared in one \
+                 microVM, and a microVM has one network"
+            )));
+        }
     }
     let Some(donor) = named(&host.network_mode) else { return Ok(()) };
     let some = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
@@ -98,8 +103,10 @@ pub(super) fn resolve(shared: &Shared, request: &mut CreateRequest) -> Result<()
     let other = donor.view().record;
     config.hostname.clone_from(&other.config.hostname);
     config.domainname.clone_from(&other.config.domainname);
-    if let Some(name) = named(&host.pid_mode) {
-        host.pid_mode = format!("{PREFIX}{}", find(name)?.id());
+    for mode in [&mut host.pid_mode, &mut host.ipc_mode] {
+        if let Some(name) = named(mode) {
+            *mode = format!("{PREFIX}{}", find(name)?.id());
+        }
     }
     host.network_mode = format!("{PREFIX}{}", donor.id());
     Ok(())
@@ -160,9 +167,13 @@ pub(super) async fn join(run: Run<'_>, joined: &mut Option<Arc<Sandbox>>) -> Res
     let sandbox = Arc::clone(&workload.sandbox);
     let pid = match named(&host.pid_mode) {
         None => None,
-        Some(_) => Some(first_process(shared, host, &sandbox).await.map_err(internal)?),
+        Some(_) => Some(companion(shared, &host.pid_mode, &sandbox).await.map_err(internal)?.process),
     };
-    let company = Company { network, pid };
+    let ipc = match named(&host.ipc_mode) {
+        None => None,
+        Some(_) => Some(ipc_donor(shared, &host.ipc_mode, &sandbox).await.map_err(internal)?),
+    };
+    let company = Company { network, pid, ipc };
     let newcomer = tenant(shared, record, &record.id, Place::default());
     let place = sandbox
         .enter(&record.id, newcomer, !record.mounts.is_empty())
@@ -182,9 +193,18 @@ pub(super) async fn join(run: Run<'_>, joined: &mut Option<Arc<Sandbox>>) -> Res
     begin(stages, &sandbox, events, None, Vec::new()).await
 }
 
-/// The first process of the container whose processes are to be seen.
-async fn first_process(shared: &Shared, host: &HostConfig, sandbox: &Sandbox) -> Result<i32> {
-    let (other, record) = runs(shared, &host.pid_mode).await?;
+/// A container in the microVM that is joined.
+struct Companion {
+    record: Arc<Record>,
+    /// What the agent calls it.
+    guest: String,
+    /// Its first process, as the guest numbers it.
+    process: i32,
+}
+
+/// The container that a mode names, whose processes or memory are to be seen.
+async fn companion(shared: &Shared, mode: &str, sandbox: &Sandbox) -> Result<Companion> {
+    let (other, record) = runs(shared, mode).await?;
     if other.sandbox.id() != sandbox.id() {
         return Err(Error::conflict(format!(
             "cannot join namespaces of container {}: it runs in another microVM than the one whose network is to be shared",
@@ -192,12 +212,27 @@ async fn first_process(shared: &Shared, host: &HostConfig, sandbox: &Sandbox) ->
         )));
     }
     match container_state(sandbox, other.guest()).await?.init {
-        Some(ProcessState::Running { pid }) => Ok(pid),
+        Some(ProcessState::Running { pid }) => {
+            Ok(Companion { record, guest: other.guest().to_owned(), process: pid })
+        }
         _ => Err(Error::conflict(format!(
             "cannot join namespaces of container {}: it has just ended",
             record.name
         ))),
     }
+}
+
+/// The container whose IPC is to be shared, if it shares it. In Docker's words where it does not.
+async fn ipc_donor(shared: &Shared, mode: &str, sandbox: &Sandbox) -> Result<IpcDonor> {
+    let Companion { record, guest, process } = companion(shared, mode, sandbox).await?;
+    let offered = &record.host_config.ipc_mode;
+    if offered != "shareable" && named(offered).is_none() {
+        return Err(Error::invalid(format!(
+            "can't join IPC of container {}: non-shareable IPC (hint: use IpcMode:shareable for the donor container)",
+            record.id
+        )));
+    }
+    Ok(IpcDonor { process, guest })
 }
 
 fn furniture(shared: &Shared, record: &Record, plan: mounts::Plan) -> Result<Furniture> {

@@ -85,6 +85,8 @@ pub(crate) enum Command {
     },
     /// To a name that is reserved.
     Rename(String, Reply<()>),
+    /// Without the link that it calls so.
+    Unlink(String, Reply<()>),
     /// Into a network; answered when it is in.
     Connect(Arc<Network>, Box<Attachment>, Reply<()>),
     /// Out of a network; answered when it is out.

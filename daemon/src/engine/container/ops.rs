@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use super::{
     Command, Container, Grace, ListOptions, Stop, create, inspect, joining, list, names, prune, signal,
     state::{Running, State},
-    top,
+    top, wiring,
 };
 use crate::{
     api::types::{self, Filters, container::WaitResponse},
@@ -110,6 +110,22 @@ impl Engine {
         if volumes {
             self.shared.remove_anonymous(&record).await;
         }
+        Ok(())
+    }
+
+    /// Takes away a link of the default bridge, `PARENT/ALIAS`. What it linked stays as it is.
+    ///
+    /// # Errors
+    /// No such container or link; a name that is no link's.
+    pub async fn container_unlink(&self, name: Name<'_>) -> Result<()> {
+        let Some((parent, alias)) = name.strip_prefix('/').unwrap_or(name).split_once('/') else {
+            self.container(name)?;
+            return Err(Error::conflict("Conflict, cannot remove the default link name of the container"));
+        };
+        let unknown = |_| Error::not_found(format!("No such container: {name}"));
+        let parent = self.container(parent).map_err(unknown)?;
+        parent.ask(|reply| Command::Unlink(alias.to_owned(), reply)).await??;
+        wiring::tell_links(&self.shared, &parent).await;
         Ok(())
     }
 

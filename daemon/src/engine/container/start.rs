@@ -317,6 +317,7 @@ pub(super) fn create_call(
         copy_up: plan.copy_up.clone(),
         sockets: plan.sockets.clone(),
         disks: plan.volume_disks()?,
+        shared_memory: built.shared_memory,
     })
 }
 

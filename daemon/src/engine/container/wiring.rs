@@ -10,7 +10,7 @@ use std::{sync::Arc, time::Duration};
 
 use bulkhead_agent_api::{Answer, Call};
 
-use super::{network, record::Record, workload::Workload};
+use super::{Container, network, record::Record, workload::Workload};
 use crate::engine::{
     Error, Result, Shared,
     network::{
@@ -127,14 +127,17 @@ async fn rewrite(shared: &Arc<Shared>, record: &Record, workload: &Workload) -> 
 pub(super) fn tell_parents(shared: &Arc<Shared>, record: &Record) {
     for parent in links::parents(shared, &record.id) {
         let shared = Arc::clone(shared);
-        tokio::spawn(async move {
-            let view = parent.view();
-            let Some(workload) = &view.workload else { return };
-            let told = async { call(workload, files(&shared, &view.record, workload.guest())?).await };
-            if let Err(error) = told.await {
-                tracing::warn!(container = parent.id(), error = error.message, "its links are of before");
-            }
-        });
+        tokio::spawn(async move { tell_links(&shared, &parent).await });
+    }
+}
+
+/// Has the files of a container, where it runs, tell of its links as they are by now.
+pub(super) async fn tell_links(shared: &Arc<Shared>, parent: &Container) {
+    let view = parent.view();
+    let Some(workload) = &view.workload else { return };
+    let told = async { call(workload, files(shared, &view.record, workload.guest())?).await };
+    if let Err(error) = told.await {
+        tracing::warn!(container = parent.id(), error = error.message, "its links are of before");
     }
 }
 

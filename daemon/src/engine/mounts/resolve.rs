@@ -35,7 +35,12 @@ pub(crate) fn check(config: &Config, host: &HostConfig) -> Result<()> {
     for from in host.volumes_from.iter().flatten() {
         parse::volumes_from(from)?;
     }
-    crate::engine::volume::check_driver(&host.volume_driver)
+    // Where there are no volumes, no driver is looked for.
+    let named = own.iter().any(|mount| matches!(mount.source, WantedSource::Volume { .. }));
+    if named || config.volumes.as_ref().is_some_and(|volumes| !volumes.is_empty()) {
+        crate::engine::volume::check_driver(&host.volume_driver)?;
+    }
+    Ok(())
 }
 
 /// The mounts that the request itself names.

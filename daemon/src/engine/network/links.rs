@@ -76,6 +76,15 @@ fn all<'a>(shared: &'a Shared, record: &'a Record) -> impl Iterator<Item = (Arc<
     })
 }
 
+/// A container's host config without the link that it calls `alias`; None when it has none of that name.
+pub(crate) fn without(record: &Record, alias: &str) -> Option<HostConfig> {
+    let mut host = record.host_config.clone();
+    let links = host.links.as_mut().filter(|_| record.host_config.network_mode == DEFAULT)?;
+    let before = links.len();
+    links.retain(|link| link.split_once(':').is_none_or(|(_, other)| other != alias));
+    (links.len() < before).then_some(host)
+}
+
 /// The addresses that a running container has in the default bridge.
 fn addresses(record: &Record) -> Option<Vec<IpAddr>> {
     let running = matches!(record.life.state, State::Running(_));

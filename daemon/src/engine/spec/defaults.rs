@@ -151,7 +151,7 @@ pub fn validate(config: &Config, host: &HostConfig) -> Result<Vec<String>> {
     logs::validate(&host.log_config.kind, host.log_config.config.as_ref().unwrap_or(&BTreeMap::new()))?;
     check_restart(host)?;
     check_resources(host)?;
-    mounts::mounts(host, &[])?;
+    mounts::mounts(host, &[], None)?;
     crate::engine::mounts::check(config, host)?;
     parse_security(host)?;
     super::resources::devices(host)?;
@@ -260,10 +260,7 @@ fn check_modes(host: &HostConfig) -> Result<()> {
             "" => {}
             "private" | "shareable" | "none" if option == "ipc" => {}
             "host" => return vm(&format!("{option} host"), "and the host's processes are not in it"),
-            mode if mode.starts_with("container:") && option == "pid" => {}
-            mode if mode.starts_with("container:") => {
-                return Err(Error::not_implemented(format!("--{option} container: is not supported yet")));
-            }
+            mode if mode.starts_with("container:") => {}
             mode => return Err(Error::invalid(format!("invalid {} mode: {mode}", option.to_uppercase()))),
         }
     }

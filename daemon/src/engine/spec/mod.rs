@@ -22,7 +22,7 @@ use std::{
     net::IpAddr,
 };
 
-use bulkhead_agent_api::{GROUP_ADD_ANNOTATION, INIT_ANNOTATION, InjectedFile};
+use bulkhead_agent_api::{GROUP_ADD_ANNOTATION, INIT_ANNOTATION, InjectedFile, SharedMemory};
 pub(crate) use defaults::check_restart;
 pub use defaults::{command, fill, merge_image, validate, validate_daemon};
 pub(crate) use mounts::clean_target;
@@ -75,6 +75,8 @@ pub struct Facts<'a> {
     pub names: &'a HostConfig,
     /// The process whose pid namespace it is to have; None: one of its own.
     pub pid_of: Option<i32>,
+    /// Whose IPC namespace and shared memory it is to have; None: its own.
+    pub ipc_of: Option<&'a IpcDonor>,
     /// The daemon's settings.
     pub daemon: &'a DaemonConfig,
     /// What its networks put into its files.
@@ -83,6 +85,15 @@ pub struct Facts<'a> {
     pub resolv_conf: &'a str,
     /// What is mounted of the host: destination, the name of the share, whether read-only.
     pub binds: &'a [(String, String, bool)],
+}
+
+/// A container of the same machine, whose IPC others join.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IpcDonor {
+    /// Its first process, as the guest numbers it.
+    pub process: i32,
+    /// What the agent calls it.
+    pub guest: String,
 }
 
 /// What a container's files say of its networks.
@@ -109,6 +120,8 @@ pub struct ContainerSpec {
     pub spec: Spec,
     /// What to put over the root.
     pub files: Vec<InjectedFile>,
+    /// What it has as `/dev/shm` together with others; None: a tmpfs of the spec's, or none.
+    pub shared_memory: Option<SharedMemory>,
 }
 
 /// The spec of a container.
@@ -116,7 +129,7 @@ pub struct ContainerSpec {
 /// # Errors
 /// Those of [`validate`], for a record that was not validated.
 pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
-    let Facts { id, config, host, names, pid_of, daemon, network, resolv_conf, binds } = *facts;
+    let Facts { id, config, host, names, pid_of, ipc_of, daemon, network, resolv_conf, binds } = *facts;
     let (path, arguments) = command(config)?;
     let args = [vec![path], arguments].concat();
     let capabilities = capabilities::resolve(
@@ -129,9 +142,15 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
     let (devices, rules) = resources::devices(host)?;
     let seccomp = if host.privileged { None } else { seccomp::filter(security.seccomp, &capabilities)? };
     let [rows, columns] = host.console_size;
-    let pid = match pid_of {
-        None => json!({ "type": "pid" }),
-        Some(process) => json!({ "type": "pid", "path": format!("/proc/{process}/ns/pid") }),
+    let namespace = |kind: &str, of: Option<i32>| match of {
+        None => json!({ "type": kind }),
+        Some(process) => json!({ "type": kind, "path": format!("/proc/{process}/ns/{kind}") }),
+    };
+    let (pid, ipc) = (namespace("pid", pid_of), namespace("ipc", ipc_of.map(|donor| donor.process)));
+    let shared_memory = match ipc_of {
+        Some(donor) => Some(SharedMemory::Of(donor.guest.clone())),
+        None if host.ipc_mode == "shareable" => Some(SharedMemory::Own(mounts::shm_size(host))),
+        None => None,
     };
     let mut spec: Spec = typed(json!({
         "ociVersion": "1.2.0",
@@ -148,11 +167,11 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
             "noNewPrivileges": security.no_new_privileges.unwrap_or(daemon.no_new_privileges),
             "oomScoreAdj": host.oom_score_adj,
         },
-        "mounts": mounts::mounts(host, binds)?,
+        "mounts": mounts::mounts(host, binds, shared_memory.as_ref().map(|_| id))?,
         "annotations": annotations(host, daemon),
         "linux": {
             "namespaces": [
-                { "type": "mount" }, { "type": "uts" }, pid, { "type": "ipc" }, { "type": "cgroup" },
+                { "type": "mount" }, { "type": "uts" }, pid, ipc, { "type": "cgroup" },
             ],
             "cgroupsPath": format!("/{id}"),
             "devices": devices,
@@ -171,7 +190,7 @@ pub fn container(facts: &Facts<'_>) -> Result<ContainerSpec> {
     }
     let mut files = files::files(hostname, &config.domainname, names, daemon, network, resolv_conf)?;
     files.push(self::files::machine_id(id));
-    Ok(ContainerSpec { spec, files })
+    Ok(ContainerSpec { spec, files, shared_memory })
 }
 
 /// An additional process in the container of `spec`.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use bulkhead_agent_api::SHARED_MEMORY;
 use oci_spec::runtime::Mount;
 use serde_json::json;
 
@@ -11,11 +12,16 @@ use crate::{
 };
 
 /// The mounts, in the order in which they are made: the kernel's filesystems, then tmpfs and what is mounted of the
-/// host (destination, source below the shares, whether read-only), by depth.
+/// host (destination, source below the shares, whether read-only), by depth. `/dev/shm` is the memory that the
+/// container of id `shared_memory` has together with others, where there is one.
 ///
 /// # Errors
 /// Invalid: a tmpfs with options that it does not have or a path that is not absolute.
-pub(super) fn mounts(host: &HostConfig, binds: &[(String, String, bool)]) -> Result<Vec<Mount>> {
+pub(super) fn mounts(
+    host: &HostConfig,
+    binds: &[(String, String, bool)],
+    shared_memory: Option<&str>,
+) -> Result<Vec<Mount>> {
     let tmpfs = tmpfs(host)?;
     let own = |path: &str| {
         tmpfs.iter().any(|(target, _)| target == path) || binds.iter().any(|(target, ..)| target == path)
@@ -43,11 +49,18 @@ pub(super) fn mounts(host: &HostConfig, binds: &[(String, String, bool)]) -> Res
         if path == "/dev/shm" && host.ipc_mode == "none" {
             continue;
         }
+        if path == "/dev/shm"
+            && let Some(id) = shared_memory
+        {
+            let options = ["bind", "rprivate"].map(str::to_owned);
+            mounts.push(mount(path, "bind", &format!("{SHARED_MEMORY}/{id}"), &options)?);
+            continue;
+        }
         let writable = host.privileged && path.starts_with("/sys");
         let mut options: Vec<String> =
             options.iter().filter(|option| !(writable && **option == "ro")).map(|&o| o.to_owned()).collect();
         if path == "/dev/shm" {
-            options.push(format!("size={}", if host.shm_size > 0 { host.shm_size } else { 64 << 20 }));
+            options.push(format!("size={}", shm_size(host)));
         }
         if read_only
             && !path.starts_with("/dev")
@@ -74,6 +87,11 @@ pub(super) fn mounts(host: &HostConfig, binds: &[(String, String, bool)]) -> Res
     own.sort_by_key(|(target, _)| target.matches('/').count());
     mounts.extend(own.into_iter().map(|(_, mount)| mount));
     Ok(mounts)
+}
+
+/// How many bytes `/dev/shm` holds.
+pub(super) fn shm_size(host: &HostConfig) -> u64 {
+    u64::try_from(host.shm_size).ok().filter(|size| *size > 0).unwrap_or(64 << 20)
 }
 
 /// Where the agent mounts the host's shares.
@@ -211,7 +229,8 @@ mod tests {
     #[test]
     fn a_tmpfs_takes_the_place_of_a_default_and_the_shallow_come_first() {
         let mounts =
-            mounts(&with_tmpfs(&[("/a/b/c", ""), ("/run/", "size=64m,exec"), ("/dev", "")]), &[]).unwrap();
+            mounts(&with_tmpfs(&[("/a/b/c", ""), ("/run/", "size=64m,exec"), ("/dev", "")]), &[], None)
+                .unwrap();
         let tail = &destinations(&mounts)[2..];
         assert_eq!(tail, ["/sys/fs/cgroup", "/dev", "/run", "/a/b/c"]);
         assert_eq!(options(&mounts, "/run"), ["nosuid", "nodev", "size=64m", "exec"]);
@@ -232,7 +251,7 @@ mod tests {
         };
         let host = HostConfig { mounts: Some(vec![request]), ..HostConfig::default() };
         let expected = ["nosuid", "nodev", "ro", "size=4096", "mode=700", "exec"];
-        assert_eq!(options(&mounts(&host, &[]).unwrap(), "/t"), expected);
+        assert_eq!(options(&mounts(&host, &[], None).unwrap(), "/t"), expected);
     }
 
     #[test]
@@ -244,19 +263,21 @@ mod tests {
             ("/a", "bind", "Invalid tmpfs option \"bind\""),
             ("/a", "mode=999", "Invalid tmpfs option \"mode=999\""),
         ] {
-            assert_eq!(mounts(&with_tmpfs(&[(path, options)]), &[]).unwrap_err().message, message);
+            assert_eq!(mounts(&with_tmpfs(&[(path, options)]), &[], None).unwrap_err().message, message);
         }
     }
 
     #[test]
     fn modes_of_the_defaults() {
         let host = HostConfig { shm_size: 4096, readonly_rootfs: true, ..HostConfig::default() };
-        let read_only = mounts(&host, &[]).unwrap();
+        let read_only = mounts(&host, &[], None).unwrap();
         assert!(options(&read_only, "/dev/shm").contains(&"size=4096".to_owned()));
         assert!(!options(&read_only, "/dev").contains(&"ro".to_owned()));
-        let privileged = mounts(&HostConfig { privileged: true, ..HostConfig::default() }, &[]).unwrap();
+        let privileged =
+            mounts(&HostConfig { privileged: true, ..HostConfig::default() }, &[], None).unwrap();
         assert!(!options(&privileged, "/sys/fs/cgroup").contains(&"ro".to_owned()));
-        let no_ipc = mounts(&HostConfig { ipc_mode: "none".into(), ..HostConfig::default() }, &[]).unwrap();
+        let no_ipc =
+            mounts(&HostConfig { ipc_mode: "none".into(), ..HostConfig::default() }, &[], None).unwrap();
         assert!(!destinations(&no_ipc).contains(&"/dev/shm".to_owned()));
     }
 }

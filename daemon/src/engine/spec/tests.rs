@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use bulkhead_agent_api::SHARED_MEMORY;
+
 use super::*;
 use crate::{
     api::types::{
@@ -36,6 +38,7 @@ fn spec_of(mut request: CreateRequest) -> ContainerSpec {
         host: &request.host_config,
         names: &request.host_config,
         pid_of: None,
+        ipc_of: None,
         daemon: &daemon,
         network: &NetworkFacts::default(),
         resolv_conf: "# host\nnameserver 192.0.2.1\nsearch example.org\noptions ndots:2\n",
@@ -228,6 +231,7 @@ fn a_container_in_another_s_machine_asks_the_other_s_name_servers_and_may_see_it
         host: &own.host_config,
         names: &other,
         pid_of: Some(17),
+        ipc_of: Some(&IpcDonor { process: 18, guest: "donor".into() }),
         daemon: &daemon,
         network: &NetworkFacts::default(),
         resolv_conf: "nameserver 192.0.2.1\n",
@@ -239,7 +243,11 @@ fn a_container_in_another_s_machine_asks_the_other_s_name_servers_and_may_see_it
     assert!(files["/etc/hosts"].contains("192.0.2.5\tdb"));
     let namespaces = spec.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
     let paths: Vec<_> = namespaces.iter().filter_map(|namespace| namespace.path().clone()).collect();
-    assert_eq!(paths, [std::path::Path::new("/proc/17/ns/pid")]);
+    assert_eq!(paths, ["/proc/17/ns/pid", "/proc/18/ns/ipc"].map(std::path::PathBuf::from));
+    assert_eq!(spec.shared_memory, Some(SharedMemory::Of("donor".into())));
+    let mounts = spec.spec.mounts().clone().unwrap();
+    let shm = mounts.iter().find(|mount| mount.destination() == std::path::Path::new("/dev/shm")).unwrap();
+    assert_eq!(shm.source().as_ref().unwrap(), &std::path::Path::new(SHARED_MEMORY).join(ID));
 }
 
 #[test]
@@ -252,7 +260,7 @@ fn what_cannot_be_honoured_is_refused() {
             "--network host cannot be honoured",
         ),
         (|r| r.host_config.pid_mode = "host".into(), ErrorKind::Invalid, "--pid host cannot be honoured"),
-        (|r| r.host_config.ipc_mode = "container:x".into(), ErrorKind::NotImplemented, "--ipc container:"),
+        (|r| r.host_config.ipc_mode = "host".into(), ErrorKind::Invalid, "--ipc host cannot be honoured"),
         (|r| r.host_config.ipc_mode = "odd".into(), ErrorKind::Invalid, "invalid IPC mode: odd"),
         (
             |r| r.host_config.runtime = "runc".into(),
@@ -324,7 +332,10 @@ fn what_cannot_be_honoured_is_refused() {
         (|r| r.config.cmd = None, ErrorKind::Invalid, "no command specified"),
         (|r| r.config.stop_signal = "SIGODD".into(), ErrorKind::Invalid, "invalid signal: SIGODD"),
         (
-            |r| r.host_config.volume_driver = "nfs".into(),
+            |r| {
+                r.host_config.volume_driver = "nfs".into();
+                r.host_config.binds = Some(strings(&["data:/data"]));
+            },
             ErrorKind::NotFound,
             "error looking up volume plugin nfs",
         ),

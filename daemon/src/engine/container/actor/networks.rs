@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use super::{
-    super::{Command, Reply, state::State, wiring},
+    super::{Command, Reply, record::Record, state::State, wiring},
     Actor, Report, answer,
 };
 use crate::engine::{
     Error, Result,
-    network::record::{Attachment, Endpoint, Network},
+    network::{
+        links,
+        record::{Attachment, Endpoint, Network},
+    },
 };
 
 /// What has come of a change of networks.
@@ -47,6 +50,16 @@ impl Actor {
             }
             _ => {}
         }
+    }
+
+    /// Takes a link away.
+    pub(super) async fn unlink(&mut self, alias: &str) -> Result<()> {
+        // Its record is being deleted: it must not be written anew.
+        let removing = matches!(self.record.life.state, State::Removing(_) | State::Dead(_));
+        let host_config = links::without(&self.record, alias)
+            .filter(|_| !removing)
+            .ok_or_else(|| Error::not_found(format!("No such container: {}/{alias}", self.record.name)))?;
+        self.keep(Record { host_config, ..self.record.clone() }).await
     }
 
     async fn connect(&mut self, network: Arc<Network>, attachment: Box<Attachment>, reply: Reply<()>) {
