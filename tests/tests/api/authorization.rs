@@ -17,9 +17,9 @@ class Plugin(http.server.BaseHTTPRequestHandler):
             answer = {"Implements": ["authz"]}
         elif self.path == "/AuthZPlugin.AuthZReq":
             body = base64.b64decode(told.get("RequestBody", ""))
-            if "/containers/create" in told["RequestUri"] and json.loads(body).get("HostConfig", {}).get("Privileged"):
+            if "/containers/create" in told["RequestUri"] and json.loads(body or b"{}").get("HostConfig", {}).get("Privileged"):
                 answer = {"Allow": False, "Msg": "no privileged containers"}
-        elif b"hidden" in base64.b64decode(told.get("ResponseBody", "")):
+        elif "/images/json" in told["RequestUri"] and b"hidden" in base64.b64decode(told.get("ResponseBody", "")):
             answer = {"Allow": False, "Msg": "status %d is not for you" % told["ResponseStatusCode"]}
         text = json.dumps(answer).encode()
         self.send_response(200)
@@ -118,5 +118,5 @@ fn judged(daemon: &Daemon, name: &str) -> Test {
     docker.ok(&["tag", "busybox", "hidden"])?;
     let kept = docker.run(&["images"])?;
     ensure!(kept.stderr.contains("status 200 is not for you"), "{}", kept.stderr);
-    docker.ok(&["rmi", "hidden"]).map(drop).context("an answer that does not name it")
+    docker.ok(&["rmi", "hidden"]).map(drop).context("what is not kept back")
 }

@@ -54,10 +54,10 @@ fn a_rollback_journal_is_for_guest_and_host_at_once() -> Test {
     Ok(())
 }
 
-/// Opens the database, says so, and keeps it open until it may go.
+/// Opens the database, says so, and keeps it open until it may go. Who had it before may still be letting go of it.
 const HOLD: &str = "cd \"$1\"; { { echo \"INSERT INTO rows VALUES ('$2', 0, ''); SELECT count(*) FROM rows;\"; \
                     while [ ! -e go-$2 ]; do sleep 0.2; done; echo \"INSERT INTO rows VALUES ('$2', 1, '');\"; } | \
-                    sqlite3 -bail data; } >held-$2 2>&1 & while [ ! -s held-$2 ]; do sleep 0.2; done; cat held-$2";
+                    sqlite3 -bail -cmd '.timeout 60000' data; } >held-$2 2>&1 & while [ ! -s held-$2 ]; do sleep 0.2; done; cat held-$2";
 
 const ONE: &str = "cd \"$1\"; sqlite3 -bail data \"INSERT INTO rows VALUES ('$2', 2, ''); SELECT count(*) FROM rows;\" 2>&1 || true";
 

@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     Request, StatusCode,
-    header::{ACCEPT, CONTENT_TYPE, HOST},
+    header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HOST},
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
@@ -199,6 +199,8 @@ async fn exchange(address: &Address, method: &str, body: Bytes) -> Result<(Statu
         .header(HOST, "plugin")
         .header(ACCEPT, MEDIA_TYPE)
         .header(CONTENT_TYPE, MEDIA_TYPE)
+        // Of a body that is empty too, which hyper would leave out: plugins read as much as they are told.
+        .header(CONTENT_LENGTH, body.len())
         .body(Full::new(body))
         .map_err(|error| PluginError::Invalid(error.to_string()))?;
     match address {
@@ -249,7 +251,8 @@ mod tests {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let mut read = [0; 4096];
                 let length = stream.read(&mut read).await.unwrap();
-                assert!(read[..length].starts_with(b"POST /"), "no request");
+                let read = String::from_utf8_lossy(&read[..length]).to_lowercase();
+                assert!(read.starts_with("post /") && read.contains("content-length:"), "{read}");
                 stream.write_all(answer.as_bytes()).await.unwrap();
             }
         });

@@ -38,8 +38,11 @@ const MAX_REASON: usize = 1024;
 /// Most devices and kinds of exits.
 const MAX_ENTRIES: usize = 64;
 
-/// Events, and lines of its console, that the daemon's log gets of a machine that died; the file has all.
+/// Events that the daemon's log gets of a machine that died; the file has all.
 const LOGGED: usize = 24;
+
+/// Lines of its console that the log gets: those of a kernel's panic, from its first word on.
+const LOGGED_LINES: usize = 96;
 
 /// The end of a machine that did not end in order, as it is kept.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,7 +87,7 @@ pub(super) async fn remember(shared: &Shared, record: &Record, death: &Death) {
     for event in last.recent.iter().skip(last.recent.len().saturating_sub(LOGGED)) {
         tracing::warn!(container = record.id, at_us = event.at_us, event = ?event.text, "before it died");
     }
-    let lines: Vec<&str> = last.console.lines().rev().take(LOGGED).collect();
+    let lines: Vec<&str> = last.console.lines().rev().take(LOGGED_LINES).collect();
     for line in lines.into_iter().rev() {
         tracing::warn!(container = record.id, ?line, "on its console");
     }
