@@ -7,6 +7,7 @@
 //!   target/host/NAME/: state, token, logs         /dev/kvm, target/ shared and writable
 //! ```
 
+mod affinity;
 mod client;
 mod clock;
 mod forward;

@@ -10,10 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::thread::CpuSet;
 use serde::{Deserialize, Serialize};
 
 use super::state::StateDir;
-use super::{clock, serve, wire};
+use super::{affinity, clock, serve, wire};
 
 /// What a test host is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,12 +40,22 @@ pub(crate) fn boot(machine: &Machine, target: &Path, dir: &StateDir) -> Result<(
     let log = File::create(dir.qemu_log())?;
     let mut qemu = command(machine, target, dir, port)?;
     qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    // SAFETY: setsid is one system call; it neither allocates nor locks. The machine outlives this command and
-    // its terminal.
-    unsafe {
-        qemu.pre_exec(|| Ok(rustix::process::setsid().map(|_| ())?));
-    }
-    let mut child = qemu.spawn().context("start qemu-system-x86_64 (`cargo xtask deps` installs it)")?;
+    let start = |cpu: Option<CpuSet>| {
+        let cpu = cpu.filter(|_| machine.cpus == 1);
+        // SAFETY: each is one system call; they neither allocate nor lock. The machine outlives this command and
+        // its terminal.
+        unsafe {
+            qemu.pre_exec(move || {
+                if let Some(cpu) = &cpu {
+                    rustix::thread::sched_setaffinity(None, cpu)?;
+                }
+                Ok(rustix::process::setsid().map(|_| ())?)
+            });
+        }
+        qemu.spawn()
+    };
+    let child = affinity::on_a_cpu(start);
+    let mut child = child.context("start qemu-system-x86_64 (`cargo xtask deps` installs it)")?;
     match wait_until_ready(&mut child, &console) {
         Ok(()) => Ok((child, port)),
         Err(error) => {
@@ -83,9 +94,9 @@ fn command(machine: &Machine, target: &Path, dir: &StateDir, port: u16) -> Resul
         .arg(format!("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{}", wire::PORT))
         .args(["-device", "virtio-net-device,netdev=net"])
         .args(["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=rng"])
-        // QEMU 7.2 changes `interrupt_request` in VMRUN and #VMEXIT without its lock, and so loses an interrupt once
-        // in some hundred microVMs: the local APIC's timer is then pending (IRR) while the CPU halts, and all
-        // stands still until another interrupt comes. A balloon that is asked for its figures raises one a second.
+        // With more than one CPU an interrupt is lost now and then (see `affinity`): the local APIC's timer is then
+        // pending (IRR) while the CPU halts, and all stands still until another interrupt comes. A balloon that is
+        // asked for its figures raises one a second.
         .args(["-device", "virtio-balloon-device"])
         .args(["-global", "virtio-balloon-device.guest-stats-polling-interval=1"])
         .arg("-kernel")
