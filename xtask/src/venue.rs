@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use bulkhead_tests::Host;
 
 use crate::bundle::Bundle;
-use crate::host;
+use crate::host::{self, Equipment};
 use crate::kernel;
 use crate::tree::Tree;
 
@@ -55,13 +55,18 @@ impl Venue {
         }
     }
 
-    /// A place for daemons; in a test host of this name with this much memory.
+    /// A place for daemons; in a test host of this name with this much memory, where data lie too.
     pub(crate) fn open(self, tree: &Tree, name: &str, memory_mib: u32) -> Result<Place> {
+        self.open_with(tree, name, Equipment { memory_mib, disk_gib: 0 })
+    }
+
+    /// A place for daemons; in a test host of this name and equipment.
+    pub(crate) fn open_with(self, tree: &Tree, name: &str, equipment: Equipment) -> Result<Place> {
         if self == Venue::Direct {
             return Ok(Place { host: Host::Direct, started: None });
         }
         kernel::ensure(tree, kernel::Set::Testhost)?;
-        let started = host::start(tree, name, memory_mib)?;
+        let started = host::start(tree, name, equipment)?;
         let host = Host::TestHost {
             xtask: std::env::current_exe()?,
             tree: tree.root().to_owned(),

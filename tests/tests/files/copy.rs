@@ -35,9 +35,7 @@ fn many_files_and_a_large_one_go_both_ways_whether_it_runs_or_not() -> Test {
     let (count, mib) = (size(1500, 50_000), size(24, 1024));
     let local = tempfile::tempdir()?;
     many(local.path(), count, mib)?;
-    // Where the daemon's data lie in memory, as in the test host, what a container writes counts as its memory.
-    let memory = format!("{}m", size(512, 6144));
-    let container = docker.run_detached(&["-m", &memory, "busybox", "sleep", "100000"])?;
+    let container = docker.run_detached(&["busybox", "sleep", "100000"])?;
     there_and_back(&docker, &container, local.path(), "/running")?;
     let found = container.exec(&["sh", "-c", "find /running -type f | wc -l"])?;
     assert_eq!(found.trim(), (count + 1).to_string());

@@ -27,6 +27,7 @@ use clap::Args;
 use self::figures::{Aim, Figure, Samples, Unit};
 use crate::bundle::{self, Bundle};
 use crate::deps;
+use crate::host::Equipment;
 use crate::sh;
 use crate::tree::Tree;
 use crate::venue::{self, Venue};
@@ -63,8 +64,9 @@ pub(crate) struct BenchArgs {
     fill_seconds: u64,
 }
 
-/// Of the test host. Fifty guests of 512 MiB are lent it, and use a small part; one with copies of a GiB uses all.
-const MEMORY_MIB: u32 = 12_288;
+/// The test host's. Fifty guests of 512 MiB are lent its memory, and use a small part. Data lie on a disk: in memory they
+/// would count as their container's, and writing them would cost nothing.
+const EQUIPMENT: Equipment = Equipment { memory_mib: 6144, disk_gib: 16 };
 
 pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     if args.rounds == 0 {
@@ -81,7 +83,7 @@ pub(crate) fn run(tree: &Tree, args: &BenchArgs) -> Result<()> {
     let firecracker = firecracker.transpose()?;
     let venue = venue::choose(&bundle)?;
     println!("measuring on {}", venue.describe());
-    let place = venue.open(tree, "bench", MEMORY_MIB)?;
+    let place = venue.open_with(tree, "bench", EQUIPMENT)?;
     let bench = Bench { tree, host: &place.host, bundle: &bundle, args, firecracker };
     let (mut figures, mut notes) = (Vec::new(), Vec::new());
     // What was measured before something failed is shown.

@@ -27,6 +27,12 @@ pub(crate) struct InitArgs {
     state: PathBuf,
 }
 
+/// Where data roots lie.
+const DATA_ROOTS: &str = "/var/lib/bulkhead";
+
+/// A disk for them, which a test host may have.
+const DISK: &str = "/dev/vda";
+
 /// Sets the machine up, serves, and powers off. Returns only when it is not PID 1.
 pub(crate) fn run(args: &InitArgs) -> Result<ExitCode> {
     if std::process::id() != 1 {
@@ -46,7 +52,12 @@ fn set_up(args: &InitArgs) -> Result<()> {
     tmpfs("/run", "0755", "")?;
     tmpfs("/dev/shm", "1777", "")?;
     // Data roots: neither 9p nor an overlay holds the xattrs and the overlays of a container engine.
-    tmpfs("/var/lib/bulkhead", "0711", ",size=75%")?;
+    if Path::new(DISK).exists() {
+        mount_at(DISK, DATA_ROOTS, "ext4", "")?;
+        fs::set_permissions(DATA_ROOTS, fs::Permissions::from_mode(0o711))?;
+    } else {
+        tmpfs(DATA_ROOTS, "0711", ",size=75%")?;
+    }
     // Only metadata goes uncached, so what a build replaces is seen at the next open.
     mount_at(
         "target",

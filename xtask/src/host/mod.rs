@@ -82,6 +82,9 @@ struct MachineArgs {
     /// CPUs. More than one is less reliable under emulation.
     #[arg(long, default_value_t = 1, value_name = "N")]
     cpus: u32,
+    /// A disk for data roots, in GiB; without it they lie in memory.
+    #[arg(long, default_value_t = 0, value_name = "GIB")]
+    disk: u32,
 }
 
 #[derive(Args)]
@@ -143,7 +146,7 @@ pub(crate) fn run(tree: &Tree, args: HostArgs) -> Result<ExitCode> {
 
 impl Default for MachineArgs {
     fn default() -> Self {
-        MachineArgs { kernel: None, memory: 4096, cpus: 1 }
+        MachineArgs { kernel: None, memory: 4096, cpus: 1, disk: 0 }
     }
 }
 
@@ -159,7 +162,7 @@ impl MachineArgs {
         if self.cpus == 0 || self.memory < 512 {
             bail!("a test host needs a CPU and 512 MiB");
         }
-        Ok(Machine { kernel, memory_mib: self.memory, cpus: self.cpus })
+        Ok(Machine { kernel, memory_mib: self.memory, cpus: self.cpus, disk_gib: self.disk })
     }
 }
 
@@ -189,11 +192,20 @@ pub(crate) struct Running {
     dir: StateDir,
 }
 
+/// What a chore's test host has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Equipment {
+    pub(crate) memory_mib: u32,
+    /// For data roots; 0: they lie in memory.
+    pub(crate) disk_gib: u32,
+}
+
 /// Starts a test host, in place of one of this name that an earlier, broken off chore may have left.
-pub(crate) fn start(tree: &Tree, name: &str, memory_mib: u32) -> Result<Running> {
+pub(crate) fn start(tree: &Tree, name: &str, equipment: Equipment) -> Result<Running> {
     let dir = StateDir::new(&tree.target(), name)?;
     down(&dir)?;
-    up(tree, &dir, &MachineArgs { memory: memory_mib, ..MachineArgs::default() })?;
+    let Equipment { memory_mib, disk_gib } = equipment;
+    up(tree, &dir, &MachineArgs { memory: memory_mib, disk: disk_gib, ..MachineArgs::default() })?;
     Ok(Running { dir })
 }
 
@@ -262,7 +274,7 @@ fn end(dir: &StateDir, started: &Started) {
 fn status(dir: &StateDir) -> ExitCode {
     match dir.started() {
         Some(started) if started.qemu.is_alive() => {
-            let Machine { kernel, memory_mib, cpus } = &started.machine;
+            let Machine { kernel, memory_mib, cpus, .. } = &started.machine;
             println!(
                 "up: {cpus} CPU, {memory_mib} MiB, kernel {}, process {}",
                 kernel.display(),

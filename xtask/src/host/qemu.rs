@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::state::StateDir;
 use super::{affinity, clock, serve, wire};
+use crate::sh;
 
 /// What a test host is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,9 @@ pub(crate) struct Machine {
     /// More than one CPU is quicker only where the outer machine has them to spare, and less reliable:
     /// emulated CPUs lose races that real ones win.
     pub(crate) cpus: u32,
+    /// A disk for data roots; 0: none.
+    #[serde(default)]
+    pub(crate) disk_gib: u32,
 }
 
 /// How long a boot may take on a machine with much else to do. It takes about two seconds on an idle one.
@@ -39,6 +43,13 @@ pub(crate) fn boot(machine: &Machine, target: &Path, dir: &StateDir) -> Result<(
     File::create(&console)?;
     let log = File::create(dir.qemu_log())?;
     let mut qemu = command(machine, target, dir, port)?;
+    if machine.disk_gib > 0 {
+        make_disk(&dir.disk(), machine.disk_gib)?;
+        // What an end of QEMU leaves of it is thrown away, so nothing is flushed.
+        let drive =
+            format!("if=none,id=data,format=raw,cache=unsafe,discard=unmap,file={}", option(&dir.disk())?);
+        qemu.arg("-drive").arg(drive).args(["-device", "virtio-blk-device,drive=data"]);
+    }
     qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     let start = |cpu: Option<CpuSet>| {
         let cpu = cpu.filter(|_| machine.cpus == 1);
@@ -64,6 +75,13 @@ pub(crate) fn boot(machine: &Machine, target: &Path, dir: &StateDir) -> Result<(
             Err(error.context(format!("test host\n{}", tails(dir))))
         }
     }
+}
+
+/// An empty ext4 of holes.
+fn make_disk(path: &Path, gib: u32) -> Result<()> {
+    let _ = fs::remove_file(path);
+    File::create(path)?.set_len(u64::from(gib) << 30)?;
+    sh::run(Command::new("mkfs.ext4").args(["-q", "-F", "-E", "nodiscard"]).arg(path))
 }
 
 fn command(machine: &Machine, target: &Path, dir: &StateDir, port: u16) -> Result<Command> {

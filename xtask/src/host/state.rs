@@ -118,6 +118,11 @@ impl StateDir {
         self.path.join("qemu.log")
     }
 
+    /// Its disk, where it has one.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.path.join("data.img")
+    }
+
     /// Only one process at a time starts or stops this test host.
     pub(crate) fn lock(&self) -> Result<File> {
         let file = File::create(self.path.join("lock"))?;
@@ -160,7 +165,7 @@ impl StateDir {
 
     /// Forgets what was started; logs stay.
     pub(crate) fn clear(&self) {
-        for name in ["state.json", "token", "forwards.json"] {
+        for name in ["state.json", "token", "forwards.json", "data.img"] {
             let _ = fs::remove_file(self.path.join(name));
         }
     }
