@@ -181,14 +181,6 @@ fn pausing_and_stats(wire: &mut Wire) {
 
 fn shares(wire: &mut Wire) {
     let create = Create {
-        container: "c1".into(),
-        rootfs: Rootfs {
-            tag: "layers".into(),
-            layers: Vec::new(),
-            disk: Disk { id: "disk0".into(), size: 1 << 30 },
-        },
-        spec: Box::new(serde_json::from_str(r#"{"ociVersion":"1.2.0"}"#).unwrap()),
-        files: Vec::new(),
         shares: Some("shares".into()),
         copy_up: vec![CopyUp { share: "0".into(), path: "/data".into() }],
         sockets: vec![ForwardedSocket { path: "/run/s".into(), port: 5000, uid: 1, gid: 2, mode: 0o660 }],
@@ -197,29 +189,34 @@ fn shares(wire: &mut Wire) {
             read_only: false,
             copy_up: Some("/var/lib/db".into()),
         }],
-        shared_memory: None,
+        ..plain("c1")
     };
     wire.message(&ToAgent { id: 12, call: Call::Create(Box::new(create)) });
+}
+
+/// A container of no layers, and nothing else.
+fn plain(container: &str) -> Create {
+    Create {
+        container: container.into(),
+        rootfs: Rootfs {
+            tag: "layers".into(),
+            layers: Vec::new(),
+            disk: Disk { id: "disk0".into(), size: 1 << 30 },
+        },
+        spec: Box::new(serde_json::from_str(r#"{"ociVersion":"1.2.0"}"#).unwrap()),
+        files: Vec::new(),
+        shares: None,
+        copy_up: Vec::new(),
+        sockets: Vec::new(),
+        disks: Vec::new(),
+        shared_memory: None,
+    }
 }
 
 /// Containers that share their `/dev/shm`.
 fn shared_memory(wire: &mut Wire) {
     for memory in [SharedMemory::Own(64 << 20), SharedMemory::Of("c1".into())] {
-        let create = Create {
-            container: "c2".into(),
-            rootfs: Rootfs {
-                tag: "layers".into(),
-                layers: Vec::new(),
-                disk: Disk { id: "disk0".into(), size: 1 << 30 },
-            },
-            spec: Box::new(serde_json::from_str(r#"{"ociVersion":"1.2.0"}"#).unwrap()),
-            files: Vec::new(),
-            shares: None,
-            copy_up: Vec::new(),
-            sockets: Vec::new(),
-            disks: Vec::new(),
-            shared_memory: Some(memory),
-        };
+        let create = Create { shared_memory: Some(memory), ..plain("c2") };
         wire.message(&ToAgent { id: 13, call: Call::Create(Box::new(create)) });
     }
 }

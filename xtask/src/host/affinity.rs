@@ -1,8 +1,8 @@
 //! Which CPU an emulator runs on. QEMU 7.2 changes `interrupt_request` in VMRUN and #VMEXIT without its lock, by one
 //! instruction that is not atomic between CPUs. What a device's thread had just asked for is lost then, though the
-//! virtual CPU is told to look: it stands still, or delivers the interrupt that a guest was given last once more, with
-//! interrupts off. (Linux has a BUG for that: `hrtimer_interrupt` before `hres_active`.) On one CPU there is no
-//! "between": all threads of an emulator get the same one.
+//! virtual CPU is told to look: it stands still. It may also deliver the interrupt that a guest was given last once more,
+//! with interrupts off: that is what the stack of a rare panic looked like (`hrtimer_interrupt` before `hres_active`),
+//! which nobody has made happen at will. On one CPU there is no "between": all threads of an emulator get the same one.
 
 use std::fs;
 use std::sync::{Mutex, PoisonError};
